@@ -1,0 +1,16 @@
+"""The DQN loss as one fused call for PyTorch.
+
+>>> import torch
+>>> from dqn_fused import fused_dqn_loss
+>>> q = torch.zeros(32, 4, requires_grad=True)
+>>> loss = fused_dqn_loss(q, torch.zeros(32, dtype=torch.int64), torch.ones(32), torch.zeros(32, 4))
+>>> loss.backward()
+>>> loss.item()
+1.0
+"""
+
+from dqn_fused._backends import BackendUnavailableError, backends
+from dqn_fused.loss import FusedDQNLoss, fused_dqn_loss
+
+__version__ = "0.1.0"
+__all__ = ["BackendUnavailableError", "FusedDQNLoss", "backends", "fused_dqn_loss"]

@@ -1,0 +1,32 @@
+"""``python -m dqn_fused``: versions, devices and backends, for a bug report."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+import dqn_fused
+
+
+def report() -> str:
+    """What is installed and which backends can run, one fact a line."""
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = "not installed"
+    lines = [
+        f"dqn_fused  {dqn_fused.__version__}",
+        f"torch      {torch.__version__} (CUDA {torch.version.cuda}, HIP {torch.version.hip})",
+        f"triton     {triton}",
+        f"python     {platform.python_version()} on {platform.platform()}",
+        f"cpu        {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+    ]
+    for i in range(torch.cuda.device_count()):
+        lines.append(f"cuda:{i}     {torch.cuda.get_device_name(i)}, sm_{''.join(map(str, torch.cuda.get_device_capability(i)))}")
+    for name, status in dqn_fused.backends().items():
+        lines.append(f"{'backend':10} {name}: {'available' if status.available else 'not available: ' + status.reason}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(report())

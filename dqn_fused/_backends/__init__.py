@@ -1,0 +1,75 @@
+"""The backends: one table, the choice between them, and why one of them is missing.
+
+A backend is a module with
+
+- ``unavailable() -> str | None``: why it cannot run on this machine at all;
+- ``refuses(batch) -> str | None``: why it cannot serve this batch;
+- ``forward(batch, spec) -> (loss, td_error)``: loss (), or N for reduction="none"; td_error N; accumulation dtype;
+- ``backward(grad_loss, td_error, actions, q_shape, q_dtype, spec) -> grad_q``: contiguous, every element written.
+
+Arguments are checked when they arrive here. Modules are imported when first asked for: Triton is heavy.
+"""
+
+import importlib
+from functools import cache
+from types import ModuleType
+from typing import NamedTuple
+
+from dqn_fused.arguments import Batch
+
+MODULES = {
+    "triton": "dqn_fused._backends.triton_backend",
+    "torch": "dqn_fused._backends.torch_backend",
+}
+AUTO = {"cuda": ("triton", "torch")}  # by device type, the fastest first
+AUTO_ELSEWHERE = ("torch",)
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend was asked for by name and cannot serve; the message says why."""
+
+
+class BackendStatus(NamedTuple):
+    """Whether a backend can run on this machine and, if not, the reason."""
+
+    available: bool
+    reason: str
+
+
+@cache
+def _load(name: str) -> tuple[ModuleType | None, str | None]:
+    try:
+        module = importlib.import_module(MODULES[name])
+    except ImportError as error:
+        return None, f"{type(error).__name__}: {error}"
+    return module, module.unavailable()
+
+
+def backends() -> dict[str, BackendStatus]:
+    """Say for each backend whether it can run on this machine, and why not.
+
+    >>> from dqn_fused import backends
+    >>> backends()["torch"].available
+    True
+    """
+    reasons = {name: _load(name)[1] for name in MODULES}
+    return {name: BackendStatus(reason is None, reason or "") for name, reason in reasons.items()}
+
+
+def choose(name: str, batch: Batch) -> ModuleType:
+    """Backend module for this batch: by name, which never falls back, or the first of the device's list that serves."""
+    if name == "auto":
+        for candidate in AUTO.get(batch.q.device.type, AUTO_ELSEWHERE):
+            module, reason = _load(candidate)
+            if module is not None and reason is None and module.refuses(batch) is None:
+                return module
+        raise BackendUnavailableError(f"no backend serves device {batch.q.device}")  # torch serves every device
+    if name not in MODULES:
+        expected = ", ".join(map(repr, ("auto", *MODULES)))
+        raise ValueError(f"backend: expected one of {expected}, got {name!r}")
+    module, reason = _load(name)
+    if module is not None and reason is None:
+        reason = module.refuses(batch)
+    if module is None or reason is not None:
+        raise BackendUnavailableError(f"backend {name!r} cannot serve: {reason}")
+    return module

@@ -1,0 +1,32 @@
+"""Plain PyTorch: every device, no compiler. The formulas are the reference's."""
+
+import torch
+from torch import Tensor
+
+from dqn_fused.arguments import Batch, LossSpec
+from dqn_fused.autograd import scatter_taken, td_loss_coefficient
+from dqn_fused.reference import loss_of_td_error, td_error
+
+
+def unavailable() -> str | None:
+    """Available everywhere."""
+    return None
+
+
+def refuses(batch: Batch) -> str | None:
+    """Serve every batch."""
+    return None
+
+
+def forward(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor]:
+    """Return (loss, td_error)."""
+    td = td_error(batch)
+    loss = loss_of_td_error(td, spec)
+    return loss.view(batch.shape) if spec.reduction == "none" else loss, td.view(batch.shape)
+
+
+def backward(
+    grad_loss: Tensor, td_error: Tensor, actions: Tensor, q_shape: torch.Size, q_dtype: torch.dtype, spec: LossSpec
+) -> Tensor:
+    """Return grad_q."""
+    return scatter_taken(td_loss_coefficient(grad_loss, td_error, spec), actions, q_shape, q_dtype)

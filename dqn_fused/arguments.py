@@ -1,0 +1,187 @@
+"""The one place that checks arguments: user's tensors in, a flat and immutable description of the batch out."""
+
+import os
+from numbers import Real
+from typing import NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float64})
+WIDE_UNSIGNED = frozenset({torch.uint16, torch.uint32, torch.uint64})  # few PyTorch operations know these
+INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}) | WIDE_UNSIGNED
+NUMBERS = FLOATS | INTEGERS
+FLAGS = NUMBERS | {torch.bool}
+BOOL = frozenset({torch.bool})
+
+LOSSES = ("mse",)
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class Batch(NamedTuple):
+    """A checked batch of n = prod(N) transitions. Per-sample tensors are contiguous and one-dimensional."""
+
+    q: Tensor  # (n, A), or (outer, inner, A) where the leading dimensions do not merge
+    actions: Tensor  # (n,)
+    rewards: Tensor  # (n,)
+    next_q: Tensor  # as q, or (m, A) with non_final_mask
+    terminated: Tensor | None  # (n,)
+    gamma: float | Tensor  # number, () or (n,)
+    non_final_mask: Tensor | None  # (n,)
+    shape: torch.Size  # N
+
+
+class LossSpec(NamedTuple):
+    """What is computed from the TD errors."""
+
+    loss: str
+    reduction: str
+
+
+def accumulation_dtype(q: Tensor) -> torch.dtype:
+    """Dtype of the arithmetic, the loss and the TD errors: float32, and float64 for a float64 q."""
+    return torch.float64 if q.dtype is torch.float64 else torch.float32
+
+
+def check_loss(loss: str, reduction: str) -> LossSpec:
+    """Check the names of the loss and the reduction."""
+    if loss not in LOSSES:
+        _wrong_choice("loss", loss, LOSSES)
+    if reduction not in REDUCTIONS:
+        _wrong_choice("reduction", reduction, REDUCTIONS)
+    return LossSpec(loss, reduction)
+
+
+def check_batch(
+    q: Tensor,
+    actions: Tensor,
+    rewards: Tensor,
+    next_q: Tensor,
+    terminated: Tensor | None,
+    gamma: float | Tensor,
+    non_final_mask: Tensor | None,
+) -> Batch:
+    """Check shapes, dtypes and devices and flatten the leading dimensions. Looks at no value (see check_values)."""
+    _check_dtype("q", q, FLOATS)
+    if q.dim() == 0 or q.shape[-1] == 0:
+        raise ValueError(f"q: expected shape (*N, A) with at least one action, got {_show(q.shape)}")
+    shape = q.shape[:-1]
+    actions = _per_sample("actions", actions, INTEGERS, shape, q)
+    if actions.dtype in WIDE_UNSIGNED:
+        actions = actions.to(torch.int64)
+    rewards = _per_sample("rewards", rewards, NUMBERS, shape, q)
+
+    _check_dtype("next_q", next_q, FLOATS)
+    _check_device("next_q", next_q, q)
+    if non_final_mask is None:
+        if next_q.shape != q.shape:
+            raise ValueError(f"next_q: expected shape {_show(q.shape)}, as q, got {_show(next_q.shape)}")
+        if terminated is not None:
+            terminated = _per_sample("terminated", terminated, FLAGS, shape, q)
+    else:
+        if terminated is not None:
+            raise ValueError("terminated: expected None beside non_final_mask, which says the same; give one of the two")
+        non_final_mask = _per_sample("non_final_mask", non_final_mask, BOOL, shape, q)
+        if next_q.dim() != 2 or next_q.shape[1] != q.shape[-1] or next_q.shape[0] > non_final_mask.shape[0]:
+            raise ValueError(
+                f"next_q: expected shape (M, {q.shape[-1]}) with non_final_mask, M being the number of its true entries, "
+                f"at most {non_final_mask.shape[0]}, got {_show(next_q.shape)}"
+            )
+
+    if isinstance(gamma, Tensor):
+        if gamma.dim() == 0 and shape:
+            _check_dtype("gamma", gamma, FLOATS)
+            _check_device("gamma", gamma, q)
+        else:
+            gamma = _per_sample("gamma", gamma, FLOATS, shape, q)
+    elif type(gamma) is not float:
+        if not isinstance(gamma, Real):
+            raise TypeError(f"gamma: expected a number or a torch.Tensor, got {type(gamma).__name__}")
+        gamma = float(gamma)
+    return Batch(_rows(q), actions, rewards, _rows(next_q), terminated, gamma, non_final_mask, shape)
+
+
+def check_values(batch: Batch) -> Batch:
+    """Check what only the values tell: actions inside [0, A), and as many true entries in non_final_mask as next rows.
+
+    On the CPU, and on any device under ``DQN_FUSED_CHECK=1``, a violation is an IndexError. Elsewhere looking would cost
+    a synchronisation: an illegal action is left to the backend (td is NaN, the gradient row zero), and a wrong mask
+    makes every action illegal. Inside torch.compile nothing is looked at either: a raise would break the graph.
+    """
+    mask, m, A = batch.non_final_mask, batch.next_q.shape[0], batch.q.shape[-1]
+    looks = batch.q.device.type == "cpu" or os.environ.get("DQN_FUSED_CHECK", "0") not in ("", "0")
+    if not looks or torch.compiler.is_compiling():
+        if mask is None:
+            return batch
+        return batch._replace(actions=torch.where(mask.sum() == m, batch.actions.to(torch.int64), -1))
+    if batch.actions.numel():
+        low, high = (int(x) for x in torch.aminmax(batch.actions))
+        if low < 0 or high >= A:
+            row = int(((batch.actions < 0) | (batch.actions >= A)).int().argmax())
+            raise IndexError(
+                f"actions: expected values in [0, {A}), got {int(batch.actions[row])} in row {_row(row, batch.shape)}"
+            )
+    if mask is not None and (count := int(mask.sum())) != m:
+        raise IndexError(
+            f"non_final_mask: expected as many true entries as next_q has rows, {m}, got {count} of {mask.numel()}"
+        )
+    return batch
+
+
+def _per_sample(name: str, x: Tensor, dtypes: frozenset[torch.dtype], shape: torch.Size, q: Tensor) -> Tensor:
+    """Check one value a sample, (*N) or (*N, 1), and flatten it to a contiguous (n,)."""
+    _check_dtype(name, x, dtypes)
+    _check_device(name, x, q)
+    if x.shape != shape and x.shape != (*shape, 1):
+        raise ValueError(f"{name}: expected shape {_show(shape)} or {_show((*shape, 1))}, got {_show(x.shape)}")
+    if x.dim() != 1:
+        x = x.reshape(-1)
+    return x if x.is_contiguous() else x.contiguous()
+
+
+def _check_dtype(name: str, x: Tensor, dtypes: frozenset[torch.dtype]) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in dtypes:
+        kind = {FLOATS: "a floating", INTEGERS: "an integer", NUMBERS: "a floating or integer", BOOL: "the bool"}
+        expected = kind.get(dtypes, "a bool, integer or floating")
+        raise TypeError(f"{name}: expected {expected} dtype, got {x.dtype}")
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {x.layout}")
+
+
+def _check_device(name: str, x: Tensor, q: Tensor) -> None:
+    if x.device != q.device:
+        raise ValueError(f"{name}: expected device {q.device}, as q, got {x.device}")
+
+
+def _rows(x: Tensor) -> Tensor:
+    """View (*N, A) as (n, A), or as (outer, inner, A) where a slice of a longer sequence forbids one row stride.
+
+    Leading dimensions that merge into neither, such as three that are permuted, are copied.
+    """
+    if x.dim() == 2:
+        return x
+    if x.dim() == 1:
+        return x.unsqueeze(0)
+    for outer in range(x.dim() - 1):
+        try:
+            return x.view(*((x.shape[:outer].numel(),) if outer else ()), x.shape[outer:-1].numel(), x.shape[-1])
+        except RuntimeError:
+            continue
+    return x.reshape(-1, x.shape[-1])
+
+
+def _wrong_choice(name: str, got: object, choices: tuple[str, ...]) -> NoReturn:
+    raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {got!r}")
+
+
+def _row(row: int, shape: torch.Size) -> str:
+    """Write a flat row as the index the user knows: 5, or (1, 2) with two leading dimensions."""
+    if len(shape) < 2:
+        return str(row)
+    return _show(int(i) for i in torch.unravel_index(torch.tensor(row), shape))
+
+
+def _show(shape: object) -> str:
+    return str(tuple(shape))  # type: ignore[call-overload]

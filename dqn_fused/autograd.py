@@ -1,0 +1,63 @@
+"""The one autograd.Function between the public functions and the backends."""
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from dqn_fused.arguments import Batch, LossSpec
+
+
+class TDLoss(torch.autograd.Function):
+    """(loss, td_error) of a batch; only q receives a gradient.
+
+    Both outputs are differentiable inside the graph. A plain backward runs the backend's kernel; a backward that is
+    itself recorded (create_graph) is written in differentiable operations on the saved td_error, whose own derivative
+    leads back here. So the second order is right, and q itself need not be saved.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, batch: Batch, spec: LossSpec, backend: ModuleType) -> tuple[Tensor, Tensor]:
+        """Run the backend's forward; save (n,) values."""
+        loss, td_error = backend.forward(batch, spec)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(td_error, batch.actions)
+        ctx.q_shape, ctx.q_dtype, ctx.spec, ctx.backend = q.shape, q.dtype, spec, backend
+        return loss, td_error
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+        """Dense gradient of q, zero but for the action taken in each row."""
+        grad_loss, grad_td_error = grads
+        td_error, actions = ctx.saved_tensors
+        if torch.is_grad_enabled() or grad_td_error is not None:
+            return _differentiable_backward(ctx, grad_loss, grad_td_error, td_error, actions), None, None, None
+        if grad_loss is None:
+            return None, None, None, None
+        grad_q = ctx.backend.backward(grad_loss.contiguous(), td_error, actions, ctx.q_shape, ctx.q_dtype, ctx.spec)
+        return grad_q, None, None, None
+
+
+def _differentiable_backward(
+    ctx: FunctionCtx | Any, grad_loss: Tensor | None, grad_td_error: Tensor | None, td_error: Tensor, actions: Tensor
+) -> Tensor:
+    coefficient = torch.zeros_like(td_error) if grad_td_error is None else grad_td_error
+    if grad_loss is not None:
+        coefficient = coefficient + td_loss_coefficient(grad_loss, td_error, ctx.spec)
+    return scatter_taken(coefficient, actions, ctx.q_shape, ctx.q_dtype)
+
+
+def td_loss_coefficient(grad_loss: Tensor, td_error: Tensor, spec: LossSpec) -> Tensor:
+    """Derivative of the reduced loss by the Q-value of the action taken, (n,)."""
+    coefficient = grad_loss * (2.0 * td_error)
+    return coefficient / max(td_error.numel(), 1) if spec.reduction == "mean" else coefficient
+
+
+def scatter_taken(coefficient: Tensor, actions: Tensor, q_shape: torch.Size, q_dtype: torch.dtype) -> Tensor:
+    """Zeros of q's shape with the coefficient at each action taken; a row with an illegal action stays zero."""
+    legal = (actions >= 0) & (actions < q_shape[-1])
+    index = torch.where(legal, actions, 0).to(torch.int64).view(*q_shape[:-1], 1)
+    value = torch.where(legal, coefficient.reshape(-1), 0).to(q_dtype).view(index.shape)
+    return torch.zeros(q_shape, dtype=q_dtype, device=value.device).scatter_(-1, index, value)

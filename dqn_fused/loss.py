@@ -1,0 +1,135 @@
+"""The public loss: a function and the same as a module."""
+
+import torch
+from torch import Tensor, nn
+
+from dqn_fused._backends import choose
+from dqn_fused.arguments import check_batch, check_loss, check_values
+from dqn_fused.autograd import TDLoss
+
+
+def fused_dqn_loss(
+    q: Tensor,
+    actions: Tensor,
+    rewards: Tensor,
+    next_q: Tensor,
+    terminated: Tensor | None = None,
+    gamma: float | Tensor = 0.99,
+    *,
+    non_final_mask: Tensor | None = None,
+    loss: str = "mse",
+    reduction: str = "mean",
+    return_td_error: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """DQN loss (Mnih et al., 2015): squared TD error of the action taken against the Bellman target.
+
+    For each transition ``td = q[a] - y`` with ``y = rewards + gamma * max(next_q)``, or ``y = rewards`` if terminated.
+    Only ``q`` receives a gradient, and in it only the node of the action taken; everything else is a constant.
+
+    Args:
+        q: (\\*N, A) Q-values of the online network; float16, bfloat16, float32 or float64. Any leading dimensions.
+        actions: (\\*N) or (\\*N, 1), any integer dtype, in [0, A): the action taken.
+        rewards: (\\*N) or (\\*N, 1), floating or integer.
+        next_q: (\\*N, A) Q-values of the target network in the next state, floating. With ``non_final_mask``: (M, A).
+        terminated: (\\*N) or (\\*N, 1), bool, integer or floating, nonzero where the episode ended in the next state,
+            so that nothing is bootstrapped; that row of ``next_q`` is not used. A truncated episode is not terminated.
+        gamma: discount: a number, a 0-d tensor, or (\\*N) / (\\*N, 1) floating, for n-step returns.
+        non_final_mask: (\\*N) or (\\*N, 1) bool, instead of ``terminated``: true for the M samples, in order, whose next
+            states ``next_q`` holds.
+        loss: ``"mse"``: td squared, without a factor 1/2.
+        reduction: ``"mean"``, ``"sum"``, or ``"none"`` for the loss of each sample, (\\*N).
+        return_td_error: also return the signed TD errors, (\\*N), without gradient: priorities of a replay buffer.
+        backend: ``"auto"``, or by name as in :func:`dqn_fused.backends`.
+
+    Returns:
+        The loss, or ``(loss, td_error)``, in float32, or in float64 if q is float64.
+
+    Raises:
+        ValueError: a shape or a device does not fit. Nothing is broadcast.
+        TypeError: a dtype does not fit.
+        IndexError: an action outside [0, A), or a mask without exactly M true entries. On a GPU looking would cost a
+            synchronisation: the loss is NaN and the gradient zero instead, unless ``DQN_FUSED_CHECK=1`` is set.
+        BackendUnavailableError: the backend asked for cannot serve these tensors.
+
+    >>> import torch
+    >>> q = torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
+    >>> next_q = torch.tensor([[1.0, 2.0], [5.0, 2.0]])
+    >>> loss = fused_dqn_loss(q, torch.tensor([0, 1]), torch.tensor([0.5, 1.0]), next_q, torch.tensor([True, False]), 0.9)
+    >>> loss.backward()
+    >>> loss.detach(), q.grad
+    (tensor(1.2500), tensor([[ 0.5000,  0.0000],
+            [ 0.0000, -1.5000]]))
+    """
+    spec = check_loss(loss, reduction)
+    batch = check_values(check_batch(q, actions, rewards, next_q, terminated, gamma, non_final_mask))
+    road = choose(backend, batch)
+    if q.requires_grad and torch.is_grad_enabled():
+        result, td_error = TDLoss.apply(q, batch, spec, road)
+    else:
+        result, td_error = road.forward(batch, spec)
+    return (result, td_error.detach()) if return_td_error else result
+
+
+class FusedDQNLoss(nn.Module):
+    """:func:`fused_dqn_loss` as a module that keeps the discount and the options, like ``torch.nn.MSELoss``.
+
+    ``gamma`` may be a number or a 0-d tensor, which becomes a buffer and moves with the module; a call may bring its own.
+
+    >>> import torch
+    >>> criterion = FusedDQNLoss(gamma=0.9)
+    >>> criterion
+    FusedDQNLoss(gamma=0.9, loss='mse', reduction='mean')
+    >>> criterion(torch.ones(2, 3), torch.tensor([0, 2]), torch.tensor([1.0, 0.0]), torch.ones(2, 3))
+    tensor(0.4100)
+    """
+
+    gamma: float | Tensor
+
+    def __init__(
+        self,
+        gamma: float | Tensor = 0.99,
+        *,
+        loss: str = "mse",
+        reduction: str = "mean",
+        return_td_error: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        check_loss(loss, reduction)
+        if isinstance(gamma, Tensor):
+            self.register_buffer("gamma", gamma)
+        else:
+            self.gamma = gamma
+        self.loss, self.reduction = loss, reduction
+        self.return_td_error, self.backend = return_td_error, backend
+
+    def forward(
+        self,
+        q: Tensor,
+        actions: Tensor,
+        rewards: Tensor,
+        next_q: Tensor,
+        terminated: Tensor | None = None,
+        gamma: float | Tensor | None = None,
+        *,
+        non_final_mask: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Loss of a batch; see :func:`fused_dqn_loss`."""
+        return fused_dqn_loss(
+            q,
+            actions,
+            rewards,
+            next_q,
+            terminated,
+            self.gamma if gamma is None else gamma,
+            non_final_mask=non_final_mask,
+            loss=self.loss,
+            reduction=self.reduction,
+            return_td_error=self.return_td_error,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        """Options, for repr."""
+        return f"gamma={self.gamma}, loss={self.loss!r}, reduction={self.reduction!r}"

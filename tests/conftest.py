@@ -1,0 +1,55 @@
+"""Which roads run here, and torch.empty poisoned with NaN so that an element nobody wrote shows."""
+
+import os
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from dqn_fused import backends
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+class Road(NamedTuple):
+    """A backend and the device its tensors live on."""
+
+    backend: str
+    device: str
+
+
+def _roads() -> list[object]:
+    roads = [pytest.param(Road("torch", "cpu"), id="torch-cpu")]
+    if INTERPRETED and backends()["triton"].available:
+        roads.append(pytest.param(Road("triton", "cpu"), id="triton-interpreter", marks=pytest.mark.interpret))
+    if torch.cuda.is_available() and not INTERPRETED:
+        for name, status in backends().items():
+            if status.available:
+                roads.append(pytest.param(Road(name, "cuda"), id=f"{name}-cuda", marks=pytest.mark.gpu))
+    return roads
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "road" in metafunc.fixturenames:
+        metafunc.parametrize("road", _roads())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA or ROCm device"))
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what torch.empty returns with NaN, or with a large number where there is no NaN."""
+    empty = torch.empty
+
+    def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
+        x = empty(*args, **kwargs)  # type: ignore[call-overload]
+        if x.numel() and not torch.compiler.is_compiling():
+            x.fill_(torch.nan if x.is_floating_point() else 99)
+        return x
+
+    monkeypatch.setattr(torch, "empty", poisoned)

@@ -1,0 +1,308 @@
+"""One suite for every road: loss, TD errors and gradient against the float64 oracle, eager's own error as the yardstick."""
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import Road
+from oracle import assert_close, eager, oracle
+from torch import Tensor
+
+from dqn_fused import fused_dqn_loss
+
+SHAPES = [(1, 1), (0, 4), (1, 5), (7, 3), (33, 19), (128, 2), (5, 1000), (3, 257), (2, 3, 5), (2, 3, 70), (4,)]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+REDUCTIONS = ["mean", "sum", "none"]
+
+
+def dtype_id(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def shape_id(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def make(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
+    """Arguments of the loss: q (*N, A) and so on, a third of the samples terminated."""
+    g = torch.Generator().manual_seed(seed)
+    N = shape[:-1]
+    arguments = {
+        "q": torch.randn(shape, generator=g).to(dtype),
+        "actions": torch.randint(shape[-1], N, generator=g),
+        "rewards": torch.randn(N, generator=g),
+        "next_q": torch.randn(shape, generator=g).to(dtype),
+        "terminated": torch.rand(N, generator=g) < 0.3,
+    }
+    return {name: x.to(device) for name, x in arguments.items()}
+
+
+def compact(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same batch with non_final_mask and the next_q of the non-final samples only."""
+    arguments = dict(arguments)
+    mask = ~arguments.pop("terminated")
+    return {**arguments, "next_q": arguments["next_q"][mask], "non_final_mask": mask}
+
+
+def check(road: Road, arguments: dict[str, Any], reduction: str = "mean", grad_loss: Tensor | None = None) -> Tensor:
+    """Run a road forward and backward and compare everything with the oracle. Returns grad_q."""
+    arguments = {k: x.to(road.device) if isinstance(x, Tensor) else x for k, x in arguments.items()}
+    q = arguments["q"].detach().requires_grad_()
+    arguments["q"] = q
+    loss, td_error = fused_dqn_loss(**arguments, reduction=reduction, return_td_error=True, backend=road.backend)
+    if grad_loss is None:
+        grad_loss = torch.ones_like(loss)
+    (grad_q,) = torch.autograd.grad(loss, q, grad_loss)
+
+    eager_loss, eager_td = eager(**arguments, reduction=reduction)
+    (eager_grad,) = torch.autograd.grad(eager_loss, q, grad_loss.to(eager_loss.dtype))
+    expected = oracle(**arguments, reduction=reduction, grad_loss=grad_loss)
+
+    accumulation = torch.float64 if q.dtype is torch.float64 else torch.float32
+    assert loss.dtype == td_error.dtype == accumulation
+    assert grad_q.dtype == q.dtype
+    assert grad_q.is_contiguous()
+    assert loss.device == td_error.device == grad_q.device == q.device
+    assert not td_error.requires_grad
+    assert_close("td_error", td_error, expected.td_error, eager_td)
+    assert_close("loss", loss, expected.loss, eager_loss)
+    assert_close("grad_q", grad_q, expected.grad_q, eager_grad)
+    return grad_q
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+def test_shapes_and_dtypes(road: Road, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    check(road, make(shape, dtype))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("shape", [(7, 3), (2, 3, 5), (3, 1500), (0, 4), (1100, 33)], ids=shape_id)
+def test_reductions_with_an_upstream_gradient(road: Road, shape: tuple[int, ...], reduction: str) -> None:
+    upstream = torch.randn(shape[:-1] if reduction == "none" else (), device=road.device)
+    check(road, make(shape), reduction, upstream)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64, torch.float16, torch.float32, torch.float64],
+    ids=dtype_id,
+)
+def test_terminated_of_any_dtype(road: Road, dtype: torch.dtype) -> None:
+    arguments = make((9, 4))
+    check(road, {**arguments, "terminated": arguments["terminated"].to(dtype)})
+
+
+def test_terminated_left_out(road: Road) -> None:
+    arguments = make((9, 4))
+    check(road, {**arguments, "terminated": None})
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64],
+    ids=dtype_id,
+)
+def test_actions_of_any_integer_dtype(road: Road, dtype: torch.dtype) -> None:
+    arguments = make((9, 4))
+    check(road, {**arguments, "actions": arguments["actions"].to(dtype)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64, torch.uint8], ids=dtype_id)
+def test_rewards_of_any_dtype(road: Road, dtype: torch.dtype) -> None:
+    arguments = make((9, 4))
+    check(road, {**arguments, "rewards": (2 * arguments["rewards"]).abs().to(dtype)})
+
+
+@pytest.mark.parametrize("q_dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("next_dtype", DTYPES, ids=dtype_id)
+def test_next_q_of_another_dtype(road: Road, q_dtype: torch.dtype, next_dtype: torch.dtype) -> None:
+    arguments = make((9, 4), q_dtype)
+    check(road, {**arguments, "next_q": arguments["next_q"].to(next_dtype)})
+
+
+@pytest.mark.parametrize("shape", [(9, 4), (2, 3, 4)], ids=shape_id)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
+@pytest.mark.parametrize("kind", ["zero", "int", "scalar", "per_sample", "column"])
+def test_gamma(road: Road, shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> None:
+    """gamma = 0.3 has no exact float32: a number that passed a kernel as float32 would show in float64."""
+    N = shape[:-1]
+    gamma = {
+        "zero": 0.0,
+        "int": 1,
+        "scalar": torch.tensor(0.3, dtype=dtype),
+        "per_sample": torch.rand(N, dtype=dtype),
+        "column": torch.rand((*N, 1), dtype=dtype),
+    }[kind]
+    check(road, {**make(shape, dtype), "gamma": gamma})
+
+
+def test_gamma_number_keeps_its_precision_in_float64(road: Road) -> None:
+    check(road, {**make((9, 4), torch.float64), "gamma": 0.3})
+
+
+@pytest.mark.parametrize("column", ["actions", "rewards", "terminated"])
+@pytest.mark.parametrize("shape", [(9, 4), (1, 4), (2, 3, 4), (4,)], ids=shape_id)
+def test_columns_equal_vectors(road: Road, shape: tuple[int, ...], column: str) -> None:
+    arguments = make(shape, device=road.device)
+    expected = fused_dqn_loss(**arguments, backend=road.backend)
+    arguments[column] = arguments[column].unsqueeze(-1)
+    assert torch.equal(fused_dqn_loss(**arguments, backend=road.backend), expected)
+    check(road, arguments)
+
+
+@pytest.mark.parametrize("shape", [(7, 3), (2, 3, 5), (33, 19), (3, 1500), (6, 200)], ids=shape_id)
+def test_non_final_mask(road: Road, shape: tuple[int, ...]) -> None:
+    arguments = make(shape)
+    compacted = compact(arguments)
+    grad = check(road, arguments)
+    assert torch.equal(check(road, compacted), grad)
+    compacted["non_final_mask"] = compacted["non_final_mask"].unsqueeze(-1)
+    assert torch.equal(check(road, compacted), grad)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (5, 100)], ids=shape_id)
+@pytest.mark.parametrize("final", [True, False])
+def test_non_final_mask_of_all_or_none(road: Road, shape: tuple[int, ...], final: bool) -> None:
+    """Zero rows of next_q: the tutorial's own lines fail there."""
+    arguments = make(shape)
+    check(road, compact({**arguments, "terminated": torch.full((5,), final)}))
+
+
+LAYOUTS = {
+    "transposed": lambda x: x.t().contiguous().t(),
+    "every_other_column": lambda x: torch.stack([x, x], -1).flatten(-2)[..., ::2],
+    "every_other_row": lambda x: torch.repeat_interleave(x, 2, 0)[::2],
+    "offset": lambda x: torch.cat([x.new_zeros(len(x), 1), x], 1)[:, 1:],
+    "flipped_expand": lambda x: x[:1].expand_as(x),
+    "expanded_columns": lambda x: x[:, :1].expand_as(x),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(7, 5), (5, 1000), (40, 67)], ids=shape_id)
+def test_layouts(road: Road, shape: tuple[int, ...], layout: str) -> None:
+    arguments = make(shape)
+    change = LAYOUTS[layout]
+    check(road, {**arguments, "q": change(arguments["q"])})
+    check(road, {**arguments, "next_q": change(arguments["next_q"])})
+
+
+def test_per_sample_inputs_of_any_stride(road: Road) -> None:
+    arguments = make((7, 5))
+    for name in ("actions", "rewards", "terminated"):
+        x = arguments[name]
+        check(road, {**arguments, name: torch.stack([x, x], 1)[:, 1]})
+        check(road, {**arguments, name: x[:1].expand(7)})
+
+
+@pytest.mark.parametrize("A", [5, 130])
+def test_time_slices_of_one_sequence(road: Road, A: int) -> None:
+    """q[:, :-1] against q[:, 1:] of one (B, T, A) tensor, as in token-level Q-learning: no single row stride exists."""
+    q = torch.randn(3, 5, A)
+    arguments = make((3, 4, A))
+    check(road, {**arguments, "q": q[:, :-1], "next_q": torch.randn(3, 5, A)[:, 1:]})
+
+
+@pytest.mark.parametrize("permutation", [(1, 0, 2), (0, 2, 1), (2, 1, 0)])
+def test_permuted_leading_dimensions(road: Road, permutation: tuple[int, int, int]) -> None:
+    shape = (2, 3, 5)
+    inverse = sorted(range(3), key=permutation.__getitem__)
+    arguments = make(shape)
+    for name in ("q", "next_q"):
+        strided = arguments[name].permute(permutation).contiguous().permute(inverse)
+        assert not strided.is_contiguous()
+        check(road, {**arguments, name: strided})
+
+
+def test_four_dimensions(road: Road) -> None:
+    arguments = make((2, 3, 4, 5))
+    check(road, arguments)
+    check(road, {**arguments, "q": arguments["q"].permute(2, 1, 0, 3).contiguous().permute(2, 1, 0, 3)})
+
+
+def test_constants_may_require_grad(road: Road) -> None:
+    arguments = make((7, 5))
+    arguments["rewards"].requires_grad_()
+    arguments["next_q"].requires_grad_()
+    arguments["gamma"] = torch.full((7,), 0.5, requires_grad=True)
+    arguments = {k: x.detach().to(road.device).requires_grad_(x.requires_grad) for k, x in arguments.items()}
+    q = arguments["q"].requires_grad_()
+    fused_dqn_loss(**arguments, backend=road.backend).backward()
+    assert q.grad is not None
+    assert all(arguments[name].grad is None for name in ("rewards", "next_q", "gamma"))
+
+
+def test_nan_and_inf_in_a_terminated_row_are_not_used(road: Road) -> None:
+    for form in (dict, compact):
+        for A in (4, 100, 1500):
+            arguments = make((6, A))
+            arguments["terminated"] = torch.tensor([True, False] * 3)
+            clean = {**arguments, "next_q": arguments["next_q"].clone()}
+            arguments["next_q"][0] = torch.nan
+            arguments["next_q"][2] = torch.inf
+            arguments["next_q"][4] = -torch.inf
+            assert torch.equal(check(road, form(arguments)), check(road, form(clean)))
+
+
+@pytest.mark.parametrize("A", [1, 4, 65, 1000, 1501])
+def test_nan_in_a_live_row_is_nan_in_the_loss(road: Road, A: int) -> None:
+    """tl.max and std::max drop NaN; each position is tried, since a reduction tree can drop it on one side only."""
+    for column in {0, A // 2, A - 1}:
+        arguments = make((3, A))
+        arguments["terminated"] = None
+        arguments["next_q"][1, column] = torch.nan
+        check(road, arguments)
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf])
+def test_infinite_next_values(road: Road, value: float) -> None:
+    arguments = make((3, 4))
+    arguments["terminated"] = None
+    arguments["next_q"][1, :] = value
+    check(road, arguments)
+
+
+def test_nan_in_q_taken_and_not_taken(road: Road) -> None:
+    arguments = make((3, 4))
+    arguments["actions"][:] = 2
+    arguments["q"][0, 1] = torch.nan
+    check(road, arguments)
+    arguments["q"][0, 2] = torch.nan
+    check(road, arguments)
+
+
+def test_identities(road: Road) -> None:
+    a = make((33, 19), device=road.device)
+
+    def loss(**changes: Any) -> Tensor:
+        result = fused_dqn_loss(**{**a, **changes}, return_td_error=True, backend=road.backend)
+        return result[1]
+
+    ends = torch.ones(33, dtype=torch.bool, device=road.device)
+    taken = a["q"].gather(1, a["actions"][:, None]).squeeze(1)
+    assert torch.equal(loss(gamma=0.0), taken - a["rewards"])
+    assert torch.equal(loss(terminated=ends), taken - a["rewards"])
+    order = torch.randperm(33, device=road.device)
+    shuffled = loss(**{name: x[order] for name, x in a.items()})
+    assert torch.equal(shuffled, loss()[order])
+    same = loss(next_q=a["next_q"][:, torch.randperm(19, device=road.device)])
+    assert torch.equal(same, loss())
+    one_action = fused_dqn_loss(
+        a["q"][:, :1], torch.zeros_like(a["actions"]), a["rewards"], a["next_q"][:, :1], ends, backend=road.backend
+    )
+    torch.testing.assert_close(one_action, torch.nn.functional.mse_loss(a["q"][:, 0], a["rewards"]))
+
+
+def test_the_same_bits_every_time(road: Road) -> None:
+    for shape in ((2000, 17), (40, 5000)):
+        arguments = make(shape, device=road.device)
+        first = fused_dqn_loss(**arguments, backend=road.backend)
+        assert all(torch.equal(fused_dqn_loss(**arguments, backend=road.backend), first) for _ in range(3))
+
+
+def test_only_the_action_taken_has_a_gradient(road: Road) -> None:
+    arguments = make((33, 19))
+    grad = check(road, arguments)
+    assert ((grad != 0).sum(1) == 1).all()
+    assert torch.equal((grad != 0).int().argmax(1).cpu(), arguments["actions"])
