@@ -62,38 +62,41 @@ def check_batch(
     non_final_mask: Tensor | None,
 ) -> Batch:
     """Check shapes, dtypes and devices and flatten the leading dimensions. Looks at no value (see check_values)."""
-    _check_dtype("q", q, FLOATS)
-    if q.dim() == 0 or q.shape[-1] == 0:
-        raise ValueError(f"q: expected shape (*N, A) with at least one action, got {_show(q.shape)}")
-    shape = q.shape[:-1]
-    actions = _per_sample("actions", actions, INTEGERS, shape, q)
+    if not isinstance(q, Tensor) or q.dtype not in FLOATS or q.layout is not torch.strided:
+        _wrong_tensor("q", q, FLOATS)
+    q_shape, device = q.shape, q.device
+    if not q_shape or q_shape[-1] == 0:
+        raise ValueError(f"q: expected shape (*N, A) with at least one action, got {_show(q_shape)}")
+    shape = q_shape[:-1]
+    actions = _per_sample("actions", actions, INTEGERS, shape, device)
     if actions.dtype in WIDE_UNSIGNED:
         actions = actions.to(torch.int64)
-    rewards = _per_sample("rewards", rewards, NUMBERS, shape, q)
+    rewards = _per_sample("rewards", rewards, NUMBERS, shape, device)
 
-    _check_dtype("next_q", next_q, FLOATS)
-    _check_device("next_q", next_q, q)
+    if not isinstance(next_q, Tensor) or next_q.dtype not in FLOATS or next_q.layout is not torch.strided:
+        _wrong_tensor("next_q", next_q, FLOATS)
+    if next_q.device != device:
+        _wrong_device("next_q", next_q, device)
     if non_final_mask is None:
-        if next_q.shape != q.shape:
-            raise ValueError(f"next_q: expected shape {_show(q.shape)}, as q, got {_show(next_q.shape)}")
+        if next_q.shape != q_shape:
+            raise ValueError(f"next_q: expected shape {_show(q_shape)}, as q, got {_show(next_q.shape)}")
         if terminated is not None:
-            terminated = _per_sample("terminated", terminated, FLAGS, shape, q)
+            terminated = _per_sample("terminated", terminated, FLAGS, shape, device)
     else:
         if terminated is not None:
             raise ValueError("terminated: expected None beside non_final_mask, which says the same; give one of the two")
-        non_final_mask = _per_sample("non_final_mask", non_final_mask, BOOL, shape, q)
-        if next_q.dim() != 2 or next_q.shape[1] != q.shape[-1] or next_q.shape[0] > non_final_mask.shape[0]:
+        non_final_mask = _per_sample("non_final_mask", non_final_mask, BOOL, shape, device)
+        if next_q.dim() != 2 or next_q.shape[1] != q_shape[-1] or next_q.shape[0] > non_final_mask.shape[0]:
             raise ValueError(
-                f"next_q: expected shape (M, {q.shape[-1]}) with non_final_mask, M being the number of its true entries, "
+                f"next_q: expected shape (M, {q_shape[-1]}) with non_final_mask, M being the number of its true entries, "
                 f"at most {non_final_mask.shape[0]}, got {_show(next_q.shape)}"
             )
 
     if isinstance(gamma, Tensor):
-        if gamma.dim() == 0 and shape:
-            _check_dtype("gamma", gamma, FLOATS)
-            _check_device("gamma", gamma, q)
-        else:
-            gamma = _per_sample("gamma", gamma, FLOATS, shape, q)
+        one_for_all = gamma.dim() == 0
+        gamma = _per_sample("gamma", gamma, FLOATS, torch.Size() if one_for_all else shape, device)
+        if one_for_all:
+            gamma = gamma.reshape(())
     elif type(gamma) is not float:
         if not isinstance(gamma, Real):
             raise TypeError(f"gamma: expected a number or a torch.Tensor, got {type(gamma).__name__}")
@@ -128,31 +131,33 @@ def check_values(batch: Batch) -> Batch:
     return batch
 
 
-def _per_sample(name: str, x: Tensor, dtypes: frozenset[torch.dtype], shape: torch.Size, q: Tensor) -> Tensor:
+def _per_sample(
+    name: str, x: Tensor, dtypes: frozenset[torch.dtype], shape: torch.Size, device: torch.device
+) -> Tensor:
     """Check one value a sample, (*N) or (*N, 1), and flatten it to a contiguous (n,)."""
-    _check_dtype(name, x, dtypes)
-    _check_device(name, x, q)
-    if x.shape != shape and x.shape != (*shape, 1):
-        raise ValueError(f"{name}: expected shape {_show(shape)} or {_show((*shape, 1))}, got {_show(x.shape)}")
-    if x.dim() != 1:
+    if not isinstance(x, Tensor) or x.dtype not in dtypes or x.layout is not torch.strided:
+        _wrong_tensor(name, x, dtypes)
+    if x.device != device:
+        _wrong_device(name, x, device)
+    got = x.shape
+    if got != shape and got != (*shape, 1):
+        raise ValueError(f"{name}: expected shape {_show(shape)} or {_show((*shape, 1))}, got {_show(got)}")
+    if len(got) != 1:
         x = x.reshape(-1)
     return x if x.is_contiguous() else x.contiguous()
 
 
-def _check_dtype(name: str, x: Tensor, dtypes: frozenset[torch.dtype]) -> None:
+def _wrong_tensor(name: str, x: Tensor, dtypes: frozenset[torch.dtype]) -> NoReturn:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in dtypes:
         kind = {FLOATS: "a floating", INTEGERS: "an integer", NUMBERS: "a floating or integer", BOOL: "the bool"}
-        expected = kind.get(dtypes, "a bool, integer or floating")
-        raise TypeError(f"{name}: expected {expected} dtype, got {x.dtype}")
-    if x.layout is not torch.strided:
-        raise TypeError(f"{name}: expected a dense tensor, got layout {x.layout}")
+        raise TypeError(f"{name}: expected {kind.get(dtypes, 'a bool, integer or floating')} dtype, got {x.dtype}")
+    raise TypeError(f"{name}: expected a dense tensor, got layout {x.layout}")
 
 
-def _check_device(name: str, x: Tensor, q: Tensor) -> None:
-    if x.device != q.device:
-        raise ValueError(f"{name}: expected device {q.device}, as q, got {x.device}")
+def _wrong_device(name: str, x: Tensor, device: torch.device) -> NoReturn:
+    raise ValueError(f"{name}: expected device {device}, as q, got {x.device}")
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from dqn_fused.arguments import Batch, LossSpec
+from dqn_fused.reference import legal_actions
 
 
 class TDLoss(torch.autograd.Function):
@@ -50,14 +51,16 @@ def _differentiable_backward(
 
 
 def td_loss_coefficient(grad_loss: Tensor, td_error: Tensor, spec: LossSpec) -> Tensor:
-    """Derivative of the reduced loss by the Q-value of the action taken, (n,)."""
-    coefficient = grad_loss * (2.0 * td_error)
-    return coefficient / max(td_error.numel(), 1) if spec.reduction == "mean" else coefficient
+    """Derivative of the reduced loss by the Q-value of the action taken, N."""
+    scale = 2.0 / max(td_error.numel(), 1) if spec.reduction == "mean" else 2.0
+    return td_error * (grad_loss * scale)
 
 
 def scatter_taken(coefficient: Tensor, actions: Tensor, q_shape: torch.Size, q_dtype: torch.dtype) -> Tensor:
     """Zeros of q's shape with the coefficient at each action taken; a row with an illegal action stays zero."""
-    legal = (actions >= 0) & (actions < q_shape[-1])
-    index = torch.where(legal, actions, 0).to(torch.int64).view(*q_shape[:-1], 1)
-    value = torch.where(legal, coefficient.reshape(-1), 0).to(q_dtype).view(index.shape)
-    return torch.zeros(q_shape, dtype=q_dtype, device=value.device).scatter_(-1, index, value)
+    index, legal = legal_actions(actions, q_shape[-1])
+    if legal is not None:
+        coefficient = torch.where(legal.view(coefficient.shape), coefficient, 0)
+    index = index.view(*q_shape[:-1], 1)
+    grad_q = torch.zeros(q_shape, dtype=q_dtype, device=actions.device)
+    return grad_q.scatter_(-1, index, coefficient.to(q_dtype).view(index.shape))

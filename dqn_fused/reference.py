@@ -56,17 +56,21 @@ def td_error(batch: Batch) -> Tensor:
     """TD errors q[i, a_i] - y_i, (n,), differentiable by q; NaN where the action is illegal."""
     dtype = accumulation_dtype(batch.q)
     with torch.no_grad():
-        target = batch.rewards.to(dtype)
-        bootstrap = _next_values(batch, dtype)
-        live = batch.non_final_mask
-        if batch.terminated is not None:
-            live = batch.terminated == 0
-        gamma = batch.gamma.to(dtype) if isinstance(batch.gamma, Tensor) else batch.gamma
-        bootstrapped = target + gamma * bootstrap
+        target = _cast(batch.rewards, dtype)
+        values = _next_values(batch, dtype)
+        if isinstance(batch.gamma, Tensor):
+            bootstrapped = torch.addcmul(target, _cast(batch.gamma, dtype), values)
+        else:
+            bootstrapped = torch.add(target, values, alpha=batch.gamma)
         # Selected, not multiplied by 1 - terminated: NaN * 0 is NaN.
-        target = bootstrapped if live is None else torch.where(live, bootstrapped, target)
+        if batch.terminated is not None:
+            target = torch.where(_cast(batch.terminated, torch.bool), target, bootstrapped)
+        elif batch.non_final_mask is not None:
+            target = torch.where(batch.non_final_mask, bootstrapped, target)
+        else:
+            target = bootstrapped
     taken, legal = _taken(batch)
-    td = taken.to(dtype) - target
+    td = _cast(taken, dtype) - target
     return td if legal is None else torch.where(legal, td, torch.nan)
 
 
@@ -79,24 +83,33 @@ def loss_of_td_error(td: Tensor, spec: LossSpec) -> Tensor:
 
 
 def _taken(batch: Batch) -> tuple[Tensor, Tensor | None]:
-    """q[i, a_i] and which of them are legal: on the CPU all of them are, check_values has seen to it."""
-    index = batch.actions.to(torch.int64)
-    legal = None
-    if batch.q.device.type != "cpu" or torch.compiler.is_compiling():
-        legal = (index >= 0) & (index < batch.q.shape[-1])
-        index = torch.where(legal, index, 0)
-    return batch.q.gather(-1, index.view(*batch.q.shape[:-1], 1)).reshape(-1), legal
+    """q[i, a_i], and which of them are legal."""
+    index, legal = legal_actions(batch.actions, batch.q.shape[-1])
+    return batch.q.gather(-1, index.view(*batch.q.shape[:-1], 1)).view(-1), legal
+
+
+def legal_actions(actions: Tensor, A: int) -> tuple[Tensor, Tensor | None]:
+    """Indices that are safe to gather with, and which actions are legal; None where check_values has seen to it."""
+    index = _cast(actions, torch.int64)
+    if actions.device.type == "cpu" and not torch.compiler.is_compiling():
+        return index, None
+    legal = (index >= 0) & (index < A)
+    return torch.where(legal, index, 0), legal
 
 
 def _next_values(batch: Batch, dtype: torch.dtype) -> Tensor:
     """Largest next value of each sample, (n,); anything in the rows that non_final_mask leaves out."""
-    values = batch.next_q.amax(-1).reshape(-1).to(dtype)
+    values = _cast(batch.next_q.amax(-1).view(-1), dtype)
     if batch.non_final_mask is None:
         return values
     m = values.shape[0]
     if m == 0:
         return torch.zeros(batch.actions.shape, dtype=dtype, device=values.device)
     return values[(batch.non_final_mask.cumsum(0) - 1).clamp(0, m - 1)]
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype is dtype else x.to(dtype)  # to() costs 1 us even where it does nothing
 
 
 def naive_dqn_loss(batch: TransitionBatch, main_net: Network, target_net: Network, gamma: float) -> Tensor:
