@@ -112,8 +112,7 @@ def check_values(batch: Batch) -> Batch:
     makes every action illegal. Inside torch.compile nothing is looked at either: a raise would break the graph.
     """
     mask, m, A = batch.non_final_mask, batch.next_q.shape[0], batch.q.shape[-1]
-    looks = batch.q.device.type == "cpu" or os.environ.get("DQN_FUSED_CHECK", "0") not in ("", "0")
-    if not looks or torch.compiler.is_compiling():
+    if not looks_at_values(batch.q.device):
         if mask is None:
             return batch
         return batch._replace(actions=torch.where(mask.sum() == m, batch.actions.to(torch.int64), -1))
@@ -129,6 +128,13 @@ def check_values(batch: Batch) -> Batch:
             f"non_final_mask: expected as many true entries as next_q has rows, {m}, got {count} of {mask.numel()}"
         )
     return batch
+
+
+def looks_at_values(device: torch.device) -> bool:
+    """Whether check_values looks, so that everything behind it may rely on legal actions."""
+    if torch.compiler.is_compiling():
+        return False
+    return device.type == "cpu" or os.environ.get("DQN_FUSED_CHECK", "0") not in ("", "0")
 
 
 def _per_sample(

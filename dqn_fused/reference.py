@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dqn_fused.arguments import Batch, LossSpec, accumulation_dtype, check_batch, check_loss, check_values
+from dqn_fused.arguments import Batch, LossSpec, accumulation_dtype, check_batch, check_loss, check_values, looks_at_values
 
 TransitionBatch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 Network = Callable[[Tensor], Tensor]
@@ -91,7 +91,7 @@ def _taken(batch: Batch) -> tuple[Tensor, Tensor | None]:
 def legal_actions(actions: Tensor, A: int) -> tuple[Tensor, Tensor | None]:
     """Indices that are safe to gather with, and which actions are legal; None where check_values has seen to it."""
     index = _cast(actions, torch.int64)
-    if actions.device.type == "cpu" and not torch.compiler.is_compiling():
+    if looks_at_values(actions.device):
         return index, None
     legal = (index >= 0) & (index < A)
     return torch.where(legal, index, 0), legal
