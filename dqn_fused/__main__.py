@@ -22,9 +22,10 @@ def report() -> str:
         f"cpu        {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
     ]
     for i in range(torch.cuda.device_count()):
-        lines.append(f"cuda:{i}     {torch.cuda.get_device_name(i)}, sm_{''.join(map(str, torch.cuda.get_device_capability(i)))}")
+        capability = ".".join(map(str, torch.cuda.get_device_capability(i)))
+        lines.append(f"cuda:{i}     {torch.cuda.get_device_name(i)}, compute capability {capability}")
     for name, status in dqn_fused.backends().items():
-        lines.append(f"{'backend':10} {name}: {'available' if status.available else 'not available: ' + status.reason}")
+        lines.append(f"backend    {name}: {'available' if status.available else 'not available: ' + status.reason}")
     return "\n".join(lines)
 
 

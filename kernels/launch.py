@@ -1,9 +1,9 @@
 """Launch sizes: how rows and columns are dealt out to programs. Plain arithmetic on shapes, no autotuning.
 
-The figures are reasoned, not yet measured on a GPU. About 25 KiB of loads in flight a multiprocessor cover the latency of
-4.8 TB/s (Little's law: 700 ns over 132 multiprocessors): four resident programs of 8 KiB. Larger tiles cost registers, read
-off the compiled kernels: beyond 16 elements a thread in the wide layout and 8 in the narrow one, where each element has a
-64-bit address of its own, ptxas spills or halves the occupancy.
+The figures are reasoned, not yet measured on a GPU. About 25 KiB of loads in flight a multiprocessor cover the latency
+of 4.8 TB/s (Little's law: 700 ns over 132 multiprocessors): four resident programs of 8 KiB. Larger tiles cost
+registers, read off the compiled kernels: beyond 16 elements a thread in the wide layout and 8 in the narrow one, where
+each element has a 64-bit address of its own, ptxas spills or halves the occupancy.
 """
 
 from typing import NamedTuple
@@ -12,8 +12,8 @@ NARROW = 64  # up to so many actions a row is one tile, read element by element;
 WIDE_TILE_BYTES = 8192  # of next_q that a program of 4 warps holds at once, in rows of up to
 WIDE_TILE = 2048  # elements, whatever their size: they are widened to float32
 NARROW_TILE = 1024  # elements that a program of 4 warps holds at once
-SINGLE_TILE = 4096  # the same for the one program of 16 warps
-SINGLE = 8 * SINGLE_TILE  # padded elements up to which one program does it all, against a second launch
+SINGLE_TILE = 2048  # the same for the one program of 8 warps
+SINGLE = 16 * SINGLE_TILE  # padded elements up to which one program does it all, against a second launch
 PROGRAMS_PER_SM = 4
 BWD_BLOCK = 2048  # elements of grad_q that a program of 4 warps stores: 16 a thread
 BWD_BLOCK_NARROW = 1024  # where each element finds its own row
@@ -68,7 +68,7 @@ def forward(rows: int, columns: int, itemsize: int, unit_stride: bool) -> Forwar
         block = min(width, tile)
     elif width <= SINGLE_TILE and rows * width <= SINGLE:
         tile_rows = max(1, min(next_power_of_2(rows), SINGLE_TILE // width))
-        num_warps = max(1, min(16, tile_rows * width // (8 * 32)))  # 8 elements a thread
+        num_warps = max(1, min(8, tile_rows * width // (8 * 32)))  # 8 elements a thread
         return Forward(Tile(tile_rows, width, num_warps), "narrow", 1, rows)
     else:
         block = min(width, NARROW)

@@ -16,7 +16,8 @@ def nan_max(a, b):
 
 @triton.jit
 def row_offset(row, inner, stride_outer, stride_inner):
-    """Offset of each row in an (n, A) tensor, inner being None, or (outer, inner, A); int64 before the multiplication."""
+    """Offset of each row in an (n, A) tensor, where inner is None, or in an (outer, inner, A) one."""
+    # int64 before the multiplication: the last row of a large matrix lies behind 2^31 elements.
     if inner is None:
         offset = row.to(tl.int64) * stride_inner
     else:
@@ -31,9 +32,9 @@ def row_max(
 ):  # fmt: skip
     """Maximum of each live row over the columns [start, stop), -inf where there is none.
 
-    LAYOUT is "narrow" (one block holds the row), "wide" (unit column stride) or "strided". In a wide layout columns are
-    counted from the row's first 16-byte boundary, so that rows of any width are read 16 bytes at a time; the up to VEC - 1
-    columns before and behind that body are read one by one.
+    LAYOUT is "narrow" (one block holds the row), "wide" (unit column stride) or "strided". In a wide layout columns
+    are counted from the row's first 16-byte boundary, so that rows of any width are read 16 bytes at a time; the up to
+    VEC - 1 columns before and behind that body are read one by one.
     """
     if LAYOUT == "narrow":
         lane = tl.arange(0, BLOCK).to(tl.int64)
@@ -184,9 +185,7 @@ def td_loss_bwd_kernel(
     if WIDE:
         action = tl.load(actions + first).to(tl.int64)
         here = tl.where((action >= 0) & (action < A), action, -1)
-        value = tl.where(
-            column == here, td_loss_coefficient(grad_loss, td_error, first, True, count, PER_ROW), 0.0
-        )
+        value = tl.where(column == here, td_loss_coefficient(grad_loss, td_error, first, True, count, PER_ROW), 0.0)
         second = first + 1
         inside = second < n
         action = tl.load(actions + second, mask=inside, other=-1).to(tl.int64)

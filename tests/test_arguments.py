@@ -18,6 +18,8 @@ def zeros(*shape: int, dtype: torch.dtype = FLOAT) -> torch.Tensor:
     return torch.zeros(shape, dtype=dtype)
 
 
+COMPACTED = "next_q: expected shape (M, 4) with non_final_mask, M being the number of its true entries, at most 6, got"
+
 SHAPE_ERRORS = {
     "q without actions": ({"q": zeros(B, 0)}, "q: expected shape (*N, A) with at least one action, got (6, 0)"),
     "q 0-d": ({"q": zeros()}, "q: expected shape (*N, A) with at least one action, got ()"),
@@ -36,7 +38,7 @@ SHAPE_ERRORS = {
     "gamma one": ({"gamma": zeros(1)}, "gamma: expected shape (6,) or (6, 1), got (1,)"),
     "mask and terminated": (
         {"non_final_mask": zeros(B, dtype=BOOL)},
-        "terminated: expected None beside non_final_mask, which says the same; give one of the two",
+        "terminated: expected None beside non_final_mask, which says the same; give one of them",
     ),
     "mask shape": (
         {"non_final_mask": zeros(5, dtype=BOOL), "terminated": None},
@@ -44,11 +46,11 @@ SHAPE_ERRORS = {
     ),
     "compacted next_q too long": (
         {"non_final_mask": zeros(B, dtype=BOOL), "terminated": None, "next_q": zeros(7, A)},
-        "next_q: expected shape (M, 4) with non_final_mask, M being the number of its true entries, at most 6, got (7, 4)",
+        f"{COMPACTED} (7, 4)",
     ),
     "compacted next_q 3-d": (
         {"non_final_mask": zeros(B, dtype=BOOL), "terminated": None, "next_q": zeros(1, 2, A)},
-        "next_q: expected shape (M, 4) with non_final_mask, M being the number of its true entries, at most 6, got (1, 2, 4)",
+        f"{COMPACTED} (1, 2, 4)",
     ),
     "loss": ({"loss": "l1"}, "loss: expected one of 'mse', got 'l1'"),
     "reduction": ({"reduction": "max"}, "reduction: expected one of 'mean', 'sum', 'none', got 'max'"),
@@ -62,7 +64,10 @@ TYPE_ERRORS = {
     "actions float": ({"actions": zeros(B)}, "actions: expected an integer dtype, got torch.float32"),
     "actions bool": ({"actions": zeros(B, dtype=BOOL)}, "actions: expected an integer dtype, got torch.bool"),
     "actions numpy": ({"actions": zeros(B, dtype=INT).numpy()}, "actions: expected a torch.Tensor, got ndarray"),
-    "rewards bool": ({"rewards": zeros(B, dtype=BOOL)}, "rewards: expected a floating or integer dtype, got torch.bool"),
+    "rewards bool": (
+        {"rewards": zeros(B, dtype=BOOL)},
+        "rewards: expected a floating or integer dtype, got torch.bool",
+    ),
     "rewards complex": (
         {"rewards": zeros(B, dtype=COMPLEX)},
         "rewards: expected a floating or integer dtype, got torch.complex64",
@@ -129,9 +134,7 @@ def test_another_device(road: Road, name: str) -> None:
 
 @pytest.mark.parametrize("action", [-1, A, 2**40, -(2**63)])
 @pytest.mark.parametrize("shape", [(B, A), (2, 3, A)])
-def test_action_out_of_range(
-    road: Road, shape: tuple[int, ...], action: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_action_out_of_range(road: Road, shape: tuple[int, ...], action: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """17179869185 has been seen in the wild: two int32 actions read as one int64."""
     monkeypatch.setenv("DQN_FUSED_CHECK", "1")
     arguments = make(shape, device=road.device)
@@ -153,7 +156,7 @@ def test_mask_count(road: Road, count: int, monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_first_illegal_action_is_named() -> None:
     arguments = make((B, A))
     arguments["actions"][[1, 3]] = torch.tensor([9, -9])
-    with pytest.raises(IndexError, match="got 9 in row 1$"):
+    with pytest.raises(IndexError, match=r"got 9 in row 1$"):
         fused_dqn_loss(**arguments)
 
 

@@ -40,7 +40,7 @@ def test_gradcheck_of_the_reference() -> None:
 
 
 def test_the_hessian_is_diagonal(road: Road) -> None:
-    """A gradient penalty needs the second derivative: 2 / n at the actions taken. A constant backward would give none."""
+    """A gradient penalty needs the second derivative, 2 / n at the actions taken; a constant backward has none."""
     arguments = make((4, 3), torch.float64, road.device)
     q = arguments["q"].requires_grad_()
     (grad,) = torch.autograd.grad(loss_of_q(road, arguments)(q), q, create_graph=True)
@@ -165,7 +165,11 @@ def test_a_wrong_mask_where_nothing_looks(road: Road, count: int) -> None:
     arguments = make((6, 300), device=road.device)
     arguments["terminated"] = None
     mask = torch.arange(6, device=road.device) < count
-    arguments |= {"non_final_mask": mask, "next_q": arguments["next_q"][:3], "actions": arguments["actions"].to(torch.uint8)}
+    arguments |= {
+        "non_final_mask": mask,
+        "next_q": arguments["next_q"][:3],
+        "actions": arguments["actions"].to(torch.uint8),
+    }
     q = arguments["q"].requires_grad_()
     loss = fused_dqn_loss(**arguments, backend=road.backend)
     assert loss.isnan()

@@ -26,7 +26,9 @@ shapes = st.one_of(
 @st.composite
 def batches(draw: Any) -> dict[str, Any]:
     shape = draw(shapes)
-    arguments = make(shape, draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64])), seed=draw(st.integers(0, 99)))
+    arguments = make(
+        shape, draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64])), seed=draw(st.integers(0, 99))
+    )
     N = shape[:-1]
     if draw(st.booleans()):
         arguments["actions"] = arguments["actions"].to(draw(st.sampled_from([torch.int32, torch.int16])))

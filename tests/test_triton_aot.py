@@ -1,7 +1,7 @@
 """The Triton kernels compiled for GPUs that are not here: the backend's own launches, caught by a stub driver.
 
-What the interpreter cannot show is asserted on the machine code: registers and spills, 128-bit loads and stores, no float
-atomics, no float64 arithmetic where none was asked for.
+What the interpreter cannot show is asserted on the machine code: registers and spills, 128-bit loads and stores, no
+float atomics, no float64 arithmetic where none was asked for.
 """
 
 import re
@@ -44,7 +44,7 @@ TARGETS = [Target(f"sm_{arch}", GPUTarget("cuda", arch, 32)) for arch in CUDA] +
 
 
 class StubDriver:
-    """As much of a driver as a launch needs that stops after compiling. One device number a target: kernels are cached."""
+    """As much of a driver as compiling needs. One device number a target, because kernels are cached by it."""
 
     def __init__(self, index: int, target: Any) -> None:
         self.index, self.target = index, target
@@ -79,9 +79,10 @@ def compiled(target: Target, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     def compile_only(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
         try:
             kernels[kernel.fn.__name__] = kernel.warmup(*args, grid=(programs,), **meta)
-        except (RuntimeError, ValueError, AssertionError) as error:
-            if re.search(r"(?i)unsupported|unknown|not supported|not recognized", str(error)):
-                pytest.skip(f"triton {triton.__version__} does not know {target.name}: {error}")
+        except Exception as error:
+            # An older triton knows fewer targets, and its AMD backend wants a linker of its own.
+            if re.search(r"(?i)unsupported|unknown|not supported|not recognized|linker .* not found", str(error)):
+                pytest.skip(f"triton {triton.__version__} cannot compile for {target.name}: {error}")
             raise
 
     monkeypatch.setattr(triton_backend, "run", compile_only)

@@ -26,7 +26,7 @@ def unavailable() -> str | None:
         return f"triton {triton.__version__} is older than {'.'.join(map(str, OLDEST))}"
     if INTERPRETED or torch.cuda.is_available():
         return None
-    return "no CUDA or ROCm device (TRITON_INTERPRET=1, set before the first import, runs the kernels on the CPU, slowly)"
+    return "no CUDA or ROCm device (TRITON_INTERPRET=1, set before the first import, runs them on the CPU, slowly)"
 
 
 def refuses(batch: Batch) -> str | None:
