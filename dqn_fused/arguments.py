@@ -120,7 +120,8 @@ def check_values(batch: Batch) -> Batch:
     if batch.actions.numel():
         low, high = (int(x) for x in torch.aminmax(batch.actions))
         if low < 0 or high >= A:
-            row = int(((batch.actions < 0) | (batch.actions >= A)).int().argmax())
+            actions = batch.actions.to(torch.int64)  # A need not fit the actions' own dtype
+            row = int(((actions < 0) | (actions >= A)).int().argmax())
             raise IndexError(
                 f"actions: expected values in [0, {A}), got {int(batch.actions[row])} in row {_row(row, batch.shape)}"
             )
@@ -172,6 +173,8 @@ def _rows(x: Tensor) -> Tensor:
 
     Leading dimensions that merge into neither, such as three that are permuted, are copied.
     """
+    if x.is_neg():  # a lazy minus sign, of conj().imag for one, which a pointer does not carry
+        x = x.resolve_neg()
     if x.dim() == 2:
         return x
     if x.dim() == 1:

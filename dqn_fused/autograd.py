@@ -42,10 +42,13 @@ class TDLoss(torch.autograd.Function):
 
 def _differentiable_backward(
     ctx: Any, grad_loss: Tensor | None, grad_td_error: Tensor | None, td_error: Tensor, actions: Tensor
-) -> Tensor:
-    coefficient = torch.zeros_like(td_error) if grad_td_error is None else grad_td_error
+) -> Tensor | None:
+    terms = [] if grad_td_error is None else [grad_td_error]
     if grad_loss is not None:
-        coefficient = coefficient + td_loss_coefficient(grad_loss, td_error, ctx.spec)
+        terms.append(td_loss_coefficient(grad_loss, td_error, ctx.spec))
+    if not terms:
+        return None
+    coefficient = terms[0] if len(terms) == 1 else terms[0] + terms[1]
     return scatter_taken(coefficient, actions, ctx.q_shape, ctx.q_dtype)
 
 
@@ -61,5 +64,7 @@ def scatter_taken(coefficient: Tensor, actions: Tensor, q_shape: torch.Size, q_d
     if legal is not None:
         coefficient = torch.where(legal.view(coefficient.shape), coefficient, 0)
     index = index.view(*q_shape[:-1], 1)
+    value = coefficient.to(q_dtype).view(index.shape)
     grad_q = torch.zeros(q_shape, dtype=q_dtype, device=actions.device)
-    return grad_q.scatter_(-1, index, coefficient.to(q_dtype).view(index.shape))
+    # Out of place only where it is differentiated again, for batched gradients: it takes a second matrix.
+    return grad_q.scatter(-1, index, value) if torch.is_grad_enabled() else grad_q.scatter_(-1, index, value)

@@ -55,13 +55,11 @@ def dqn_loss(
     batch = check_values(check_batch(q, actions, rewards, next_q, terminated, gamma, non_final_mask))
     td = td_error(batch)
     result = loss_of_td_error(td, spec)
-    if reduction == "none":
-        result = result.view(batch.shape)
-    return (result, td.detach().view(batch.shape)) if return_td_error else result
+    return (result, td.detach()) if return_td_error else result
 
 
 def td_error(batch: Batch) -> Tensor:
-    """TD errors q[i, a_i] - y_i, (n,), differentiable by q; NaN where the action is illegal."""
+    """TD errors q[i, a_i] - y_i, N, differentiable by q; NaN where the action is illegal."""
     dtype = accumulation_dtype(batch.q)
     with torch.no_grad():
         target = _cast(batch.rewards, dtype)
@@ -78,12 +76,12 @@ def td_error(batch: Batch) -> Tensor:
         else:
             target = bootstrapped
     taken, legal = _taken(batch)
-    td = _cast(taken, dtype) - target
-    return td if legal is None else torch.where(legal, td, torch.nan)
+    td = _cast(taken, dtype).view(batch.shape) - target.view(batch.shape)
+    return td if legal is None else torch.where(legal.view(batch.shape), td, torch.nan)
 
 
 def loss_of_td_error(td: Tensor, spec: LossSpec) -> Tensor:
-    """Reduced loss of (n,) TD errors."""
+    """Reduced loss of TD errors."""
     per_sample = td.square()
     if spec.reduction == "none":
         return per_sample

@@ -3,7 +3,7 @@
 The figures are reasoned, not yet measured on a GPU. About 25 KiB of loads in flight a multiprocessor cover the latency
 of 4.8 TB/s (Little's law: 700 ns over 132 multiprocessors): four resident programs of 8 KiB. Larger tiles cost
 registers, read off the compiled kernels: beyond 16 elements a thread in the wide layout and 8 in the narrow one, where
-each element has a 64-bit address of its own, or 4 where grad_q is written too, ptxas spills or halves the occupancy.
+each element has a 64-bit address of its own, or 4 in float64 or where grad_q is written too, ptxas spills or halves the occupancy.
 """
 
 from typing import NamedTuple
@@ -19,30 +19,23 @@ BWD_BLOCK = 2048  # elements of grad_q that a program of 4 warps stores: 16 a th
 BWD_BLOCK_NARROW = 1024  # where each element finds its own row
 
 
-class Tile(NamedTuple):
-    """Rows and columns that a program holds at once, and its warps."""
-
-    rows: int
-    block: int
-    num_warps: int
-
-
 class Forward(NamedTuple):
     """Launch of ``td_loss_fwd_kernel``."""
 
-    tile: Tile
     layout: str  # of row_max: "narrow", "wide" or "strided"
+    rows: int  # of a tile, which a program holds at once
+    block: int  # columns of a tile
+    tiles: int  # that a program works through
     programs: int
-    rows_per_program: int
+    num_warps: int
 
 
 class Split(NamedTuple):
     """Launch of ``row_max_fwd_kernel``."""
 
-    tile: Tile
+    block: int  # columns that a program of 4 warps holds at once
     splits: int
-    row_blocks: int
-    chunk: int  # columns of a split
+    chunk: int  # columns of a split, a multiple of block
 
 
 def cdiv(a: int, b: int) -> int:
@@ -66,29 +59,26 @@ def forward(rows: int, columns: int, itemsize: int, unit_stride: bool, with_grad
     if unit_stride and columns > NARROW:
         tile = wide_tile(itemsize)
         block = min(width, tile)
-        tile_rows = tile // block
-        return Forward(Tile(tile_rows, block, 4), "wide", cdiv(rows, tile_rows), tile_rows)
-    per_warp = 32 * (PER_THREAD_WITH_GRAD if with_grad else PER_THREAD)
+        return Forward("wide", tile // block, block, 1, cdiv(rows, tile // block), 4)
+    per_warp = 32 * (PER_THREAD_WITH_GRAD if with_grad or itemsize > 4 else PER_THREAD)
     if width <= STRIDED_TILE and rows * width <= SINGLE:
         tile_rows = max(1, min(next_power_of_2(rows), 8 * per_warp // width))
-        num_warps = max(1, min(8, tile_rows * width // per_warp))
-        return Forward(Tile(tile_rows, width, num_warps), "narrow", 1, rows)
+        tiles = next_power_of_2(cdiv(rows, tile_rows))  # a power of two: few variants to compile
+        return Forward("narrow", tile_rows, width, tiles, 1, max(1, min(8, tile_rows * width // per_warp)))
     block = min(width, NARROW)
     tile_rows = 4 * per_warp // block
-    return Forward(
-        Tile(tile_rows, block, 4), "narrow" if columns <= block else "strided", cdiv(rows, tile_rows), tile_rows
-    )
+    return Forward("narrow" if columns <= block else "strided", tile_rows, block, 1, cdiv(rows, tile_rows), 4)
 
 
 def split(rows: int, columns: int, itemsize: int, unit_stride: bool, sms: int) -> Split | None:
     """Split of the columns where the rows alone do not fill the device; None where they do."""
-    tile = wide_tile(itemsize)
-    blocks = cdiv(columns, tile)
+    block = wide_tile(itemsize)
+    blocks = cdiv(columns, block)
     splits = min(blocks, cdiv(PROGRAMS_PER_SM * sms, max(rows, 1)))
     if not unit_stride or rows == 0 or splits == 1:
         return None
-    chunk = cdiv(blocks, splits) * tile
-    return Split(Tile(1, tile, 4), cdiv(columns, chunk), rows, chunk)
+    chunk = cdiv(blocks, splits) * block
+    return Split(block, cdiv(columns, chunk), chunk)
 
 
 def backward(columns: int, itemsize: int) -> tuple[int, bool]:

@@ -53,7 +53,8 @@ def row_max(
 
     LAYOUT is "narrow" (one block holds the row), "wide" (unit column stride) or "strided". In a wide layout columns
     are counted from the row's first 16-byte boundary, so that rows of any width are read 16 bytes at a time; the up to
-    VEC - 1 columns before and behind that body are read one by one.
+    VEC - 1 columns before and behind that body are read one by one. The pointer next_q lies on such a boundary; where
+    the tensor does not begin there, the caller has moved the pointer back and added as much to offset.
     """
     if LAYOUT == "narrow":
         lane = tl.arange(0, BLOCK).to(tl.int64)
@@ -88,29 +89,29 @@ def row_max(
     return value
 
 
-@triton.jit(do_not_specialize=["m", "inner", "chunk"])
+@triton.jit(do_not_specialize=["m", "inner", "shift", "splits", "chunk"])
 def row_max_fwd_kernel(
     partial,  # (splits, m)
     next_q, terminated,  # (m, A), (m,) or None
-    m, A, inner, stride_outer, stride_inner, stride_action,
-    chunk,  # columns of a split, a multiple of BLOCK
-    SPLITS: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+    m, A, inner, stride_outer, stride_inner, stride_action, shift,
+    splits, chunk,  # columns of a split, a multiple of BLOCK
+    VEC: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Maxima of column ranges, for few rows of many actions: one program a row block and split."""
-    split = tl.program_id(0) % SPLITS
-    row = (tl.program_id(0) // SPLITS) * ROWS + tl.arange(0, ROWS)
+    """Maxima of column ranges, for few rows of many actions: one program a row and split."""
+    split = tl.program_id(0) % splits
+    row = tl.program_id(0) // splits + tl.arange(0, 1)
     live = row < m
     if terminated is not None:
         live = live & (tl.load(terminated + row, mask=live, other=1) == 0)
-    offset = row_offset(row, inner, stride_outer, stride_inner)
+    offset = row_offset(row, inner, stride_outer, stride_inner) + shift
     # Spelt as a multiple of BLOCK, so that the compiler sees the alignment of the columns.
     start = split * (chunk // BLOCK) * BLOCK
     stop = tl.minimum(start + chunk, A)
-    value = row_max(next_q, offset, live, start, stop, A, stride_action, "wide", VEC, ROWS, BLOCK, ACC)
+    value = row_max(next_q, offset, live, start, stop, A, stride_action, "wide", VEC, 1, BLOCK, ACC)
     tl.store(partial + split * m + row, value, mask=row < m)
 
 
-@triton.jit(do_not_specialize=["n", "m", "q_inner", "next_inner", "rows_per_program", "count"])
+@triton.jit(do_not_specialize=["n", "m", "q_inner", "next_inner", "next_shift", "count"])
 def td_loss_fwd_kernel(
     loss,  # (n,) with PER_ROW, else one sum a program: (programs,)
     td_error,  # (n,)
@@ -119,18 +120,19 @@ def td_loss_fwd_kernel(
     next_q,  # (n, K), or (m, K) with rank; K is A, or the splits of row_max_fwd_kernel
     final, rank,  # (n,) or None: 1 = terminated; with rank, the running count of non-final rows: 1 = not terminated
     gamma,  # number, () or (n,)
-    n, m, A, K, rows_per_program,
+    n, m, A, K,
     q_inner, q_stride_outer, q_stride_inner, q_stride_action,
-    next_inner, next_stride_outer, next_stride_inner, next_stride_action,
+    next_inner, next_stride_outer, next_stride_inner, next_stride_action, next_shift,
     count,  # the sum is divided by it: n for the mean
     GAMMA: tl.constexpr, PER_ROW: tl.constexpr,
-    LAYOUT: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+    LAYOUT: tl.constexpr, VEC: tl.constexpr,
+    TILES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """TD error, loss and, if asked for, gradient of rows_per_program rows; one program is the loss in one launch."""
+    """TD error, loss and, if asked for, gradient of TILES * ROWS rows; one program is the loss in one launch."""
     total = tl.zeros([ROWS], ACC)
-    first = tl.program_id(0) * rows_per_program
     # Hoisted out of the loop, its many small invariants would spill.
-    for start in tl.range(first, tl.minimum(first + rows_per_program, n), ROWS, disable_licm=True):
+    for tile in tl.range(0, TILES, disable_licm=True):
+        start = (tl.program_id(0) * TILES + tile) * ROWS
         row = start + tl.arange(0, ROWS)  # [rows]
         inside = row < n
 
@@ -148,7 +150,7 @@ def td_loss_fwd_kernel(
             next_row = tl.load(rank + row, mask=inside, other=1).to(tl.int32) - 1
         elif final is not None:
             live = live & (tl.load(final + row, mask=inside, other=1) == 0)
-        next_offset = row_offset(next_row, next_inner, next_stride_outer, next_stride_inner)
+        next_offset = row_offset(next_row, next_inner, next_stride_outer, next_stride_inner) + next_shift
         value = row_max(
             next_q, next_offset, live & (next_row < m), 0, K, K, next_stride_action, LAYOUT, VEC, ROWS, BLOCK, ACC
         )
@@ -201,6 +203,15 @@ def upstream_times_grad(grad_loss, td_error, row, inside, count, PER_ROW: tl.con
     return gradient
 
 
+@triton.jit
+def row_gradient(row, start, column, grad_loss, td_error, actions, n, A, count, PER_ROW: tl.constexpr):
+    """Gradient of one row whose columns begin at start, 0 wherever column is not its action taken."""
+    inside = row < n
+    action = legal_action(tl.load(actions + row, mask=inside, other=-1), A)
+    gradient = upstream_times_grad(grad_loss, td_error, row, inside, count, PER_ROW)
+    return tl.where((column - start == action) & (action >= 0), gradient, 0.0)
+
+
 @triton.jit(do_not_specialize=["n", "count"])
 def td_loss_bwd_kernel(
     grad_q,  # (n, A), contiguous
@@ -216,14 +227,8 @@ def td_loss_bwd_kernel(
     first = start // A
     column = (start - first * A).to(tl.int32) + tl.arange(0, BLOCK)  # columns, counted from the first row's start
     if WIDE:
-        action = legal_action(tl.load(actions + first), A)
-        gradient = upstream_times_grad(grad_loss, td_error, first, True, count, PER_ROW)
-        value = tl.where(column == action, gradient, 0.0)
-        second = first + 1
-        inside = second < n
-        action = legal_action(tl.load(actions + second, mask=inside, other=-1), A)
-        gradient = upstream_times_grad(grad_loss, td_error, second, inside, count, PER_ROW)
-        value = tl.where((column - A == action) & (action >= 0), gradient, value)
+        value = row_gradient(first, 0, column, grad_loss, td_error, actions, n, A, count, PER_ROW)
+        value += row_gradient(first + 1, A, column, grad_loss, td_error, actions, n, A, count, PER_ROW)
     else:
         row = first + column // A
         inside = row < n

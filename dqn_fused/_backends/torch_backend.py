@@ -21,8 +21,7 @@ def refuses(batch: Batch) -> str | None:
 def forward(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor]:
     """Return (loss, td_error)."""
     td = td_error(batch)
-    loss = loss_of_td_error(td, spec)
-    return loss.view(batch.shape) if spec.reduction == "none" else loss, td.view(batch.shape)
+    return loss_of_td_error(td, spec), td
 
 
 def backward(

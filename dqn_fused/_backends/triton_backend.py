@@ -83,8 +83,9 @@ def _forward(batch: Batch, spec: LossSpec, grad_q: Tensor | None) -> tuple[Tenso
     with _on(device):
         m = next_q.shape[:-1].numel()
         split = launch.split(m, A, next_q.element_size(), next_q.stride(-1) == 1, _sms(device))
+        next_q, shift = _from_boundary(next_q)
         if split is not None:
-            next_q = _split_row_max(next_q, None if rank is not None else final, split, dtype)
+            next_q, shift = _split_row_max(next_q, shift, None if rank is not None else final, split, dtype), 0
         K = next_q.shape[-1]
         with_grad = grad_q is not None and split is None
         plan = launch.forward(n, K, next_q.element_size(), next_q.stride(-1) == 1, with_grad)
@@ -96,9 +97,9 @@ def _forward(batch: Batch, spec: LossSpec, grad_q: Tensor | None) -> tuple[Tenso
             td_loss_fwd_kernel, plan.programs,
             loss, td_error, grad_q if stores_grad else None,
             q, batch.actions, batch.rewards, next_q, final, rank, gamma,
-            n, m, A, K, plan.rows_per_program, *_row_strides(q), *_row_strides(next_q), _count(n, spec),
+            n, m, A, K, *_row_strides(q), *_row_strides(next_q), shift, _count(n, spec),
             GAMMA=gamma_kind, PER_ROW=per_row, LAYOUT=plan.layout, VEC=16 // next_q.element_size(),
-            ROWS=plan.tile.rows, BLOCK=plan.tile.block, ACC=acc, num_warps=plan.tile.num_warps,
+            TILES=plan.tiles, ROWS=plan.rows, BLOCK=plan.block, ACC=acc, num_warps=plan.num_warps,
         )  # fmt: skip
         if not per_row and plan.programs > 1:
             partial, loss = loss, torch.empty((), dtype=dtype, device=device)
@@ -131,17 +132,29 @@ def run(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
     kernel[(programs,)](*args, **meta)
 
 
-def _split_row_max(next_q: Tensor, terminated: Tensor | None, split: launch.Split, dtype: torch.dtype) -> Tensor:
+def _split_row_max(
+    next_q: Tensor, shift: int, terminated: Tensor | None, split: launch.Split, dtype: torch.dtype
+) -> Tensor:
     """Maxima of column ranges, as an (m, splits) matrix whose rows the forward kernel then finishes."""
     m = next_q.shape[:-1].numel()
     partial = torch.empty((split.splits, m), dtype=dtype, device=next_q.device)
     run(
-        row_max_fwd_kernel, split.row_blocks * split.splits,
-        partial, next_q, terminated, m, next_q.shape[-1], *_row_strides(next_q), split.chunk,
-        SPLITS=split.splits, VEC=16 // next_q.element_size(), ROWS=split.tile.rows, BLOCK=split.tile.block,
-        ACC=_ACC[dtype], num_warps=split.tile.num_warps,
+        row_max_fwd_kernel, m * split.splits,
+        partial, next_q, terminated, m, next_q.shape[-1], *_row_strides(next_q), shift, split.splits, split.chunk,
+        VEC=16 // next_q.element_size(), BLOCK=split.block, ACC=_ACC[dtype], num_warps=4,
     )  # fmt: skip
     return partial.t()
+
+
+def _from_boundary(x: Tensor) -> tuple[Tensor, int]:
+    """View that starts at the 16-byte boundary at or before x's first element, and how many elements that is before.
+
+    A kernel is compiled for 16-byte loads only where its pointer is a multiple of 16: x[:, 1:] is not.
+    """
+    shift = x.data_ptr() % 16 // x.element_size()
+    if shift == 0 or x.storage_offset() < shift:
+        return x, 0
+    return x.as_strided(x.shape, x.stride(), x.storage_offset() - shift), shift
 
 
 def _row_strides(x: Tensor) -> tuple[int | None, int | None, int, int]:
