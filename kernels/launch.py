@@ -3,7 +3,8 @@
 The figures are reasoned, not yet measured on a GPU. About 25 KiB of loads in flight a multiprocessor cover the latency
 of 4.8 TB/s (Little's law: 700 ns over 132 multiprocessors): four resident programs of 8 KiB. Larger tiles cost
 registers, read off the compiled kernels: beyond 16 elements a thread in the wide layout and 8 in the narrow one, where
-each element has a 64-bit address of its own, or 4 in float64 or where grad_q is written too, ptxas spills or halves the occupancy.
+each element has a 64-bit address of its own, or 4 in float64 or where grad_q is written too, ptxas spills or halves the
+occupancy.
 """
 
 from typing import NamedTuple
