@@ -24,7 +24,8 @@ def report() -> str:
     for i in range(torch.cuda.device_count()):
         lines.append(f"cuda:{i}     {torch.cuda.get_device_name(i)}, sm_{''.join(map(str, torch.cuda.get_device_capability(i)))}")
     for name, status in dqn_fused.backends().items():
-        lines.append(f"{'backend':10} {name}: {'available' if status.available else 'not available: ' + status.reason}")
+        state = "available" if status.available else "not available"
+        lines.append(f"{'backend':10} {name}: {state}{', ' * bool(status.reason)}{status.reason}")
     return "\n".join(lines)
 
 

@@ -20,6 +20,8 @@ class Road(NamedTuple):
 
 def _roads() -> list[object]:
     roads = [pytest.param(Road("torch", "cpu"), id="torch-cpu")]
+    if backends()["compiled"].available:
+        roads.append(pytest.param(Road("compiled", "cpu"), id="compiled-cpu"))
     if INTERPRETED and backends()["triton"].available:
         roads.append(pytest.param(Road("triton", "cpu"), id="triton-interpreter", marks=pytest.mark.interpret))
     if torch.cuda.is_available() and not INTERPRETED:

@@ -3,8 +3,11 @@
 A backend is a module with
 
 - ``unavailable() -> str | None``: why it cannot run on this machine at all;
+- ``PARTLY: str``: what of it is missing where it can run, and why, or "";
+- ``CHECKS_VALUES: bool``: whether it finds by itself, on the CPU, what arguments.check_values looks for;
 - ``refuses(batch) -> str | None``: why it cannot serve this batch;
 - ``forward(batch, spec) -> (loss, td_error)``: loss (), or N for reduction="none"; td_error N; accumulation dtype;
+- ``loss_and_grad(batch, spec) -> (loss, grad_q, td_error)``: the same with the gradient of the sum of the losses;
 - ``backward(grad_loss, td_error, actions, q_shape, q_dtype, spec) -> grad_q``: contiguous, every element written.
 
 Arguments are checked when they arrive here. Modules are imported when first asked for: Triton is heavy.
@@ -15,13 +18,17 @@ from functools import cache
 from types import ModuleType
 from typing import NamedTuple
 
+import torch
+
 from dqn_fused.arguments import Batch
 
 MODULES = {
+    "compiled": "dqn_fused._backends.compiled_backend",
     "triton": "dqn_fused._backends.triton_backend",
     "torch": "dqn_fused._backends.torch_backend",
 }
-AUTO = {"cuda": ("triton", "torch")}  # by device type, the fastest first
+# By device type, the fastest first. Compiled CUDA waits for its first run on a GPU.
+AUTO = {"cpu": ("compiled", "torch"), "cuda": ("triton", "torch")}
 AUTO_ELSEWHERE = ("torch",)
 
 
@@ -30,14 +37,19 @@ class BackendUnavailableError(RuntimeError):
 
 
 class BackendStatus(NamedTuple):
-    """Whether a backend can run on this machine and, if not, the reason."""
+    """Whether a backend can run on this machine; the reason if not, and what of it is missing if only partly."""
 
     available: bool
     reason: str
 
 
-@cache
+@torch.compiler.assume_constant_result
 def _load(name: str) -> tuple[ModuleType | None, str | None]:
+    return _import(name)
+
+
+@cache
+def _import(name: str) -> tuple[ModuleType | None, str | None]:
     try:
         module = importlib.import_module(MODULES[name])
     except ImportError as error:
@@ -52,8 +64,11 @@ def backends() -> dict[str, BackendStatus]:
     >>> backends()["torch"].available
     True
     """
-    reasons = {name: _load(name)[1] for name in MODULES}
-    return {name: BackendStatus(reason is None, reason or "") for name, reason in reasons.items()}
+    loaded = {name: _load(name) for name in MODULES}
+    return {
+        name: BackendStatus(reason is None, reason or module.PARTLY)
+        for name, (module, reason) in loaded.items()
+    }
 
 
 def choose(name: str, batch: Batch) -> ModuleType:

@@ -7,6 +7,9 @@ from dqn_fused.arguments import Batch, LossSpec
 from dqn_fused.autograd import scatter_taken, td_loss_coefficient
 from dqn_fused.reference import loss_of_td_error, td_error
 
+CHECKS_VALUES = False
+PARTLY = ""
+
 
 def unavailable() -> str | None:
     """Available everywhere."""

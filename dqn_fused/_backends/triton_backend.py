@@ -17,6 +17,8 @@ from dqn_fused.kernels.td_loss import row_max_fwd_kernel, sum_kernel, td_loss_bw
 INTERPRETED = not isinstance(td_loss_fwd_kernel, triton.runtime.JITFunction)
 OLDEST = (3, 4)
 SUM_BLOCK = 1024
+CHECKS_VALUES = False
+PARTLY = ""
 
 
 def unavailable() -> str | None:
