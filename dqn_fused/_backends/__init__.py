@@ -43,18 +43,24 @@ class BackendStatus(NamedTuple):
     reason: str
 
 
-@torch.compiler.assume_constant_result
-def _load(name: str) -> tuple[ModuleType | None, str | None]:
+_LOADED: dict[str, ModuleType] = {}
+
+
+@torch.compiler.assume_constant_result  # Dynamo traces no import
+def _missing(name: str) -> str | None:
+    """Import a backend; say why it cannot run here."""
     return _import(name)
 
 
 @cache
-def _import(name: str) -> tuple[ModuleType | None, str | None]:
+def _import(name: str) -> str | None:
     try:
         module = importlib.import_module(MODULES[name])
     except ImportError as error:
-        return None, f"{type(error).__name__}: {error}"
-    return module, module.unavailable()
+        return f"{type(error).__name__}: {error}"
+    _LOADED[name] = module
+    reason: str | None = module.unavailable()
+    return reason
 
 
 def backends() -> dict[str, BackendStatus]:
@@ -64,27 +70,21 @@ def backends() -> dict[str, BackendStatus]:
     >>> backends()["torch"].available
     True
     """
-    loaded = {name: _load(name) for name in MODULES}
-    return {
-        name: BackendStatus(reason is None, reason or module.PARTLY)
-        for name, (module, reason) in loaded.items()
-    }
+    reasons = {name: _missing(name) for name in MODULES}
+    return {name: BackendStatus(why is None, why or _LOADED[name].PARTLY) for name, why in reasons.items()}
 
 
 def choose(name: str, batch: Batch) -> ModuleType:
     """Backend module for this batch: by name, which never falls back, or the first of the device's list that serves."""
     if name == "auto":
         for candidate in AUTO.get(batch.q.device.type, AUTO_ELSEWHERE):
-            module, reason = _load(candidate)
-            if module is not None and reason is None and module.refuses(batch) is None:
-                return module
+            if _missing(candidate) is None and _LOADED[candidate].refuses(batch) is None:
+                return _LOADED[candidate]
         raise BackendUnavailableError(f"no backend serves device {batch.q.device}")  # torch serves every device
     if name not in MODULES:
         expected = ", ".join(map(repr, ("auto", *MODULES)))
         raise ValueError(f"backend: expected one of {expected}, got {name!r}")
-    module, reason = _load(name)
-    if module is not None and reason is None:
-        reason = module.refuses(batch)
-    if module is None or reason is not None:
+    reason = _missing(name) or _LOADED[name].refuses(batch)
+    if reason is not None:
         raise BackendUnavailableError(f"backend {name!r} cannot serve: {reason}")
-    return module
+    return _LOADED[name]
