@@ -60,8 +60,8 @@ struct Matrix {
   }
 };
 
-// A checked batch of n transitions. final is terminated, or with `compacted` the mask of the rows that are not final and
-// whose next values next_q holds, in order. discount is a number where its column is empty.
+// A checked batch of n transitions. final is terminated, or with `compacted` the mask of the rows that are not final
+// and whose next values next_q holds, in order. discount is a number where its column is empty.
 struct Batch {
   Matrix q, next_q;
   Column actions, rewards, final, discounts;

@@ -73,7 +73,7 @@ std::vector<double> split_columns(Batch& b) {
   return partial;
 }
 
-// How many next rows come before each block of rows; b.n + 1 of them make the last entry their count.
+// How many next rows come before each block of rows, (blocks + 1,).
 std::vector<int64_t> first_next_rows(const Batch& b, int64_t blocks, int64_t block_rows) {
   std::vector<int64_t> first(blocks + 1, 0);
   const auto* mask = static_cast<const uint8_t*>(b.final.data);
@@ -167,8 +167,8 @@ void backward(const T* grad_loss, const T* td, const Column& actions, int64_t n,
 
 template <class T>
 void checked_forward(const Batch& b, int64_t reduction, bool check, const Tensor& loss, const Tensor& td) {
-  const bool all_legal = forward<T>(b, reduction, static_cast<T*>(loss.mutable_data_ptr()),
-                                    static_cast<T*>(td.mutable_data_ptr()));
+  const bool all_legal =
+      forward<T>(b, reduction, static_cast<T*>(loss.mutable_data_ptr()), static_cast<T*>(td.mutable_data_ptr()));
   // Worded by dqn_fused.arguments.check_values, which the caller then asks.
   STD_TORCH_CHECK(all_legal || !check, "an action outside [0, A), or a non_final_mask that does not fit next_q");
 }
@@ -210,7 +210,8 @@ std::tuple<Tensor, Tensor, Tensor> td_loss_and_grad(const Tensor& q, const Tenso
   Tensor grad_q = empty({b.n, b.q.A}, b.q.values.type, q);
   if (type == ScalarType::Double) {
     checked_forward<double>(b, reduction, check, loss, td);
-    backward<double>(nullptr, static_cast<const double*>(td.const_data_ptr()), b.actions, b.n, b.q.A, reduction, grad_q);
+    backward<double>(nullptr, static_cast<const double*>(td.const_data_ptr()), b.actions, b.n, b.q.A, reduction,
+                     grad_q);
   } else {
     checked_forward<float>(b, reduction, check, loss, td);
     backward<float>(nullptr, static_cast<const float*>(td.const_data_ptr()), b.actions, b.n, b.q.A, reduction, grad_q);
