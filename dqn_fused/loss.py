@@ -1,10 +1,12 @@
-"""The public loss: a function and the same as a module."""
+"""The public loss: a function, the same with its gradient, and the same as a module."""
+
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 from dqn_fused._backends import choose
-from dqn_fused.arguments import check_batch, check_loss, check_values
+from dqn_fused.arguments import Batch, check_batch, check_loss, check_values
 from dqn_fused.autograd import TDLoss
 
 
@@ -62,15 +64,63 @@ def fused_dqn_loss(
             [ 0.0000, -1.5000]]))
     """
     spec = check_loss(loss, reduction)
-    batch = check_batch(q, actions, rewards, next_q, terminated, gamma, non_final_mask)
-    road = choose(backend, batch)
-    if not (road.CHECKS_VALUES and q.is_cpu) or torch.compiler.is_compiling():
-        batch = check_values(batch)
+    batch, road = _prepare(check_batch(q, actions, rewards, next_q, terminated, gamma, non_final_mask), backend)
     if q.requires_grad and torch.is_grad_enabled():
         result, td_error = TDLoss.apply(q, batch, spec, road)
     else:
         result, td_error = road.forward(batch, spec)
     return (result, td_error.detach()) if return_td_error else result
+
+
+def fused_dqn_loss_and_grad(
+    q: Tensor,
+    actions: Tensor,
+    rewards: Tensor,
+    next_q: Tensor,
+    terminated: Tensor | None = None,
+    gamma: float | Tensor = 0.99,
+    *,
+    non_final_mask: Tensor | None = None,
+    loss: str = "mse",
+    reduction: str = "mean",
+    return_td_error: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
+    """DQN loss and its gradient by q in one pass, without autograd: the fastest road.
+
+    ``q.backward(grad_q)`` then goes on through the network. JAX users know the form as ``value_and_grad``.
+
+    Args:
+        q: (\\*N, A), and all other arguments, as in :func:`fused_dqn_loss`. No graph is recorded, whether or not ``q``
+            requires a gradient.
+
+    Returns:
+        ``(loss, grad_q)``, or ``(loss, grad_q, td_error)``. ``grad_q`` has q's shape and dtype, is contiguous, and zero
+        but for the action taken in each row. With ``reduction="none"`` it is the gradient of the sum of the losses.
+
+    Raises:
+        As :func:`fused_dqn_loss`.
+
+    >>> import torch
+    >>> states, network = torch.ones(2, 3), torch.nn.Linear(3, 2)
+    >>> q = network(states)
+    >>> loss, grad_q = fused_dqn_loss_and_grad(q, torch.tensor([0, 1]), torch.zeros(2), torch.zeros(2, 2))
+    >>> q.backward(grad_q)
+    >>> torch.equal(network.bias.grad, grad_q.sum(0))
+    True
+    """
+    spec = check_loss(loss, reduction)
+    batch, road = _prepare(check_batch(q, actions, rewards, next_q, terminated, gamma, non_final_mask), backend)
+    result, grad_q, td_error = road.loss_and_grad(batch, spec)
+    return (result, grad_q, td_error) if return_td_error else (result, grad_q)
+
+
+def _prepare(batch: Batch, backend: str) -> tuple[Batch, ModuleType]:
+    """Choose the backend and let it, or check_values, look at the values."""
+    road = choose(backend, batch)
+    if not (road.CHECKS_VALUES and batch.q.is_cpu) or torch.compiler.is_compiling():
+        batch = check_values(batch)
+    return batch, road
 
 
 class FusedDQNLoss(nn.Module):

@@ -20,7 +20,7 @@ def _load(device: str) -> str | None:
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        return f"built for another torch than {torch.__version__}, {device}: {error} ({how})"
+        return f"built for another torch than {torch.__version__}, {device}: {error.__cause__ or error} ({how})"
     return None
 
 

@@ -33,3 +33,11 @@ def backward(
 ) -> Tensor:
     """Return grad_q."""
     return scatter_taken(td_loss_coefficient(grad_loss, td_error, spec), actions, q_shape, q_dtype)
+
+
+@torch.no_grad()
+def loss_and_grad(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (loss, grad_q, td_error): forward and backward, one after the other."""
+    loss, td = forward(batch, spec)
+    one = torch.ones((), dtype=td.dtype, device=td.device)
+    return loss, backward(one, td, batch.actions, torch.Size((*batch.shape, batch.q.shape[-1])), batch.q.dtype, spec), td
