@@ -13,16 +13,18 @@ using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 
-// One value a sample, (n,), of any dtype. Which dtype is asked at every element: the branch always goes the same way,
-// and it saves a kernel for each combination of dtypes.
+// One value a sample, (n,), of any dtype and stride. Which dtype is asked at every element: the branch always goes the
+// same way, and it saves a kernel for each combination of dtypes.
 struct Column {
   const void* data = nullptr;
   ScalarType type = ScalarType::Undefined;
+  int64_t stride = 1;
 
   C10_HOST_DEVICE explicit operator bool() const { return data != nullptr; }
 
   template <class T>
   C10_HOST_DEVICE T at(int64_t i) const {
+    i *= stride;
     switch (type) {
       case ScalarType::Bool:
       case ScalarType::Byte:
@@ -35,6 +37,12 @@ struct Column {
         return static_cast<T>(static_cast<const int32_t*>(data)[i]);
       case ScalarType::Long:
         return static_cast<T>(static_cast<const int64_t*>(data)[i]);
+      case ScalarType::UInt16:
+        return static_cast<T>(static_cast<const uint16_t*>(data)[i]);
+      case ScalarType::UInt32:
+        return static_cast<T>(static_cast<const uint32_t*>(data)[i]);
+      case ScalarType::UInt64:
+        return static_cast<T>(static_cast<const uint64_t*>(data)[i]);
       case ScalarType::Half:
         return static_cast<T>(static_cast<float>(static_cast<const Half*>(data)[i]));
       case ScalarType::BFloat16:
@@ -60,12 +68,12 @@ struct Matrix {
   }
 };
 
-// A checked batch of n transitions. final is terminated, or with `compacted` the mask of the rows that are not final
+// A batch of n transitions. final is terminated, or with `compacted` the mask of the rows that are not final
 // and whose next values next_q holds, in order. discount is a number where its column is empty.
 struct Batch {
   Matrix q, next_q;
   Column actions, rewards, final, discounts;
-  int64_t n, discount_stride;
+  int64_t n;
   double discount;
   bool compacted;
 
@@ -73,7 +81,7 @@ struct Batch {
 
   template <class T>
   C10_HOST_DEVICE T gamma(int64_t i) const {
-    return discounts ? discounts.at<T>(i * discount_stride) : static_cast<T>(discount);
+    return discounts ? discounts.at<T>(i) : static_cast<T>(discount);
   }
 };
 

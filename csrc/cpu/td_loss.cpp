@@ -76,11 +76,10 @@ std::vector<double> split_columns(Batch& b) {
 // How many next rows come before each block of rows, (blocks + 1,).
 std::vector<int64_t> first_next_rows(const Batch& b, int64_t blocks, int64_t block_rows) {
   std::vector<int64_t> first(blocks + 1, 0);
-  const auto* mask = static_cast<const uint8_t*>(b.final.data);
   for (int64_t k = 0; k < blocks; ++k) {
-    const auto* row = mask + k * block_rows;
-    first[k + 1] = first[k] + std::count_if(row, row + std::min(block_rows, b.n - k * block_rows),
-                                            [](uint8_t non_final) { return non_final != 0; });
+    int64_t count = 0;
+    for (int64_t i = k * block_rows; i < std::min(b.n, (k + 1) * block_rows); ++i) count += b.live(i);
+    first[k + 1] = first[k] + count;
   }
   return first;
 }
@@ -188,14 +187,15 @@ std::tuple<Tensor, Tensor> td_loss(const Tensor& q, const Tensor& actions, const
 
 Tensor td_loss_backward(const Tensor& grad_loss, const Tensor& td, const Tensor& actions, int64_t A, ScalarType type,
                         int64_t reduction) {
-  const int64_t n = actions.numel();
+  const Column taken = taken_actions(grad_loss, td, actions, A, type, reduction);
+  const int64_t n = td.numel();
   Tensor grad_q = empty({n, A}, type, td);
   if (type == ScalarType::Double)
     backward(static_cast<const double*>(grad_loss.const_data_ptr()), static_cast<const double*>(td.const_data_ptr()),
-             column(actions), n, A, reduction, grad_q);
+             taken, n, A, reduction, grad_q);
   else
     backward(static_cast<const float*>(grad_loss.const_data_ptr()), static_cast<const float*>(td.const_data_ptr()),
-             column(actions), n, A, reduction, grad_q);
+             taken, n, A, reduction, grad_q);
   return grad_q;
 }
 

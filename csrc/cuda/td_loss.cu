@@ -328,7 +328,7 @@ Outputs forward(Batch b, const Tensor& q, const std::optional<Tensor>& mask, int
     dispatch(b.next_q.values.type, [&](auto* stored) {
       launch_row_max<T, std::remove_pointer_t<decltype(stored)>>(*row_maxima, b, splits, chunk, stream);
     });
-    b.next_q = matrix(*row_maxima);
+    b.next_q = matrix("next_q", *row_maxima, Place(q));
   }
 
   int lanes = 1;
@@ -391,16 +391,17 @@ std::tuple<Tensor, Tensor, Tensor> td_loss_and_grad(const Tensor& q, const Tenso
 
 Tensor td_loss_backward(const Tensor& grad_loss, const Tensor& td, const Tensor& actions, int64_t A, ScalarType type,
                         int64_t reduction) {
+  const Column taken = taken_actions(grad_loss, td, actions, A, type, reduction);
   const torch::stable::accelerator::DeviceGuard guard(td.get_device_index());
   const cudaStream_t stream = current_stream(td);
-  const int64_t n = actions.numel();
+  const int64_t n = td.numel();
   Tensor grad_q = empty({n, A}, type, td);
   if (type == ScalarType::Double) {
     launch_backward(grad_q, static_cast<const double*>(grad_loss.const_data_ptr()),
-                    static_cast<const double*>(td.const_data_ptr()), column(actions), n, A, reduction, stream);
+                    static_cast<const double*>(td.const_data_ptr()), taken, n, A, reduction, stream);
   } else {
     launch_backward(grad_q, static_cast<const float*>(grad_loss.const_data_ptr()),
-                    static_cast<const float*>(td.const_data_ptr()), column(actions), n, A, reduction, stream);
+                    static_cast<const float*>(td.const_data_ptr()), taken, n, A, reduction, stream);
   }
   return grad_q;
 }
