@@ -30,7 +30,7 @@ class CannotBuildError(Exception):
 def leave_out(device: str, reason: object) -> None:
     """Go on without a library, unless it was asked for by name."""
     line = f"dqn_fused: the {device} library is left out: {reason}; {RETRY}"
-    if MODE == device:
+    if device == MODE:
         raise SystemExit(line)
     print(line, file=sys.stderr)
 
@@ -107,12 +107,12 @@ def libraries() -> tuple[list[Extension], dict[str, Any]]:
         except (CannotBuildError, OSError, subprocess.SubprocessError) as error:
             leave_out(device, error)
 
-    class BuildLibraries(BuildExtension):  # type: ignore[misc]
+    class BuildLibraries(BuildExtension):
         """Leaves out what does not compile: with ninja, Extension(optional=True) does not."""
 
         def build_extensions(self) -> None:
             super().build_extensions()
-            self.extensions = [e for e in self.extensions if Path(self.get_ext_fullpath(e.name)).exists()]
+            self.extensions: list[Extension] = [e for e in self.extensions if Path(self.get_ext_fullpath(e.name)).exists()]
             self.distribution.ext_modules = self.extensions
 
         def build_extension(self, ext: Extension) -> None:

@@ -53,9 +53,7 @@ def _td_loss_and_grad(
     reduction: int,
     check: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    loss, td_error = _td_loss(
-        q, actions, rewards, next_q, terminated, non_final_mask, gammas, gamma, reduction, check
-    )
+    loss, td_error = _td_loss(q, actions, rewards, next_q, terminated, non_final_mask, gammas, gamma, reduction, check)
     return loss, q.new_empty((actions.shape[0], q.shape[-1])), td_error
 
 

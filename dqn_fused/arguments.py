@@ -45,11 +45,15 @@ def accumulation_dtype(q: Tensor) -> torch.dtype:
 
 def check_loss(loss: str, reduction: str) -> LossSpec:
     """Check the names of the loss and the reduction."""
+    spec = _SPECS.get((loss, reduction))
+    if spec is not None:
+        return spec
     if loss not in LOSSES:
         _wrong_choice("loss", loss, LOSSES)
-    if reduction not in REDUCTIONS:
-        _wrong_choice("reduction", reduction, REDUCTIONS)
-    return LossSpec(loss, reduction)
+    return _wrong_choice("reduction", reduction, REDUCTIONS)
+
+
+_SPECS = {(loss, reduction): LossSpec(loss, reduction) for loss in LOSSES for reduction in REDUCTIONS}
 
 
 def check_batch(
@@ -84,7 +88,9 @@ def check_batch(
             terminated = _per_sample("terminated", terminated, FLAGS, shape, device)
     else:
         if terminated is not None:
-            raise ValueError("terminated: expected None beside non_final_mask, which says the same; give one of the two")
+            raise ValueError(
+                "terminated: expected None beside non_final_mask, which says the same; give one of the two"
+            )
         non_final_mask = _per_sample("non_final_mask", non_final_mask, BOOL, shape, device)
         if next_q.dim() != 2 or next_q.shape[1] != q_shape[-1] or next_q.shape[0] > non_final_mask.shape[0]:
             raise ValueError(

@@ -4,8 +4,9 @@ A backend is a module with
 
 - ``unavailable() -> str | None``: why it cannot run on this machine at all;
 - ``PARTLY: str``: what of it is missing where it can run, and why, or "";
-- ``CHECKS_VALUES: bool``: whether it finds by itself, on the CPU, what arguments.check_values looks for;
-- ``refuses(batch) -> str | None``: why it cannot serve this batch;
+- ``CHECKS_CPU: bool``: whether on the CPU it refuses by itself, with a RuntimeError, whatever arguments.check_batch and
+  check_values would refuse;
+- ``refuses(device) -> str | None``: why it cannot serve tensors there;
 - ``forward(batch, spec) -> (loss, td_error)``: loss (), or N for reduction="none"; td_error N; accumulation dtype;
 - ``loss_and_grad(batch, spec) -> (loss, grad_q, td_error)``: the same with the gradient of the sum of the losses;
 - ``backward(grad_loss, td_error, actions, q_shape, q_dtype, spec) -> grad_q``: contiguous, every element written.
@@ -19,8 +20,6 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
-
-from dqn_fused.arguments import Batch
 
 MODULES = {
     "compiled": "dqn_fused._backends.compiled_backend",
@@ -74,17 +73,27 @@ def backends() -> dict[str, BackendStatus]:
     return {name: BackendStatus(why is None, why or _LOADED[name].PARTLY) for name, why in reasons.items()}
 
 
-def choose(name: str, batch: Batch) -> ModuleType:
-    """Backend module for this batch: by name, which never falls back, or the first of the device's list that serves."""
+def choose(name: str, device: torch.device) -> ModuleType:
+    """Backend module for a device: by name, which never falls back, or the first of the device's list that serves."""
+    road = _CHOSEN.get((name, device))
+    if road is None:
+        road = _CHOSEN[name, device] = _choose(name, device)
+    return road
+
+
+_CHOSEN: dict[tuple[str, torch.device], ModuleType] = {}
+
+
+def _choose(name: str, device: torch.device) -> ModuleType:
     if name == "auto":
-        for candidate in AUTO.get(batch.q.device.type, AUTO_ELSEWHERE):
-            if _missing(candidate) is None and _LOADED[candidate].refuses(batch) is None:
+        for candidate in AUTO.get(device.type, AUTO_ELSEWHERE):
+            if _missing(candidate) is None and _LOADED[candidate].refuses(device) is None:
                 return _LOADED[candidate]
-        raise BackendUnavailableError(f"no backend serves device {batch.q.device}")  # torch serves every device
+        raise BackendUnavailableError(f"no backend serves device {device}")  # torch serves every device
     if name not in MODULES:
         expected = ", ".join(map(repr, ("auto", *MODULES)))
         raise ValueError(f"backend: expected one of {expected}, got {name!r}")
-    reason = _missing(name) or _LOADED[name].refuses(batch)
+    reason = _missing(name) or _LOADED[name].refuses(device)
     if reason is not None:
         raise BackendUnavailableError(f"backend {name!r} cannot serve: {reason}")
     return _LOADED[name]

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from dqn_fused._ops import REDUCTIONS, td_loss, td_loss_and_grad, td_loss_backward
-from dqn_fused.arguments import Batch, LossSpec, check_values
+from dqn_fused.arguments import Batch, LossSpec
 
-CHECKS_VALUES = True
+CHECKS_CPU = True  # on CUDA a look at the values would cost a synchronisation
 
 
 def _load(device: str) -> str | None:
@@ -33,9 +33,9 @@ def unavailable() -> str | None:
     return PARTLY if all(_REASONS.values()) else None
 
 
-def refuses(batch: Batch) -> str | None:
+def refuses(device: torch.device) -> str | None:
     """Serve the devices whose library is loaded."""
-    return _REASONS.get(batch.q.device.type, f"expected tensors on cpu or cuda, got {batch.q.device}")
+    return _REASONS.get(device.type, f"expected tensors on cpu or cuda, got {device}")
 
 
 def forward(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor]:
@@ -69,11 +69,6 @@ def _call(op: torch._ops.OpOverload, batch: Batch, spec: LossSpec) -> tuple[Tens
     gammas = None
     if isinstance(gamma, Tensor):
         gammas, gamma = gamma, 0.0
-    arguments = (q, actions, rewards, next_q, terminated, non_final_mask, gammas, gamma, REDUCTIONS[spec.reduction])
-    if torch.compiler.is_compiling():
-        return op(*arguments, False)
-    try:
-        return op(*arguments, True)
-    except RuntimeError:
-        check_values(batch)  # finds the row, and words the IndexError
-        raise
+    # Inside torch.compile values are not looked at: see check_values.
+    look = not torch.compiler.is_compiling()
+    return op(q, actions, rewards, next_q, terminated, non_final_mask, gammas, gamma, REDUCTIONS[spec.reduction], look)

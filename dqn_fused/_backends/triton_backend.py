@@ -17,7 +17,7 @@ from dqn_fused.kernels.td_loss import row_max_fwd_kernel, sum_kernel, td_loss_bw
 INTERPRETED = not isinstance(td_loss_fwd_kernel, triton.runtime.JITFunction)
 OLDEST = (3, 4)
 SUM_BLOCK = 1024
-CHECKS_VALUES = False
+CHECKS_CPU = False
 PARTLY = ""
 
 
@@ -28,13 +28,15 @@ def unavailable() -> str | None:
         return f"triton {triton.__version__} is older than {'.'.join(map(str, OLDEST))}"
     if INTERPRETED or torch.cuda.is_available():
         return None
-    return "no CUDA or ROCm device (TRITON_INTERPRET=1, set before the first import, runs the kernels on the CPU, slowly)"
+    return (
+        "no CUDA or ROCm device (TRITON_INTERPRET=1, set before the first import, runs the kernels on the CPU, slowly)"
+    )
 
 
-def refuses(batch: Batch) -> str | None:
+def refuses(device: torch.device) -> str | None:
     """Serve CUDA tensors, and CPU tensors in the interpreter."""
     expected = "cpu" if INTERPRETED else "cuda"
-    return None if batch.q.device.type == expected else f"expected tensors on {expected}, got {batch.q.device}"
+    return None if device.type == expected else f"expected tensors on {expected}, got {device}"
 
 
 def forward(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor]:
