@@ -112,7 +112,9 @@ def libraries() -> tuple[list[Extension], dict[str, Any]]:
 
         def build_extensions(self) -> None:
             super().build_extensions()
-            self.extensions: list[Extension] = [e for e in self.extensions if Path(self.get_ext_fullpath(e.name)).exists()]
+            self.extensions: list[Extension] = [
+                e for e in self.extensions if Path(self.get_ext_fullpath(e.name)).exists()
+            ]
             self.distribution.ext_modules = self.extensions
 
         def build_extension(self, ext: Extension) -> None:

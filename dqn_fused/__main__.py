@@ -22,12 +22,11 @@ def report() -> str:
         f"cpu        {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
     ]
     for i in range(torch.cuda.device_count()):
-        lines.append(
-            f"cuda:{i}     {torch.cuda.get_device_name(i)}, sm_{''.join(map(str, torch.cuda.get_device_capability(i)))}"
-        )
+        capability = ".".join(map(str, torch.cuda.get_device_capability(i)))
+        lines.append(f"cuda:{i}     {torch.cuda.get_device_name(i)}, compute capability {capability}")
     for name, status in dqn_fused.backends().items():
         state = "available" if status.available else "not available"
-        lines.append(f"{'backend':10} {name}: {state}{', ' * bool(status.reason)}{status.reason}")
+        lines.append(f"backend    {name}: {state}{': ' * bool(status.reason)}{status.reason}")
     return "\n".join(lines)
 
 

@@ -1,6 +1,7 @@
 """The one place that checks arguments: user's tensors in, a flat and immutable description of the batch out."""
 
 import os
+from collections.abc import Iterable
 from numbers import Real
 from typing import NamedTuple, NoReturn
 
@@ -88,14 +89,12 @@ def check_batch(
             terminated = _per_sample("terminated", terminated, FLAGS, shape, device)
     else:
         if terminated is not None:
-            raise ValueError(
-                "terminated: expected None beside non_final_mask, which says the same; give one of the two"
-            )
+            raise ValueError("terminated: expected None beside non_final_mask, which says the same; give one of them")
         non_final_mask = _per_sample("non_final_mask", non_final_mask, BOOL, shape, device)
         if next_q.dim() != 2 or next_q.shape[1] != q_shape[-1] or next_q.shape[0] > non_final_mask.shape[0]:
             raise ValueError(
-                f"next_q: expected shape (M, {q_shape[-1]}) with non_final_mask, M being the number of its true entries, "
-                f"at most {non_final_mask.shape[0]}, got {_show(next_q.shape)}"
+                f"next_q: expected shape (M, {q_shape[-1]}) with non_final_mask, M being the number of its true "
+                f"entries, at most {non_final_mask.shape[0]}, got {_show(next_q.shape)}"
             )
 
     if isinstance(gamma, Tensor):
@@ -113,13 +112,12 @@ def check_batch(
 def check_values(batch: Batch) -> Batch:
     """Check what only the values tell: actions inside [0, A), and as many true entries in non_final_mask as next rows.
 
-    On the CPU, and on any device under ``DQN_FUSED_CHECK=1``, a violation is an IndexError. Elsewhere looking would cost
-    a synchronisation: an illegal action is left to the backend (td is NaN, the gradient row zero), and a wrong mask
-    makes every action illegal. Inside torch.compile nothing is looked at either: a raise would break the graph.
+    On the CPU, and on any device under ``DQN_FUSED_CHECK=1``, a violation is an IndexError. Elsewhere looking would
+    cost a synchronisation: an illegal action is left to the backend (td is NaN, the gradient row zero), and a wrong
+    mask makes every action illegal. Inside torch.compile nothing is looked at: a raise would break the graph.
     """
     mask, m, A = batch.non_final_mask, batch.next_q.shape[0], batch.q.shape[-1]
-    looks = batch.q.device.type == "cpu" or os.environ.get("DQN_FUSED_CHECK", "0") not in ("", "0")
-    if not looks or torch.compiler.is_compiling():
+    if not looks_at_values(batch.q.device):
         if mask is None:
             return batch
         return batch._replace(actions=torch.where(mask.sum() == m, batch.actions.to(torch.int64), -1))
@@ -135,6 +133,13 @@ def check_values(batch: Batch) -> Batch:
             f"non_final_mask: expected as many true entries as next_q has rows, {m}, got {count} of {mask.numel()}"
         )
     return batch
+
+
+def looks_at_values(device: torch.device) -> bool:
+    """Whether check_values looks, so that everything behind it may rely on legal actions."""
+    if torch.compiler.is_compiling():
+        return False
+    return device.type == "cpu" or os.environ.get("DQN_FUSED_CHECK", "0") not in ("", "0")
 
 
 def _per_sample(
@@ -194,5 +199,5 @@ def _row(row: int, shape: torch.Size) -> str:
     return _show(int(i) for i in torch.unravel_index(torch.tensor(row), shape))
 
 
-def _show(shape: object) -> str:
-    return str(tuple(shape))  # type: ignore[call-overload]
+def _show(shape: Iterable[int]) -> str:
+    return str(tuple(shape))

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from dqn_fused.arguments import Batch, LossSpec
 from dqn_fused.reference import legal_actions
@@ -42,7 +41,7 @@ class TDLoss(torch.autograd.Function):
 
 
 def _differentiable_backward(
-    ctx: FunctionCtx | Any, grad_loss: Tensor | None, grad_td_error: Tensor | None, td_error: Tensor, actions: Tensor
+    ctx: Any, grad_loss: Tensor | None, grad_td_error: Tensor | None, td_error: Tensor, actions: Tensor
 ) -> Tensor:
     coefficient = torch.zeros_like(td_error) if grad_td_error is None else grad_td_error
     if grad_loss is not None:

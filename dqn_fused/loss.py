@@ -35,11 +35,11 @@ def fused_dqn_loss(
         actions: (\\*N) or (\\*N, 1), any integer dtype, in [0, A): the action taken.
         rewards: (\\*N) or (\\*N, 1), floating or integer.
         next_q: (\\*N, A) Q-values of the target network in the next state, floating. With ``non_final_mask``: (M, A).
-        terminated: (\\*N) or (\\*N, 1), bool, integer or floating, nonzero where the episode ended in the next state,
-            so that nothing is bootstrapped; that row of ``next_q`` is not used. A truncated episode is not terminated.
+        terminated: (\\*N) or (\\*N, 1), bool, integer or floating, nonzero where the episode ended in the next
+            state: nothing is bootstrapped, that row of ``next_q`` is not used. A truncated episode is not terminated.
         gamma: discount: a number, a 0-d tensor, or (\\*N) / (\\*N, 1) floating, for n-step returns.
-        non_final_mask: (\\*N) or (\\*N, 1) bool, instead of ``terminated``: true for the M samples, in order, whose next
-            states ``next_q`` holds.
+        non_final_mask: (\\*N) or (\\*N, 1) bool, instead of ``terminated``: true for the M samples, in order, whose
+            next states ``next_q`` holds.
         loss: ``"mse"``: td squared, without a factor 1/2.
         reduction: ``"mean"``, ``"sum"``, or ``"none"`` for the loss of each sample, (\\*N).
         return_td_error: also return the signed TD errors, (\\*N), without gradient: priorities of a replay buffer.
@@ -58,7 +58,8 @@ def fused_dqn_loss(
     >>> import torch
     >>> q = torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
     >>> next_q = torch.tensor([[1.0, 2.0], [5.0, 2.0]])
-    >>> loss = fused_dqn_loss(q, torch.tensor([0, 1]), torch.tensor([0.5, 1.0]), next_q, torch.tensor([True, False]), 0.9)
+    >>> actions, rewards, terminated = torch.tensor([0, 1]), torch.tensor([0.5, 1.0]), torch.tensor([True, False])
+    >>> loss = fused_dqn_loss(q, actions, rewards, next_q, terminated, gamma=0.9)
     >>> loss.backward()
     >>> loss.detach(), q.grad
     (tensor(1.2500), tensor([[ 0.5000,  0.0000],
@@ -154,7 +155,7 @@ def _run(
 class FusedDQNLoss(nn.Module):
     """:func:`fused_dqn_loss` as a module that keeps the discount and the options, like ``torch.nn.MSELoss``.
 
-    ``gamma`` may be a number or a 0-d tensor, which becomes a buffer and moves with the module; a call may bring its own.
+    ``gamma`` is a number or a tensor, which becomes a buffer and moves with the module; a call may bring its own.
 
     >>> import torch
     >>> criterion = FusedDQNLoss(gamma=0.9)

@@ -11,7 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dqn_fused.arguments import Batch, LossSpec, accumulation_dtype, check_batch, check_loss, check_values
+from dqn_fused.arguments import (
+    Batch,
+    LossSpec,
+    accumulation_dtype,
+    check_batch,
+    check_loss,
+    check_values,
+    looks_at_values,
+)
 
 TransitionBatch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 Network = Callable[[Tensor], Tensor]
@@ -91,7 +99,7 @@ def _taken(batch: Batch) -> tuple[Tensor, Tensor | None]:
 def legal_actions(actions: Tensor, A: int) -> tuple[Tensor, Tensor | None]:
     """Indices that are safe to gather with, and which actions are legal; None where check_values has seen to it."""
     index = _cast(actions, torch.int64)
-    if actions.device.type == "cpu" and not torch.compiler.is_compiling():
+    if looks_at_values(actions.device):
         return index, None
     legal = (index >= 0) & (index < A)
     return torch.where(legal, index, 0), legal
@@ -115,9 +123,10 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 def naive_dqn_loss(batch: TransitionBatch, main_net: Network, target_net: Network, gamma: float) -> Tensor:
     """DQN loss as a loop over the samples: the definition, one transition at a time.
 
-    ``batch`` is ``(states, next_non_final_states, actions, rewards, non_final_mask)``: states (B, ...), the next states
-    of the non-final transitions only (M, ...), actions (B,) or (B, 1), rewards (B,) or (B, 1), and the mask (B,) that is
-    true for the M of them, in order. The networks map states to Q-values (·, A). Returns the mean squared TD error.
+    ``batch`` is ``(states, next_non_final_states, actions, rewards, non_final_mask)``: states (B, ...), the next
+    states of the non-final transitions only (M, ...), actions (B,) or (B, 1), rewards (B,) or (B, 1), and the mask
+    (B,) that is true for the M of them, in order. The networks map states (B, ...) to Q-values (B, A). Returns the
+    mean squared TD error.
     """
     states, next_non_final_states, actions, rewards, non_final_mask = batch
     q = main_net(states)

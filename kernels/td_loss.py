@@ -16,22 +16,33 @@ def nan_max(a, b):
 
 @triton.jit
 def row_offset(row, inner, stride_outer, stride_inner):
-    """Offset of each row in a (outer, inner, A) tensor of any strides; int64 before the multiplication."""
-    return (row // inner).to(tl.int64) * stride_outer + (row % inner).to(tl.int64) * stride_inner
+    """Offset of each row in an (n, A) tensor, where inner is None, or in an (outer, inner, A) one."""
+    # int64 before the multiplication: the last row of a large matrix lies behind 2^31 elements.
+    if inner is None:
+        offset = row.to(tl.int64) * stride_inner
+    else:
+        offset = (row // inner).to(tl.int64) * stride_outer + (row % inner).to(tl.int64) * stride_inner
+    return offset
 
 
 @triton.jit
 def row_max(
     next_q, offset, live, start, stop, A, stride_action,
-    WIDE: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+    LAYOUT: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Maximum of each live row over the columns [start, stop), -inf where there is none.
 
-    With WIDE (unit column stride) columns are counted from the row's first 16-byte boundary, so that rows of any width
-    are read 16 bytes at a time; the up to VEC - 1 columns before and behind that body are read one by one.
+    LAYOUT is "narrow" (one block holds the row), "wide" (unit column stride) or "strided". In a wide layout columns
+    are counted from the row's first 16-byte boundary, so that rows of any width are read 16 bytes at a time; the up to
+    VEC - 1 columns before and behind that body are read one by one.
     """
-    best = tl.full([ROWS, BLOCK], float("-inf"), ACC)  # [rows, columns]
-    if WIDE:
+    if LAYOUT == "narrow":
+        lane = tl.arange(0, BLOCK).to(tl.int64)
+        mask = live[:, None] & (lane < A)[None, :]
+        x = tl.load(next_q + offset[:, None] + lane[None, :] * stride_action, mask=mask, other=float("-inf"))
+        value = tl.reduce(x.to(ACC), 1, nan_max)
+    elif LAYOUT == "wide":
+        best = tl.full([ROWS, BLOCK], float("-inf"), ACC)  # [rows, columns]
         body = (offset + (VEC - 1)) // VEC * VEC  # [rows]
         vectors = (offset + A - body) // VEC
         for column in range(start, stop, BLOCK):
@@ -48,6 +59,7 @@ def row_max(
         x = tl.load(next_q + offset[:, None] + column, mask=mask, other=float("-inf"))
         value = nan_max(tl.reduce(best, 1, nan_max), tl.reduce(x.to(ACC), 1, nan_max))
     else:
+        best = tl.full([ROWS, BLOCK], float("-inf"), ACC)
         for column in range(start, stop, BLOCK):
             lane = (column + tl.arange(0, BLOCK)).to(tl.int64)
             mask = live[:, None] & (lane < A)[None, :]
@@ -75,7 +87,7 @@ def row_max_fwd_kernel(
     # Spelt as a multiple of BLOCK, so that the compiler sees the alignment of the columns.
     start = split * (chunk // BLOCK) * BLOCK
     stop = tl.minimum(start + chunk, A)
-    value = row_max(next_q, offset, live, start, stop, A, stride_action, True, VEC, ROWS, BLOCK, ACC)
+    value = row_max(next_q, offset, live, start, stop, A, stride_action, "wide", VEC, ROWS, BLOCK, ACC)
     tl.store(partial + split * m + row, value, mask=row < m)
 
 
@@ -92,7 +104,7 @@ def td_loss_fwd_kernel(
     next_inner, next_stride_outer, next_stride_inner, next_stride_action,
     count,  # the sum is divided by it
     GAMMA: tl.constexpr, PER_ROW: tl.constexpr,
-    WIDE: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+    LAYOUT: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """TD error and loss of rows_per_program rows; with one program this is the whole loss in one launch."""
     total = tl.zeros([ROWS], ACC)
@@ -116,7 +128,7 @@ def td_loss_fwd_kernel(
             live = live & (tl.load(final + row, mask=inside, other=1) == 0)
         next_offset = row_offset(next_row, next_inner, next_stride_outer, next_stride_inner)
         value = row_max(
-            next_q, next_offset, live & (next_row < m), 0, K, K, next_stride_action, WIDE, VEC, ROWS, BLOCK, ACC
+            next_q, next_offset, live & (next_row < m), 0, K, K, next_stride_action, LAYOUT, VEC, ROWS, BLOCK, ACC
         )
         if GAMMA == "number":
             discount = tl.full([ROWS], gamma, ACC)
@@ -173,9 +185,7 @@ def td_loss_bwd_kernel(
     if WIDE:
         action = tl.load(actions + first).to(tl.int64)
         here = tl.where((action >= 0) & (action < A), action, -1)
-        value = tl.where(
-            column == here, td_loss_coefficient(grad_loss, td_error, first, True, count, PER_ROW), 0.0
-        )
+        value = tl.where(column == here, td_loss_coefficient(grad_loss, td_error, first, True, count, PER_ROW), 0.0)
         second = first + 1
         inside = second < n
         action = tl.load(actions + second, mask=inside, other=-1).to(tl.int64)

@@ -1,4 +1,4 @@
-"""One suite for every road: loss, TD errors and gradient against the float64 oracle, eager's own error as the yardstick."""
+"""One suite for every road: loss, TD errors and gradient against the float64 oracle, eager's error the yardstick."""
 
 from typing import Any
 
@@ -23,7 +23,9 @@ def shape_id(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
 
 
-def make(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
+def make(
+    shape: tuple[int, ...], dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
+) -> dict[str, Any]:
     """Arguments of the loss: q (*N, A) and so on, a third of the samples terminated."""
     g = torch.Generator().manual_seed(seed)
     N = shape[:-1]
@@ -77,7 +79,7 @@ def test_shapes_and_dtypes(road: Road, shape: tuple[int, ...], dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("shape", [(7, 3), (2, 3, 5), (3, 1500), (0, 4), (1100, 33)], ids=shape_id)
+@pytest.mark.parametrize("shape", [(7, 3), (2, 3, 5), (3, 1500), (0, 4), (520, 40), (2, 9001)], ids=shape_id)
 def test_reductions_with_an_upstream_gradient(road: Road, shape: tuple[int, ...], reduction: str) -> None:
     upstream = torch.randn(shape[:-1] if reduction == "none" else (), device=road.device)
     check(road, make(shape), reduction, upstream)
@@ -295,7 +297,7 @@ def test_identities(road: Road) -> None:
 
 
 def test_the_same_bits_every_time(road: Road) -> None:
-    for shape in ((2000, 17), (40, 5000)):
+    for shape in ((520, 40), (2, 5000)):
         arguments = make(shape, device=road.device)
         first = fused_dqn_loss(**arguments, backend=road.backend)
         assert all(torch.equal(fused_dqn_loss(**arguments, backend=road.backend), first) for _ in range(3))

@@ -28,9 +28,7 @@ def unavailable() -> str | None:
         return f"triton {triton.__version__} is older than {'.'.join(map(str, OLDEST))}"
     if INTERPRETED or torch.cuda.is_available():
         return None
-    return (
-        "no CUDA or ROCm device (TRITON_INTERPRET=1, set before the first import, runs the kernels on the CPU, slowly)"
-    )
+    return "no CUDA or ROCm device (TRITON_INTERPRET=1, set before the first import, runs them on the CPU, slowly)"
 
 
 def refuses(device: torch.device) -> str | None:
@@ -64,11 +62,11 @@ def forward(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor]:
     per_row = spec.reduction == "none"
     with _on(device):
         m = next_q.shape[:-1].numel()
-        split = launch.split(m, A, next_q.stride(-1) == 1, _sms(device))
+        split = launch.split(m, A, next_q.element_size(), next_q.stride(-1) == 1, _sms(device))
         if split is not None:
             next_q = _split_row_max(next_q, None if rank is not None else final, split, dtype)
         K = next_q.shape[-1]
-        plan = launch.forward(n, K, next_q.stride(-1) == 1, _sms(device))
+        plan = launch.forward(n, K, next_q.element_size(), next_q.stride(-1) == 1)
         single = plan.programs == 1
         count = n if spec.reduction == "mean" else 1
         loss = torch.empty(batch.shape if per_row else () if single else plan.programs, dtype=dtype, device=device)
@@ -76,7 +74,7 @@ def forward(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor]:
             td_loss_fwd_kernel, plan.programs,
             loss, td_error, q, batch.actions, batch.rewards, next_q, final, rank, gamma,
             n, m, A, K, plan.rows_per_program, *_row_strides(q), *_row_strides(next_q), count if single else 1,
-            GAMMA=gamma_kind, PER_ROW=per_row, WIDE=plan.wide, VEC=16 // next_q.element_size(),
+            GAMMA=gamma_kind, PER_ROW=per_row, LAYOUT=plan.layout, VEC=16 // next_q.element_size(),
             ROWS=plan.tile.rows, BLOCK=plan.tile.block, ACC=acc, num_warps=plan.tile.num_warps,
         )  # fmt: skip
         if single or per_row:
@@ -93,12 +91,12 @@ def backward(
     grad_q = torch.empty(q_shape, dtype=q_dtype, device=td_error.device)
     n, A = actions.numel(), q_shape[-1]
     if n:
-        block = launch.BWD_BLOCK
+        block, wide = launch.backward(A, grad_q.element_size())
         with _on(td_error.device):
             run(
                 td_loss_bwd_kernel, launch.cdiv(n * A, block),
                 grad_q, grad_loss, td_error, actions, n, A, n if spec.reduction == "mean" else 1,
-                PER_ROW=spec.reduction == "none", WIDE=block <= A, BLOCK=block, num_warps=4,
+                PER_ROW=spec.reduction == "none", WIDE=wide, BLOCK=block, num_warps=4,
             )  # fmt: skip
     return grad_q
 
@@ -121,11 +119,11 @@ def _split_row_max(next_q: Tensor, terminated: Tensor | None, split: launch.Spli
     return partial.t()
 
 
-def _row_strides(x: Tensor) -> tuple[int, int, int, int]:
+def _row_strides(x: Tensor) -> tuple[int | None, int | None, int, int]:
     """(inner, stride_outer, stride_inner, stride_action) of an (n, A) or (outer, inner, A) tensor."""
     if x.dim() == 2:
-        return max(x.shape[0], 1), 0, x.stride(0), x.stride(1)
-    return max(x.shape[1], 1), x.stride(0), x.stride(1), x.stride(2)
+        return None, None, x.stride(0), x.stride(1)
+    return x.shape[1], x.stride(0), x.stride(1), x.stride(2)
 
 
 @cache

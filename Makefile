@@ -1,0 +1,51 @@
+# make test, make demo, make bench: each alone, on a machine with Python, make and a C++ compiler.
+# VENV=/path/to/environment uses one that has torch already, and no network.
+
+VENV ?= .venv
+PYTHON ?= python3
+PY := $(VENV)/bin/python
+OUT ?= out
+
+ifeq ($(origin VENV),file)
+READY := $(VENV)/.ready
+else
+READY := install
+endif
+
+.PHONY: test demo bench lint format pictures install clean
+
+test: $(READY) lint
+	$(PY) -m pytest
+	TRITON_INTERPRET=1 $(PY) -m pytest -m interpret
+
+demo: $(READY)
+	mkdir -p $(OUT)
+	$(PY) -m bench demo --plot $(OUT)/cartpole.png
+
+bench: $(READY)
+	mkdir -p $(OUT)
+	$(PY) -m bench --out $(OUT)
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(READY)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+pictures: $(READY)
+	$(PY) docs/gradient.py docs/gradient.png
+
+$(VENV)/.ready: requirements-dev.txt pyproject.toml setup.py
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --requirement requirements-dev.txt
+	$(PY) -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+install:
+	$(PY) -m pip install --quiet --no-deps --no-build-isolation --editable .
+
+clean:
+	rm -rf .venv build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,46 @@
+"""Train the CartPole agent, then compare the loss on that agent's own replay batches, fused against eager."""
+
+from statistics import fmean, median
+
+import torch
+
+from bench.providers import Batch, eager_loss, step
+from bench.timing import interleaved
+from dqn_fused import fused_dqn_loss
+from examples.cartpole import GOAL, Args, Run, plot, train
+
+
+def run(plot_path: str, seed: int) -> None:
+    torch.set_num_threads(1)  # the layers are too small to share out among threads
+    result = train(Args(seed=seed, plot=plot_path))
+    mean = fmean(result.final_returns)
+    verdict = "solved" if mean >= GOAL else "NOT solved"
+    print(f"trained with the fused loss, seed {seed}: {result.steps} steps in {result.seconds:.0f} s")
+    print(f"{verdict}: mean return {mean:.1f} over {len(result.final_returns)} evaluation episodes (goal {GOAL:.0f})")
+    plot(result, plot_path)
+    print(f"learning curve: {plot_path}\n")
+    compare(result)
+
+
+def compare(result: Run) -> None:
+    print("The loss, forward and backward, on batches of the agent's own replay buffer:\n")
+    print("| batch | fused loss | eager loss | difference | largest dq difference | fused | eager | times as fast |")
+    print("|---:|---:|---:|---:|---:|---:|---:|---:|")
+    for n in (32, 128, 512, 2048):
+        batch = replay_batch(result, n)
+        calls = {"fused": step(fused_dqn_loss, batch), "eager": step(eager_loss, batch)}
+        (fused, fused_grad), (eager, eager_grad) = calls["fused"](), calls["eager"]()
+        times = interleaved(calls)
+        ratio = median(e / f for e, f in zip(times["eager"], times["fused"], strict=True))
+        print(
+            f"| {n} | {fused.item():.7f} | {eager.item():.7f} | {abs(fused.item() - eager.item()):.1e} "
+            f"| {(fused_grad - eager_grad).abs().max().item():.1e} | {1e6 * median(times['fused']):.0f} us "
+            f"| {1e6 * median(times['eager']):.0f} us | {ratio:.2f} |"
+        )
+
+
+def replay_batch(result: Run, n: int) -> Batch:
+    sample = result.buffer.sample(n)
+    with torch.no_grad():
+        q, next_q = result.q_network(sample.obs), result.target_network(sample.next_obs)
+    return Batch(q.requires_grad_(), sample.actions, sample.rewards, next_q, sample.terminated)

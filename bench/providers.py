@@ -1,0 +1,76 @@
+"""The same loss, forward and backward, by each way there is to compute it."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dqn_fused import backends, fused_dqn_loss
+
+GAMMA = 0.99
+
+
+class Batch(NamedTuple):
+    """Arguments of the loss; q requires a gradient."""
+
+    q: Tensor
+    actions: Tensor
+    rewards: Tensor
+    next_q: Tensor
+    terminated: Tensor
+
+
+def random_batch(n: int, A: int, dtype: torch.dtype, device: str) -> Batch:
+    return Batch(
+        torch.randn(n, A, dtype=dtype, device=device, requires_grad=True),
+        torch.randint(A, (n,), device=device),
+        torch.randn(n, device=device),
+        torch.randn(n, A, dtype=dtype, device=device),
+        torch.rand(n, device=device) < 0.1,
+    )
+
+
+def eager_loss(q: Tensor, actions: Tensor, rewards: Tensor, next_q: Tensor, terminated: Tensor) -> Tensor:
+    """The lines a DQN script writes: max, target, gather, mean squared error."""
+    with torch.no_grad():
+        target_max, _ = next_q.max(dim=1)
+        target = rewards + GAMMA * target_max * (1 - terminated.float())
+    taken = q.gather(1, actions.unsqueeze(1)).squeeze(1)
+    return F.mse_loss(taken.float(), target.float())
+
+
+def fused_loss(backend: str) -> Callable[..., Any]:
+    return partial(fused_dqn_loss, gamma=GAMMA, backend=backend)
+
+
+def losses(device: str) -> dict[str, Callable[..., Any]]:
+    """Name -> loss of a batch, for every road that runs on this device; eager first."""
+    found: dict[str, Callable[..., Any]] = {"eager": eager_loss}
+    if device == "cuda" or _can_compile():
+        found["torch.compile"] = torch.compile(eager_loss, dynamic=False)
+    for name, status in backends().items():
+        if status.available and (name != "triton" or device == "cuda"):
+            found[f"fused[{name}]"] = fused_loss(name)
+    return found
+
+
+def step(loss: Callable[..., Any], batch: Batch) -> Callable[[], Any]:
+    """One forward and backward; returns (loss, dq)."""
+
+    def run() -> tuple[Tensor, Tensor]:
+        value = loss(*batch)
+        return value, torch.autograd.grad(value, batch.q)[0]
+
+    return run
+
+
+def _can_compile() -> bool:
+    """Inductor needs a C++ compiler on the CPU."""
+    try:
+        torch.compile(lambda x: x + 1, dynamic=False)(torch.ones(2))
+    except Exception:
+        return False
+    return True

@@ -1,0 +1,215 @@
+"""The gradient as autograd sees it: first and second order, several backwards, what is saved and what is allocated."""
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from conftest import Road
+from oracle import oracle
+from test_loss import compact, make
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dqn_fused.arguments
+import dqn_fused.reference
+from dqn_fused import FusedDQNLoss, fused_dqn_loss
+from dqn_fused.reference import dqn_loss
+
+
+def loss_of_q(road: Road, arguments: dict[str, Any], reduction: str = "mean") -> Any:
+    rest = {k: x for k, x in arguments.items() if k != "q"}
+    return lambda q: fused_dqn_loss(q, **rest, reduction=reduction, backend=road.backend)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("form", [dict, compact], ids=["terminated", "mask"])
+@pytest.mark.parametrize("shape", [(5, 3), (2, 2, 3)], ids=["2d", "3d"])
+def test_gradcheck(road: Road, shape: tuple[int, ...], form: Any, reduction: str) -> None:
+    arguments = form(make(shape, torch.float64, road.device))
+    q = arguments["q"].requires_grad_()
+    function = loss_of_q(road, arguments, reduction)
+    assert torch.autograd.gradcheck(function, q)
+    assert torch.autograd.gradgradcheck(function, q)
+
+
+def test_gradcheck_of_the_reference() -> None:
+    arguments = make((5, 3), torch.float64)
+    q = arguments.pop("q").requires_grad_()
+    assert torch.autograd.gradcheck(lambda q: dqn_loss(q, **arguments), q)
+
+
+def test_the_hessian_is_diagonal(road: Road) -> None:
+    """A gradient penalty needs the second derivative, 2 / n at the actions taken; a constant backward has none."""
+    arguments = make((4, 3), torch.float64, road.device)
+    q = arguments["q"].requires_grad_()
+    (grad,) = torch.autograd.grad(loss_of_q(road, arguments)(q), q, create_graph=True)
+    (second,) = torch.autograd.grad(grad.sum(), q)
+    expected = torch.zeros_like(q).scatter_(1, arguments["actions"][:, None], 2 / 4)
+    torch.testing.assert_close(second, expected)
+
+
+def test_two_backwards_with_different_upstream_gradients(road: Road) -> None:
+    """A gradient computed in forward and scaled in place would be scaled twice."""
+    arguments = make((7, 5), device=road.device)
+    q = arguments["q"].requires_grad_()
+    loss = loss_of_q(road, arguments, "none")(q)
+    for _ in range(2):
+        upstream = torch.randn(7, device=road.device)
+        (grad,) = torch.autograd.grad(loss, q, upstream, retain_graph=True)
+        expected = oracle(**arguments, reduction="none", grad_loss=upstream).grad_q
+        torch.testing.assert_close(grad.cpu().double(), torch.from_numpy(expected), rtol=1e-5, atol=1e-6)
+
+
+def test_two_live_losses_do_not_share_anything(road: Road) -> None:
+    """Outputs kept in buffers of a module have corrupted each other in an earlier library."""
+    batches = [make((7, 5), device=road.device, seed=seed) for seed in (1, 2)]
+    losses = [loss_of_q(road, a)(a["q"].requires_grad_()) for a in batches]
+    for arguments, loss in zip(batches, losses, strict=True):
+        loss.backward()
+        expected = oracle(**arguments)
+        torch.testing.assert_close(loss.item(), float(expected.loss), rtol=1e-5, atol=1e-6)
+        got = arguments["q"].grad.cpu().double()
+        torch.testing.assert_close(got, torch.from_numpy(expected.grad_q), rtol=1e-5, atol=1e-6)
+
+
+def test_the_loss_need_not_be_the_last_node(road: Road) -> None:
+    arguments = make((7, 5), device=road.device)
+    q = arguments["q"].requires_grad_()
+    loss = loss_of_q(road, arguments)(q)
+    (3 * loss + q.square().sum()).backward()
+    expected = 3 * oracle(**arguments).grad_q + 2 * q.detach().cpu().double().numpy()
+    torch.testing.assert_close(q.grad.cpu().double(), torch.from_numpy(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_an_expanded_upstream_gradient(road: Road) -> None:
+    """loss.sum().backward() hands down a tensor of stride 0."""
+    arguments = make((7, 5), device=road.device)
+    q = arguments["q"].requires_grad_()
+    function = loss_of_q(road, arguments, "none")
+    (of_sum,) = torch.autograd.grad(function(q).sum(), q)
+    (of_ones,) = torch.autograd.grad(function(q), q, torch.ones(7, device=road.device))
+    assert torch.equal(of_sum, of_ones)
+
+
+def test_a_graph_that_only_uses_the_td_error_of_a_detached_loss(road: Road) -> None:
+    arguments = make((7, 5), device=road.device)
+    arguments["q"].requires_grad_()
+    loss, td_error = fused_dqn_loss(**arguments, return_td_error=True, backend=road.backend)
+    assert loss.requires_grad
+    assert not td_error.requires_grad
+    td_error.abs().cpu().numpy()
+
+
+def test_no_graph_without_a_gradient_to_give(road: Road) -> None:
+    arguments = make((7, 5), device=road.device)
+    assert not fused_dqn_loss(**arguments, backend=road.backend).requires_grad
+    arguments["q"].requires_grad_()
+    with torch.no_grad():
+        assert not fused_dqn_loss(**arguments, backend=road.backend).requires_grad
+
+
+def test_actions_changed_in_place_before_backward_are_noticed(road: Road) -> None:
+    """A replay buffer that reuses its batch would otherwise move the gradient to other actions, without a sound."""
+    arguments = make((7, 5), device=road.device)
+    q = arguments["q"].requires_grad_()
+    loss = loss_of_q(road, arguments)(q)
+    arguments["actions"].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_module_equals_function(road: Road) -> None:
+    arguments = make((7, 5), device=road.device)
+    gamma = torch.tensor(0.5)
+    module = FusedDQNLoss(gamma, reduction="sum", return_td_error=True, backend=road.backend).to(road.device)
+    assert module.gamma.device.type == road.device
+    assert "gamma" in module.state_dict()
+    expected = fused_dqn_loss(
+        **arguments, gamma=gamma.to(road.device), reduction="sum", return_td_error=True, backend=road.backend
+    )
+    for got, value in zip(module(**arguments), expected, strict=True):
+        assert torch.equal(got, value)
+    assert torch.equal(module(**arguments, gamma=0.5)[0], expected[0])
+    assert not torch.equal(module(**arguments, gamma=0.1)[0], expected[0])
+
+
+@pytest.fixture
+def blind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing looks at values, as on a GPU, where looking would cost a synchronisation."""
+    for module in (dqn_fused.arguments, dqn_fused.reference):
+        monkeypatch.setattr(module, "looks_at_values", lambda device: False)
+
+
+@pytest.mark.usefixtures("blind")
+@pytest.mark.parametrize("A", [1, 4, 2500])
+def test_illegal_actions_where_nothing_looks(road: Road, A: int) -> None:
+    """NaN in that row's td and in the loss, zero in its gradient row, nothing out of bounds and nothing elsewhere."""
+    arguments = make((8, A), device=road.device)
+    for row, action in {1: -1, 3: A, 4: 2**40, 6: -(2**63)}.items():
+        arguments["actions"][row] = action
+    q = arguments["q"].requires_grad_()
+    per_sample, td_error = fused_dqn_loss(**arguments, reduction="none", return_td_error=True, backend=road.backend)
+    (grad,) = torch.autograd.grad(per_sample, q, torch.ones_like(per_sample))
+    expected = oracle(**arguments, reduction="none")
+    close = {"rtol": 1e-5, "atol": 1e-6, "equal_nan": True}
+    torch.testing.assert_close(td_error.cpu().double(), torch.from_numpy(expected.td_error), **close)
+    torch.testing.assert_close(grad.cpu().double(), torch.from_numpy(expected.grad_q), **close)
+    assert td_error.isnan().sum() == 4
+    assert fused_dqn_loss(**arguments, backend=road.backend).isnan()
+
+
+@pytest.mark.usefixtures("blind")
+@pytest.mark.parametrize("count", [0, 2, 4])
+def test_a_wrong_mask_where_nothing_looks(road: Road, count: int) -> None:
+    arguments = make((6, 300), device=road.device)
+    arguments["terminated"] = None
+    mask = torch.arange(6, device=road.device) < count
+    arguments |= {
+        "non_final_mask": mask,
+        "next_q": arguments["next_q"][:3],
+        "actions": arguments["actions"].to(torch.uint8),
+    }
+    q = arguments["q"].requires_grad_()
+    loss = fused_dqn_loss(**arguments, backend=road.backend)
+    assert loss.isnan()
+    (grad,) = torch.autograd.grad(loss, q)
+    assert (grad == 0).all()
+
+
+class Allocations(TorchDispatchMode):
+    """Elements of every new tensor that an operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in self.seen:
+                self.seen.add(x.untyped_storage().data_ptr())
+                self.sizes.append(x.numel())
+        return out
+
+
+@pytest.mark.parametrize("form", [dict, compact], ids=["terminated", "mask"])
+def test_memory(road: Road, form: Any) -> None:
+    """Forward allocates O(n), backward one (n, A) matrix: its result. Nothing of that size is saved in between."""
+    n, A = 16, 1000
+    arguments = form(make((n, A), device=road.device))
+    q = arguments["q"].requires_grad_()
+    known = {x.untyped_storage().data_ptr() for x in arguments.values()}
+    with Allocations() as forward:
+        forward.seen |= known
+        loss = loss_of_q(road, arguments)(q)
+    assert max(forward.sizes) <= 4 * n
+    assert sum(x.numel() for x in loss.grad_fn.saved_tensors) == 2 * n
+    del arguments["next_q"]
+    gc.collect()
+    with Allocations() as backward:
+        backward.seen |= known
+        (grad,) = torch.autograd.grad(loss, q)
+    assert sorted(backward.sizes)[-1] == grad.numel() == n * A
+    assert sum(size >= A for size in backward.sizes) == 1

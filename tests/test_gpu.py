@@ -1,0 +1,117 @@
+"""What only a GPU shows: streams, graphs, several live losses, more than 2^31 elements, no synchronisation."""
+
+from typing import Any
+
+import pytest
+import torch
+from test_loss import make
+
+from dqn_fused import backends, fused_dqn_loss
+
+pytestmark = pytest.mark.gpu
+
+NAMES = [name for name, status in backends().items() if status.available]
+
+
+@pytest.fixture(params=NAMES)
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def step(arguments: dict[str, Any], backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    q = arguments["q"].detach().requires_grad_()
+    loss = fused_dqn_loss(**{**arguments, "q": q}, backend=backend)
+    return loss.detach(), torch.autograd.grad(loss, q)[0]
+
+
+@pytest.mark.parametrize("shape", [(32, 4), (1024, 18), (16384, 18), (64, 128256)])
+def test_no_synchronisation(backend: str, shape: tuple[int, int]) -> None:
+    arguments = make(shape, device="cuda")
+    step(arguments, backend)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(arguments, backend)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("shape", [(32, 4), (16384, 18), (64, 50257)])
+def test_cuda_graph(backend: str, shape: tuple[int, int]) -> None:
+    """Captured once, replayed on other data."""
+    static = make(shape, device="cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(static, backend)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss, grad = step(static, backend)
+    for seed in (1, 2):
+        fresh = make(shape, device="cuda", seed=seed)
+        for name, x in fresh.items():
+            static[name].copy_(x)
+        graph.replay()
+        expected = step(fresh, backend)
+        assert torch.equal(loss, expected[0])
+        assert torch.equal(grad, expected[1])
+
+
+def test_second_stream(backend: str) -> None:
+    """The current stream is used: inputs written late on that stream are still seen."""
+    arguments = make((512, 1000), device="cuda")
+    expected = step(arguments, backend)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        late = {name: torch.empty_like(x) for name, x in arguments.items()}
+        torch.cuda._sleep(20_000_000)
+        for name, x in arguments.items():
+            late[name].copy_(x)
+        loss, grad = step(late, backend)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(loss, expected[0])
+    assert torch.equal(grad, expected[1])
+
+
+def test_more_than_2_31_elements(backend: str) -> None:
+    """Row offsets are int64 before the multiplication: the last row lies behind 2^31 elements."""
+    n, A = 17_000, 128_256
+    q = torch.zeros(n, A, dtype=torch.float16, device="cuda")
+    assert q.numel() > 2**31
+    actions = torch.full((n,), A - 1, device="cuda")
+    q[-1, -1], q[-1, 0] = 3.0, 7.0
+    q.requires_grad_()
+    rewards, ends = torch.zeros(n, device="cuda"), torch.zeros(n, dtype=torch.bool, device="cuda")
+    per_sample, td_error = fused_dqn_loss(
+        q, actions, rewards, q.detach(), ends, 0.5, reduction="none", return_td_error=True, backend=backend
+    )
+    assert td_error[-1].item() == 3.0 - 0.5 * 7.0
+    assert td_error[:-1].abs().max().item() == 0.0
+    (grad,) = torch.autograd.grad(per_sample, q, torch.ones_like(per_sample))
+    assert grad[-1, -1].item() == -1.0
+    assert torch.count_nonzero(grad).item() == 1
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_the_tensors_device_not_the_current_one(backend: str) -> None:
+    arguments = {name: x.to("cuda:1") for name, x in make((33, 19), device="cuda:0").items()}
+    torch.cuda.set_device(0)
+    loss, grad = step(arguments, backend)
+    assert loss.device == grad.device == torch.device("cuda:1")
+
+
+def test_peak_memory(backend: str) -> None:
+    """Outputs and O(n): the gradient, and in the split forward one partial maximum a split."""
+    if backend == "torch":
+        pytest.skip("eager operations allocate what they like")
+    n, A = 64, 128_256
+    arguments = make((n, A), device="cuda")
+    step(arguments, backend)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step(arguments, backend)
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before <= 4 * n * A + 4 * n * 64 + 65_536

@@ -1,0 +1,70 @@
+"""The loop, the gather and the fused loss are the same number with the same gradient, networks called inside."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import Road
+from torch import Tensor, nn
+
+from dqn_fused import fused_dqn_loss
+from dqn_fused.reference import dqn_loss, naive_dqn_loss, simple_dqn_loss
+
+Batch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def transitions(n: int, final: float, column: bool) -> Batch:
+    mask = torch.rand(n) >= final
+    states, next_states = torch.randn(n, 4), torch.randn(n, 4)[mask]
+    actions, rewards = torch.randint(3, (n,)), torch.randn(n)
+    if column:
+        actions, rewards = actions[:, None], rewards[:, None]
+    return states, next_states, actions, rewards, mask
+
+
+def fused(road: Road) -> Callable[..., Tensor]:
+    def loss(batch: Batch, main_net: nn.Module, target_net: nn.Module, gamma: float) -> Tensor:
+        states, next_states, actions, rewards, mask = batch
+        with torch.no_grad():
+            next_q = target_net(next_states)
+        return fused_dqn_loss(
+            main_net(states), actions, rewards, next_q, gamma=gamma, non_final_mask=mask, backend=road.backend
+        )
+
+    return loss
+
+
+@pytest.mark.parametrize("final", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("column", [False, True])
+def test_three_ways_to_one_loss(road: Road, column: bool, final: float) -> None:
+    torch.manual_seed(0)
+    main_net, target_net = (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).to(road.device) for _ in "ab")
+    batch = tuple(x.to(road.device) for x in transitions(11, final, column))
+    results = {}
+    for name, loss in {"naive": naive_dqn_loss, "simple": simple_dqn_loss, "fused": fused(road)}.items():
+        main_net.zero_grad()
+        value = loss(batch, main_net, target_net, 0.9)
+        value.backward()
+        results[name] = [value.detach(), *(p.grad.clone() for p in main_net.parameters())]
+        assert all(p.grad is None for p in target_net.parameters())
+    for name in ("simple", "fused"):
+        for got, expected in zip(results[name], results["naive"], strict=True):
+            torch.testing.assert_close(got, expected, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_reference_and_fused_agree(road: Road, reduction: str) -> None:
+    q = torch.randn(2, 9, 4, device=road.device, requires_grad=True)
+    rest = (
+        torch.randint(4, (2, 9), device=road.device),
+        torch.randn(2, 9, device=road.device),
+        torch.randn(2, 9, 4, device=road.device),
+        torch.rand(2, 9, device=road.device) < 0.5,
+    )
+    ours = fused_dqn_loss(q, *rest, reduction=reduction, return_td_error=True, backend=road.backend)
+    reference = dqn_loss(q, *rest, reduction=reduction, return_td_error=True)
+    torch.testing.assert_close(ours, reference)
+    upstream = torch.randn_like(ours[0])
+    torch.testing.assert_close(
+        torch.autograd.grad(ours[0], q, upstream), torch.autograd.grad(reference[0], q, upstream)
+    )
