@@ -35,6 +35,9 @@ def _td_loss(
     reduction: int,
     check: bool,
 ) -> tuple[Tensor, Tensor]:
+    for x in (actions, rewards, next_q, terminated, non_final_mask, gammas):
+        if x is not None and x.device != q.device:
+            raise RuntimeError(f"expected all tensors on {q.device}, as q, got {x.device}")
     n, dtype = actions.shape[0], torch.float64 if q.dtype is torch.float64 else torch.float32
     per_row = reduction == REDUCTIONS["none"]
     return q.new_empty((n,) if per_row else (), dtype=dtype), q.new_empty((n,), dtype=dtype)

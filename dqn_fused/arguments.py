@@ -15,6 +15,8 @@ NUMBERS = FLOATS | INTEGERS
 FLAGS = NUMBERS | {torch.bool}
 BOOL = frozenset({torch.bool})
 
+CPU = torch.device("cpu")
+
 LOSSES = ("mse",)
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -139,7 +141,7 @@ def looks_at_values(device: torch.device) -> bool:
     """Whether check_values looks, so that everything behind it may rely on legal actions."""
     if torch.compiler.is_compiling():
         return False
-    return device.type == "cpu" or os.environ.get("DQN_FUSED_CHECK", "0") not in ("", "0")
+    return device == CPU or os.environ.get("DQN_FUSED_CHECK", "0") not in ("", "0")
 
 
 def _per_sample(

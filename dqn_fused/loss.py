@@ -6,6 +6,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from dqn_fused import arguments
 from dqn_fused._backends import choose
 from dqn_fused.arguments import Batch, LossSpec, check_batch, check_loss, check_values
 from dqn_fused.autograd import TDLoss
@@ -139,11 +140,12 @@ def _run(
     """Check the arguments and run a backend.
 
     A compiled op on the CPU checks everything itself, in 0.1 us where check_batch takes 4 and check_values 4 more, so
-    matrices go to it as they are. If it refuses, the checks are made after all, and say what was wrong.
+    matrices go to it as they are. If it refuses, the checks are made after all, and say what is wrong, if anything is.
     """
     try:
-        road = choose(backend, q.device)
-        if q.is_cpu and road.CHECKS_CPU and q.dim() == next_q.dim() == 2 and not torch.compiler.is_compiling():
+        device = q.device
+        road = choose(backend, device)
+        if road.CHECKS_CPU and q.is_cpu and q.dim() == next_q.dim() == 2 and arguments.looks_at_values(device):
             unchecked = Batch(q, actions, rewards, next_q, terminated, gamma, non_final_mask, q.shape[:-1])
             return what(q, unchecked, spec, road)
     except (RuntimeError, AttributeError, TypeError):

@@ -45,10 +45,13 @@ class BackendStatus(NamedTuple):
 _LOADED: dict[str, ModuleType] = {}
 
 
-@torch.compiler.assume_constant_result  # Dynamo traces no import
 def _missing(name: str) -> str | None:
     """Import a backend; say why it cannot run here."""
     return _import(name)
+
+
+# Dynamo traces no import. What torch.compiler.assume_constant_result sets, which itself imports Dynamo, 1 s of it.
+_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dqn_fused import arguments
 from dqn_fused._ops import REDUCTIONS, td_loss, td_loss_and_grad, td_loss_backward
 from dqn_fused.arguments import Batch, LossSpec
 
@@ -69,6 +70,5 @@ def _call(op: torch._ops.OpOverload, batch: Batch, spec: LossSpec) -> tuple[Tens
     gammas = None
     if isinstance(gamma, Tensor):
         gammas, gamma = gamma, 0.0
-    # Inside torch.compile values are not looked at: see check_values.
-    look = not torch.compiler.is_compiling()
+    look = arguments.looks_at_values(q.device)
     return op(q, actions, rewards, next_q, terminated, non_final_mask, gammas, gamma, REDUCTIONS[spec.reduction], look)
