@@ -110,19 +110,21 @@ def libraries() -> tuple[list[Extension], dict[str, Any]]:
     class BuildLibraries(BuildExtension):
         """Leaves out what does not compile: with ninja, Extension(optional=True) does not."""
 
-        def build_extensions(self) -> None:
-            super().build_extensions()
-            self.extensions: list[Extension] = [
-                e for e in self.extensions if Path(self.get_ext_fullpath(e.name)).exists()
-            ]
-            self.distribution.ext_modules = self.extensions
+        extensions: list[Extension]
 
-        def build_extension(self, ext: Extension) -> None:
-            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
-            try:
-                super().build_extension(ext)
-            except Exception as error:  # the compiler's own words are above
-                leave_out(ext.name.removeprefix("dqn_fused._C_"), f"it does not compile ({error})")
+        def build_extensions(self) -> None:
+            built: list[Extension] = []
+            for ext in list(self.extensions):
+                self.extensions = [ext]
+                library = Path(self.get_ext_fullpath(ext.name))
+                library.unlink(missing_ok=True)
+                try:
+                    super().build_extensions()
+                    built.append(ext)
+                except Exception as error:  # of many types; the compiler's own words are above
+                    leave_out(ext.name.removeprefix("dqn_fused._C_"), f"it does not compile ({error})")
+            self.extensions = built
+            self.distribution.ext_modules = built
 
     return extensions, {"build_ext": BuildLibraries.with_options(no_python_abi_suffix=True)}
 

@@ -25,6 +25,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Thread over items of `size` elements each.
 template <class F>
 void for_each_block(int64_t items, int64_t size, const F& f) {
+  if (items == 0) return;
   const int64_t grain = std::max<int64_t>(1, GRAIN / std::max<int64_t>(size, 1));
   if (items <= grain) return f(0, items);  // parallel_for would find that out for 0.1 us
   torch::stable::parallel_for(0, items, grain, f);

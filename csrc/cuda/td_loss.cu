@@ -20,8 +20,9 @@ namespace dqn_fused::cuda {
 namespace {
 
 constexpr int WARP = 32;
-constexpr int THREADS = 256;          // of the kernels that move the bytes
-constexpr int FORWARD_THREADS = 512;  // of forward_kernel, which may have to do with one block
+constexpr int THREADS = 256;  // of the kernels that move the bytes
+constexpr int FORWARD_THREADS =
+    512;  // of forward_kernel, which may have to do with one block; two a multiprocessor: left alone, ptxas spills
 constexpr int64_t NARROW = 64;        // up to so many actions a row is read element by element
 constexpr int64_t LANE_COLUMNS = 4;   // loads in flight a lane, there
 constexpr int64_t SINGLE_ROUNDS = 8;  // rows that a group of lanes takes in turn before a second launch is cheaper
@@ -125,7 +126,7 @@ __device__ void store(void* data, ScalarType type, int64_t i, T x) {
 // A row is taken by `lanes` neighbouring lanes, a block takes block_rows rows. loss is (n,) where the reduction is
 // NONE, else one sum a block, divided by divisor. grad_q is null, or (n, A), contiguous.
 template <class T, class Stored>
-__global__ void __launch_bounds__(FORWARD_THREADS)
+__global__ void __launch_bounds__(FORWARD_THREADS, 2)
     forward_kernel(T* loss, T* td, void* grad_q, Batch batch, const int64_t* rank, int lanes, int64_t block_rows,
                    int64_t reduction, int64_t divisor, int64_t count) {
   using Loss = SquaredError<T>;
@@ -177,7 +178,7 @@ __global__ void __launch_bounds__(FORWARD_THREADS)
 
 // The sum of n partial sums over count, in a fixed order: one block.
 template <class T>
-__global__ void __launch_bounds__(FORWARD_THREADS) sum_kernel(T* loss, const T* partial, int64_t n, int64_t count) {
+__global__ void __launch_bounds__(FORWARD_THREADS, 2) sum_kernel(T* loss, const T* partial, int64_t n, int64_t count) {
   T sum = 0;
   for (int64_t i = threadIdx.x; i < n; i += FORWARD_THREADS) sum += partial[i];
   sum = block_sum(sum);
