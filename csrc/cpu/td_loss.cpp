@@ -10,6 +10,10 @@
 #include <tuple>
 #include <vector>
 
+#if __has_include(<sys/mman.h>)
+#include <sys/mman.h>
+#endif
+
 #include "../tensors.h"
 #include "row_max.h"
 
@@ -132,11 +136,24 @@ bool forward(Batch b, int64_t reduction, T* loss, T* td) {
   return all_legal;
 }
 
+// From 32 MiB on glibc maps every allocation afresh, and page faults are most of the time of writing it: 125 MiB took
+// 84 ms, and 28 ms in huge pages. Smaller ones are recycled, and it made no difference.
+void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t PAGE = 2 << 20;
+  if (bytes < 32 << 20) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + PAGE - 1) / PAGE * PAGE;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / PAGE * PAGE;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 // Zeros but for the actions taken; by flat ranges, so that one long row is shared by the threads too.
 template <class T, class Out>
 void backward(const T* grad_loss, const T* td, const Column& actions, int64_t n, int64_t A, int64_t reduction,
               Out* grad_q) {
   using Loss = SquaredError<T>;
+  advise_huge_pages(grad_q, n * A * static_cast<int64_t>(sizeof(Out)));
   for_each_block(n * A, 1, [&](int64_t begin, int64_t end) {
     std::memset(static_cast<void*>(grad_q + begin), 0, (end - begin) * sizeof(Out));
     for (int64_t i = begin / A; i * A < end; ++i) {
