@@ -151,7 +151,7 @@ def test_unchecked_values_stay_inside() -> None:
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("form", [dict, compact], ids=["terminated", "mask"])
-@pytest.mark.parametrize("shape", [(7, 3), (2, 3, 5), (0, 4), (4,), (3, 1500), (600, 18)])
+@pytest.mark.parametrize("shape", [(7, 3), (2, 3, 5), (0, 4), (4,), (3, 1500)])
 def test_loss_and_grad_equals_autograd(
     road: Road, shape: tuple[int, ...], form: Callable[..., dict[str, Any]], reduction: str
 ) -> None:
