@@ -1,6 +1,7 @@
 """The compiled ops by themselves, what their inputs may be, and torch.compile over the whole road."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -94,6 +95,19 @@ def test_row_maximum_of_every_length(dtype: torch.dtype) -> None:
         zeros = torch.zeros(8)
         _, td = fused_dqn_loss(q, zeros.int(), zeros, next_q, gamma=1.0, return_td_error=True, backend="compiled")
         assert torch.equal(td.nan_to_num(77), -next_q.amax(1).to(td.dtype).nan_to_num(77) + (td.isnan() * 154))
+
+
+def test_a_library_that_is_not_there_or_does_not_load(tmp_path: Path) -> None:
+    from dqn_fused._backends import compiled_backend
+
+    (tmp_path / "_C_cuda.so").write_text("no library")
+    assert "not built for cpu" in str(compiled_backend._load("cpu", tmp_path))
+    reason = str(compiled_backend._load("cuda", tmp_path))
+    assert f"built for another torch than {torch.__version__}, cuda: " in reason
+    assert "DQN_FUSED_BUILD=cuda" in reason
+    for reason, device in zip(compiled_backend._REASONS.values(), ("cpu", "cuda"), strict=True):
+        assert compiled_backend.refuses(torch.device(device)) == reason
+    assert "expected tensors on cpu or cuda" in str(compiled_backend.refuses(torch.device("meta")))
 
 
 BROKEN = {

@@ -12,9 +12,9 @@ from dqn_fused.arguments import Batch, LossSpec
 CHECKS_CPU = True  # on CUDA a look at the values would cost a synchronisation
 
 
-def _load(device: str) -> str | None:
+def _load(device: str, folder: Path = Path(__file__).parents[1]) -> str | None:
     """Load a library; say why it cannot be."""
-    path = Path(__file__).parents[1] / f"_C_{device}.so"
+    path = folder / f"_C_{device}.so"
     how = f"in a source tree, DQN_FUSED_BUILD={device} pip install --no-build-isolation . builds it"
     if not path.exists():
         return f"not built for {device} ({how})"
