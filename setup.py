@@ -97,7 +97,7 @@ def libraries() -> tuple[list[Extension], dict[str, Any]]:
     try:
         import torch
         from torch.utils.cpp_extension import BuildExtension
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # OSError: a torch whose libraries do not load
         leave_out(MODE if MODE != "auto" else "compiled", f"torch cannot be imported here ({error})")
         return [], {}
     extensions = []
