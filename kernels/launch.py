@@ -3,7 +3,7 @@
 The figures are reasoned, not yet measured on a GPU. About 25 KiB of loads in flight a multiprocessor cover the latency
 of 4.8 TB/s (Little's law: 700 ns over 132 multiprocessors): four resident programs of 8 KiB. Larger tiles cost
 registers, read off the compiled kernels: beyond 16 elements a thread in the wide layout and 8 in the narrow one, where
-each element has a 64-bit address of its own, ptxas spills or halves the occupancy.
+each element has a 64-bit address of its own, or 4 where grad_q is written too, ptxas spills or halves the occupancy.
 """
 
 from typing import NamedTuple
@@ -11,9 +11,9 @@ from typing import NamedTuple
 NARROW = 64  # up to so many actions a row is one tile, read element by element; above, 16 bytes at a time
 WIDE_TILE_BYTES = 8192  # of next_q that a program of 4 warps holds at once, in rows of up to
 WIDE_TILE = 2048  # elements, whatever their size: they are widened to float32
-NARROW_TILE = 1024  # elements that a program of 4 warps holds at once
-SINGLE_TILE = 2048  # the same for the one program of 8 warps
-SINGLE = 16 * SINGLE_TILE  # padded elements up to which one program does it all, against a second launch
+PER_THREAD, PER_THREAD_WITH_GRAD = 8, 4  # elements of a narrow tile
+SINGLE = 16_384  # padded elements up to which one program of 8 warps does it all, in 8 tiles, against a second launch
+STRIDED_TILE = 4096  # columns up to which a strided row, such as the partial maxima of a split, is one tile
 PROGRAMS_PER_SM = 4
 BWD_BLOCK = 2048  # elements of grad_q that a program of 4 warps stores: 16 a thread
 BWD_BLOCK_NARROW = 1024  # where each element finds its own row
@@ -60,21 +60,24 @@ def wide_tile(itemsize: int) -> int:
     return min(WIDE_TILE, WIDE_TILE_BYTES // itemsize)
 
 
-def forward(rows: int, columns: int, itemsize: int, unit_stride: bool) -> Forward:
+def forward(rows: int, columns: int, itemsize: int, unit_stride: bool, with_grad: bool = False) -> Forward:
     """One program for a small problem, else tiles of several rows at few columns and of one row at many."""
     width = next_power_of_2(columns)
     if unit_stride and columns > NARROW:
-        layout, tile = "wide", wide_tile(itemsize)
+        tile = wide_tile(itemsize)
         block = min(width, tile)
-    elif width <= SINGLE_TILE and rows * width <= SINGLE:
-        tile_rows = max(1, min(next_power_of_2(rows), SINGLE_TILE // width))
-        num_warps = max(1, min(8, tile_rows * width // (8 * 32)))  # 8 elements a thread
+        tile_rows = tile // block
+        return Forward(Tile(tile_rows, block, 4), "wide", cdiv(rows, tile_rows), tile_rows)
+    per_warp = 32 * (PER_THREAD_WITH_GRAD if with_grad else PER_THREAD)
+    if width <= STRIDED_TILE and rows * width <= SINGLE:
+        tile_rows = max(1, min(next_power_of_2(rows), 8 * per_warp // width))
+        num_warps = max(1, min(8, tile_rows * width // per_warp))
         return Forward(Tile(tile_rows, width, num_warps), "narrow", 1, rows)
-    else:
-        block = min(width, NARROW)
-        layout, tile = "narrow" if columns <= block else "strided", NARROW_TILE
-    tile_rows = tile // block
-    return Forward(Tile(tile_rows, block, 4), layout, cdiv(rows, tile_rows), tile_rows)
+    block = min(width, NARROW)
+    tile_rows = 4 * per_warp // block
+    return Forward(
+        Tile(tile_rows, block, 4), "narrow" if columns <= block else "strided", cdiv(rows, tile_rows), tile_rows
+    )
 
 
 def split(rows: int, columns: int, itemsize: int, unit_stride: bool, sms: int) -> Split | None:

@@ -1,7 +1,7 @@
 """Triton kernels: row maximum, TD loss forward, its backward, and a fixed-order sum.
 
-Shapes in the comments: n samples, m rows of next_q, A actions. Only the last three lines of the forward kernel and the
-coefficient of the backward kernel know the loss; everything else is addressing.
+Shapes in the comments: n samples, m rows of next_q, A actions. What the loss is stands in td_loss and td_loss_grad, its
+target in the forward kernel; everything else is addressing.
 """
 
 import triton
@@ -12,6 +12,25 @@ import triton.language as tl
 def nan_max(a, b):
     """Elementwise maximum in which NaN wins, as in torch.max (tl.max drops it)."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def td_loss(td):
+    """Loss of a TD error: mean squared error without the factor 1/2."""
+    return td * td
+
+
+@triton.jit
+def td_loss_grad(td):
+    """Derivative of td_loss by the TD error."""
+    return 2.0 * td
+
+
+@triton.jit
+def legal_action(action, A):
+    """The action, or -1 if it is outside [0, A); int32, since fewer registers hold it once it is known to be small."""
+    action = action.to(tl.int64)
+    return tl.where((action >= 0) & (action < A), action, -1).to(tl.int32)
 
 
 @triton.jit
@@ -95,6 +114,7 @@ def row_max_fwd_kernel(
 def td_loss_fwd_kernel(
     loss,  # (n,) with PER_ROW, else one sum a program: (programs,)
     td_error,  # (n,)
+    grad_q,  # (n, A), contiguous, or None; only where next_q is narrow and K is A
     q, actions, rewards,  # (n, A), (n,), (n,)
     next_q,  # (n, K), or (m, K) with rank; K is A, or the splits of row_max_fwd_kernel
     final, rank,  # (n,) or None: 1 = terminated; with rank, the running count of non-final rows: 1 = not terminated
@@ -102,21 +122,23 @@ def td_loss_fwd_kernel(
     n, m, A, K, rows_per_program,
     q_inner, q_stride_outer, q_stride_inner, q_stride_action,
     next_inner, next_stride_outer, next_stride_inner, next_stride_action,
-    count,  # the sum is divided by it
+    count,  # the sum is divided by it: n for the mean
     GAMMA: tl.constexpr, PER_ROW: tl.constexpr,
     LAYOUT: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """TD error and loss of rows_per_program rows; with one program this is the whole loss in one launch."""
+    """TD error, loss and, if asked for, gradient of rows_per_program rows; one program is the loss in one launch."""
     total = tl.zeros([ROWS], ACC)
     first = tl.program_id(0) * rows_per_program
-    for start in range(first, tl.minimum(first + rows_per_program, n), ROWS):
+    # Hoisted out of the loop, its many small invariants would spill.
+    for start in tl.range(first, tl.minimum(first + rows_per_program, n), ROWS, disable_licm=True):
         row = start + tl.arange(0, ROWS)  # [rows]
         inside = row < n
 
-        action = tl.load(actions + row, mask=inside, other=0).to(tl.int64)
-        legal = (action >= 0) & (action < A)
+        action = legal_action(tl.load(actions + row, mask=inside, other=0), A)
+        legal = action >= 0
         q_offset = row_offset(row, q_inner, q_stride_outer, q_stride_inner)
-        taken = tl.load(q + q_offset + action * q_stride_action, mask=inside & legal, other=0.0).to(ACC)
+        q_offset += action.to(tl.int64) * q_stride_action
+        taken = tl.load(q + q_offset, mask=inside & legal, other=0.0).to(ACC)
         target = tl.load(rewards + row, mask=inside, other=0).to(ACC)
 
         live = inside
@@ -141,64 +163,73 @@ def td_loss_fwd_kernel(
 
         td = tl.where(legal, taken - target, float("nan"))
         tl.store(td_error + row, td, mask=inside)
-        row_loss = td * td
         if PER_ROW:
-            tl.store(loss + row, row_loss, mask=inside)
+            tl.store(loss + row, td_loss(td), mask=inside)
         else:
-            total += tl.where(inside, row_loss, 0.0)
+            total += tl.where(inside, td_loss(td), 0.0)
+        if grad_q is not None:
+            column = tl.arange(0, BLOCK)
+            gradient = (td_loss_grad(td) / count.to(ACC)).to(grad_q.dtype.element_ty)
+            gradient = tl.where(column[None, :] == action[:, None], gradient[:, None], 0.0)  # [rows, columns]
+            block = grad_q + tl.full([], start, tl.int64) * A  # int64 once a block, int32 within it
+            offset = (tl.arange(0, ROWS) * A)[:, None] + column[None, :]
+            tl.store(block + offset, gradient, mask=inside[:, None] & (column < A)[None, :])
     if not PER_ROW:
         tl.store(loss + tl.program_id(0), tl.sum(total, 0) / count.to(ACC))
 
 
-@triton.jit(do_not_specialize=["n", "count"])
-def sum_kernel(loss, partial, n, count, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    """Sum of (n,) partial sums over count, in a fixed order: one program."""
+@triton.jit(do_not_specialize=["n"])
+def sum_kernel(loss, partial, n, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    """Sum of (n,) partial sums in a fixed order: one program."""
     total = tl.zeros([BLOCK], ACC)
     for start in range(0, n, BLOCK):
         i = start + tl.arange(0, BLOCK)
         total += tl.load(partial + i, mask=i < n, other=0.0)
-    tl.store(loss, tl.sum(total, 0) / count.to(ACC))
+    tl.store(loss, tl.sum(total, 0))
 
 
 @triton.jit
-def td_loss_coefficient(grad_loss, td_error, row, inside, count, PER_ROW: tl.constexpr):
-    """Derivative of the loss by the Q-value of the action taken in each row."""
-    upstream = tl.load(grad_loss + row, mask=inside, other=0.0) if PER_ROW else tl.load(grad_loss)
+def upstream_times_grad(grad_loss, td_error, row, inside, count, PER_ROW: tl.constexpr):
+    """Derivative of the loss by the Q-value of the action taken in each row; grad_loss is (), (n,) or None for ones."""
     td = tl.load(td_error + row, mask=inside, other=0.0)
-    return upstream * (2.0 * td) / count.to(td.dtype)
+    gradient = td_loss_grad(td) / count.to(td.dtype)
+    if grad_loss is not None:
+        if PER_ROW:
+            gradient *= tl.load(grad_loss + row, mask=inside, other=0.0)
+        else:
+            gradient *= tl.load(grad_loss)
+    return gradient
 
 
 @triton.jit(do_not_specialize=["n", "count"])
 def td_loss_bwd_kernel(
     grad_q,  # (n, A), contiguous
-    grad_loss, td_error, actions,  # () or (n,), (n,), (n,)
+    grad_loss, td_error, actions,  # (), (n,) or None for ones, (n,), (n,)
     n, A, count,
     PER_ROW: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One dense store of where(column == action, coefficient, 0), over grad_q as a flat array: every store is aligned.
+    """One dense store of where(column == action, gradient, 0), over grad_q as a flat array: every store is aligned.
 
-    With WIDE (A >= BLOCK) a block touches at most two rows, whose actions and coefficients are scalars.
+    With WIDE (A >= BLOCK) a block touches at most two rows, whose actions and gradients are scalars.
     """
     start = tl.program_id(0).to(tl.int64) * BLOCK
     first = start // A
     column = (start - first * A).to(tl.int32) + tl.arange(0, BLOCK)  # columns, counted from the first row's start
     if WIDE:
-        action = tl.load(actions + first).to(tl.int64)
-        here = tl.where((action >= 0) & (action < A), action, -1)
-        value = tl.where(column == here, td_loss_coefficient(grad_loss, td_error, first, True, count, PER_ROW), 0.0)
+        action = legal_action(tl.load(actions + first), A)
+        gradient = upstream_times_grad(grad_loss, td_error, first, True, count, PER_ROW)
+        value = tl.where(column == action, gradient, 0.0)
         second = first + 1
         inside = second < n
-        action = tl.load(actions + second, mask=inside, other=-1).to(tl.int64)
-        here = tl.where((action >= 0) & (action < A), action + A, -1)
-        value = tl.where(
-            column == here, td_loss_coefficient(grad_loss, td_error, second, inside, count, PER_ROW), value
-        )
+        action = legal_action(tl.load(actions + second, mask=inside, other=-1), A)
+        gradient = upstream_times_grad(grad_loss, td_error, second, inside, count, PER_ROW)
+        value = tl.where((column - A == action) & (action >= 0), gradient, value)
     else:
         row = first + column // A
         inside = row < n
-        action = tl.load(actions + row, mask=inside, other=-1).to(tl.int64)
-        coefficient = td_loss_coefficient(grad_loss, td_error, row, inside, count, PER_ROW)
-        value = tl.where(column % A == action, coefficient, 0.0)
+        action = legal_action(tl.load(actions + row, mask=inside, other=-1), A)
+        gradient = upstream_times_grad(grad_loss, td_error, row, inside, count, PER_ROW)
+        value = tl.where(column % A == action, gradient, 0.0)
     value = value.to(grad_q.dtype.element_ty)
     size = n.to(tl.int64) * A
     here = start + tl.arange(0, BLOCK)

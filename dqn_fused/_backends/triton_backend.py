@@ -13,9 +13,10 @@ from torch import Tensor
 from dqn_fused.arguments import Batch, LossSpec, accumulation_dtype
 from dqn_fused.kernels import launch
 from dqn_fused.kernels.td_loss import row_max_fwd_kernel, sum_kernel, td_loss_bwd_kernel, td_loss_fwd_kernel
+from dqn_fused.reference import loss_of_td_error
 
 INTERPRETED = not isinstance(td_loss_fwd_kernel, triton.runtime.JITFunction)
-OLDEST = (3, 4)
+OLDEST = (3, 6)
 SUM_BLOCK = 1024
 CHECKS_CPU = False
 PARTLY = ""
@@ -39,20 +40,41 @@ def refuses(device: torch.device) -> str | None:
 
 def forward(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor]:
     """Return (loss, td_error): one launch for a small batch, a second one where several programs share the work."""
+    loss, td_error, _ = _forward(batch, spec, None)
+    return loss, td_error
+
+
+def backward(
+    grad_loss: Tensor, td_error: Tensor, actions: Tensor, q_shape: torch.Size, q_dtype: torch.dtype, spec: LossSpec
+) -> Tensor:
+    """Return grad_q in one launch."""
+    grad_q = torch.empty(q_shape, dtype=q_dtype, device=td_error.device)
+    _store_gradient(grad_q, grad_loss, td_error, actions, spec)
+    return grad_q
+
+
+def loss_and_grad(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (loss, grad_q, td_error): up to 64 actions the forward launch writes grad_q too, above one more does."""
+    q = batch.q
+    grad_q = torch.empty((*batch.shape, q.shape[-1]), dtype=q.dtype, device=q.device)
+    loss, td_error, stored = _forward(batch, spec, grad_q)
+    if not stored:
+        _store_gradient(grad_q, None, td_error, batch.actions, spec)
+    return loss, grad_q, td_error
+
+
+def _forward(batch: Batch, spec: LossSpec, grad_q: Tensor | None) -> tuple[Tensor, Tensor, bool]:
+    """Loss, TD errors, and whether grad_q is filled."""
     q, next_q, device = batch.q, batch.next_q, batch.q.device
     dtype = accumulation_dtype(q)
     acc = _ACC[dtype]
     n, A = batch.actions.numel(), q.shape[-1]
     td_error = torch.empty(batch.shape, dtype=dtype, device=device)
     if n == 0:
-        return torch.empty(batch.shape, dtype=dtype, device=device) if spec.reduction == "none" else (
-            td_error.mean() if spec.reduction == "mean" else td_error.sum()
-        ), td_error  # fmt: skip
-    rank = final = None
+        return loss_of_td_error(td_error, spec), td_error, True
+    rank, final = None, batch.terminated
     if batch.non_final_mask is not None:
-        final, rank = batch.non_final_mask, batch.non_final_mask.cumsum(0)
-    else:
-        final = batch.terminated
+        rank, final = batch.non_final_mask.cumsum(0), batch.non_final_mask
     gamma, gamma_kind = batch.gamma, "number"
     if isinstance(gamma, Tensor):
         gamma_kind = "scalar" if gamma.dim() == 0 else "per_sample"
@@ -66,39 +88,44 @@ def forward(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor]:
         if split is not None:
             next_q = _split_row_max(next_q, None if rank is not None else final, split, dtype)
         K = next_q.shape[-1]
-        plan = launch.forward(n, K, next_q.element_size(), next_q.stride(-1) == 1)
-        single = plan.programs == 1
-        count = n if spec.reduction == "mean" else 1
-        loss = torch.empty(batch.shape if per_row else () if single else plan.programs, dtype=dtype, device=device)
+        with_grad = grad_q is not None and split is None
+        plan = launch.forward(n, K, next_q.element_size(), next_q.stride(-1) == 1, with_grad)
+        stores_grad = with_grad and plan.layout == "narrow"
+        loss = torch.empty(
+            batch.shape if per_row else () if plan.programs == 1 else plan.programs, dtype=dtype, device=device
+        )
         run(
             td_loss_fwd_kernel, plan.programs,
-            loss, td_error, q, batch.actions, batch.rewards, next_q, final, rank, gamma,
-            n, m, A, K, plan.rows_per_program, *_row_strides(q), *_row_strides(next_q), count if single else 1,
+            loss, td_error, grad_q if stores_grad else None,
+            q, batch.actions, batch.rewards, next_q, final, rank, gamma,
+            n, m, A, K, plan.rows_per_program, *_row_strides(q), *_row_strides(next_q), _count(n, spec),
             GAMMA=gamma_kind, PER_ROW=per_row, LAYOUT=plan.layout, VEC=16 // next_q.element_size(),
             ROWS=plan.tile.rows, BLOCK=plan.tile.block, ACC=acc, num_warps=plan.tile.num_warps,
         )  # fmt: skip
-        if single or per_row:
-            return loss, td_error
-        total = torch.empty((), dtype=dtype, device=device)
-        run(sum_kernel, 1, total, loss, plan.programs, count, BLOCK=SUM_BLOCK, ACC=acc, num_warps=4)
-    return total, td_error
+        if not per_row and plan.programs > 1:
+            partial, loss = loss, torch.empty((), dtype=dtype, device=device)
+            run(sum_kernel, 1, loss, partial, plan.programs, BLOCK=SUM_BLOCK, ACC=acc, num_warps=4)
+    return loss, td_error, stores_grad
 
 
-def backward(
-    grad_loss: Tensor, td_error: Tensor, actions: Tensor, q_shape: torch.Size, q_dtype: torch.dtype, spec: LossSpec
-) -> Tensor:
-    """Return grad_q in one launch."""
-    grad_q = torch.empty(q_shape, dtype=q_dtype, device=td_error.device)
-    n, A = actions.numel(), q_shape[-1]
-    if n:
-        block, wide = launch.backward(A, grad_q.element_size())
-        with _on(td_error.device):
-            run(
-                td_loss_bwd_kernel, launch.cdiv(n * A, block),
-                grad_q, grad_loss, td_error, actions, n, A, n if spec.reduction == "mean" else 1,
-                PER_ROW=spec.reduction == "none", WIDE=wide, BLOCK=block, num_warps=4,
-            )  # fmt: skip
-    return grad_q
+def _store_gradient(
+    grad_q: Tensor, grad_loss: Tensor | None, td_error: Tensor, actions: Tensor, spec: LossSpec
+) -> None:
+    """Write grad_q; grad_loss None stands for ones."""
+    n, A = actions.numel(), grad_q.shape[-1]
+    if n == 0:
+        return
+    block, wide = launch.backward(A, grad_q.element_size())
+    with _on(td_error.device):
+        run(
+            td_loss_bwd_kernel, launch.cdiv(n * A, block),
+            grad_q, grad_loss, td_error, actions, n, A, _count(n, spec),
+            PER_ROW=spec.reduction == "none", WIDE=wide, BLOCK=block, num_warps=4,
+        )  # fmt: skip
+
+
+def _count(n: int, spec: LossSpec) -> int:
+    return n if spec.reduction == "mean" else 1
 
 
 def loss_and_grad(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor]:
