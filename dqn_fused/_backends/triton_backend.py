@@ -128,14 +128,6 @@ def _count(n: int, spec: LossSpec) -> int:
     return n if spec.reduction == "mean" else 1
 
 
-def loss_and_grad(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (loss, grad_q, td_error): the launches of forward and that of backward, one after the other."""
-    loss, td_error = forward(batch, spec)
-    ones = torch.ones(batch.shape if spec.reduction == "none" else (), dtype=td_error.dtype, device=td_error.device)
-    q_shape = torch.Size((*batch.shape, batch.q.shape[-1]))
-    return loss, backward(ones, td_error, batch.actions, q_shape, batch.q.dtype, spec), td_error
-
-
 def run(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
     """Launch a kernel on a one-dimensional grid: grid.y ends at 65,535."""
     kernel[(programs,)](*args, **meta)
