@@ -12,7 +12,7 @@ else
 READY := install
 endif
 
-.PHONY: test demo bench lint format pictures install clean
+.PHONY: test demo bench asan lint format pictures install clean
 
 test: $(READY) lint
 	$(PY) -m pytest
@@ -25,6 +25,16 @@ demo: $(READY)
 bench: $(READY)
 	mkdir -p $(OUT)
 	$(PY) -m bench --out $(OUT)
+
+# The CPU ops with AddressSanitizer and UBSan over the suite and broken inputs.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+asan: $(READY)
+	CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" DQN_FUSED_BUILD=cpu \
+		$(PY) -m pip install --quiet --no-deps --no-build-isolation --upgrade --target $(OUT)/asan .
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0:max_malloc_fill_size=1000000000 PYTHONPATH=$(OUT)/asan TORCHDYNAMO_DISABLE=1 \
+		$(VENV)/bin/pytest -q tests/test_compiled.py tests/test_loss.py tests/test_arguments.py \
+		-k "not torch-cpu and not torch_compile and not opcheck"
 
 lint: $(READY)
 	$(PY) -m ruff check .

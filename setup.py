@@ -1,9 +1,150 @@
-"""Build of dqn_fused: the folder kernels/ is installed as the package dqn_fused.kernels."""
+"""Build of dqn_fused: pure Python, and from csrc/ what this machine can compile.
 
-from setuptools import setup
+``DQN_FUSED_BUILD`` says what to compile: ``auto`` (what can be), ``cpu``, ``cuda`` (that one or an error) or ``0``.
+``TORCH_CUDA_ARCH_LIST`` says for which GPUs. torch must be importable: ``pip install --no-build-isolation .``.
+The folder kernels/ is installed as the package dqn_fused.kernels.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+
+SOURCES = {"cpu": ["csrc/cpu/td_loss.cpp", "csrc/cpu/row_max.cpp"], "cuda": ["csrc/cuda/td_loss.cu"]}
+HEADERS = ["csrc/td_loss.h", "csrc/tensors.h", "csrc/cpu/row_max.h", "csrc/cuda/kernels.cuh"]
+GPUS = ("8.0", "8.6", "9.0", "10.0", "12.0")
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10 and every later one
+RETRY = "pip install --no-build-isolation . tries again"
+
+
+class CannotBuildError(Exception):
+    """A library cannot be compiled here; the message says why."""
+
+
+def leave_out(device: str, reason: object) -> None:
+    """Go on without a library, unless it was asked for by name."""
+    line = f"dqn_fused: the {device} library is left out: {reason}; {RETRY}"
+    if device == MODE:
+        raise SystemExit(line)
+    print(line, file=sys.stderr)
+
+
+def cuda_home(torch: Any) -> str:
+    """Toolkit that has a compiler of torch's CUDA major."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which(f"{home}/bin/nvcc" if home else "nvcc")
+    if nvcc is None:
+        raise CannotBuildError("no nvcc")
+    # Asked of nvcc itself: it may be a link or a script on the PATH.
+    answer = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    dry_run = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    release, top = re.search(r"release (\d+)", answer), re.search(r"TOP=(\S+)", dry_run)
+    if release is None or top is None:
+        raise CannotBuildError(f"{nvcc} does not answer as nvcc does")
+    if torch.version.cuda is None and MODE != "cuda":
+        raise CannotBuildError("this torch has no CUDA")
+    if torch.version.cuda is not None and torch.version.cuda.split(".")[0] != release[1]:
+        raise CannotBuildError(f"nvcc is of CUDA {release[1]} and torch of CUDA {torch.version.cuda}")
+    return os.path.normpath(top[1])
+
+
+def default_gpus(home: str) -> str:
+    """Those that this nvcc knows, and PTX for what comes after them."""
+    known = subprocess.run([f"{home}/bin/nvcc", "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    return ";".join(gpu for gpu in GPUS if f"sm_{gpu.replace('.', '')}" in known) + "+PTX"
+
+
+def library(device: str, torch: Any) -> Extension:
+    """Build description of dqn_fused._C_<device>: a plain library on LibTorch's stable ABI, no Python module."""
+    root = Path(torch.__file__).parent
+    include, libraries, link = [str(root / "include")], ["torch_cpu", "c10"], [str(root / "lib")]
+    if device == "cuda":
+        from torch.utils import cpp_extension
+
+        home = cuda_home(torch)
+        cpp_extension.CUDA_HOME = home  # torch looks for none where it has no CUDA itself
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_gpus(home))
+        include.append(f"{home}/include")
+        libraries.append("cudart")
+        link += [str(Path(home, folder)) for folder in ("lib64", "lib") if Path(home, folder).is_dir()]
+    return Extension(
+        f"dqn_fused._C_{device}",
+        SOURCES[device],
+        depends=HEADERS,
+        include_dirs=include,
+        libraries=libraries,
+        library_dirs=link,
+        extra_compile_args={
+            "cxx": ["-O3", "-g0", "-fvisibility=hidden", STABLE_ABI],
+            "nvcc": ["-O3", "-DUSE_CUDA", STABLE_ABI],
+        },
+    )
+
+
+def libraries() -> tuple[list[Extension], dict[str, Any]]:
+    """Libraries to try and the command that builds them."""
+    wanted = {"auto": ("cpu", "cuda"), "cpu": ("cpu",), "cuda": ("cuda",), "0": ()}.get(MODE)
+    if wanted is None:
+        raise SystemExit(f"DQN_FUSED_BUILD: expected auto, cpu, cuda or 0, got {MODE!r}")
+    if not wanted:
+        return [], {}
+    try:
+        import torch
+        from torch.utils.cpp_extension import BuildExtension
+    except (ImportError, OSError) as error:  # OSError: a torch whose libraries do not load
+        leave_out(MODE if MODE != "auto" else "compiled", f"torch cannot be imported here ({error})")
+        return [], {}
+    extensions = []
+    for device in wanted:
+        try:
+            extensions.append(library(device, torch))
+        except (CannotBuildError, OSError, subprocess.SubprocessError) as error:
+            leave_out(device, error)
+
+    class BuildLibraries(BuildExtension):
+        """Leaves out what does not compile: with ninja, Extension(optional=True) does not."""
+
+        extensions: list[Extension]
+
+        def build_extensions(self) -> None:
+            built: list[Extension] = []
+            for ext in list(self.extensions):
+                self.extensions = [ext]
+                library = Path(self.get_ext_fullpath(ext.name))
+                library.unlink(missing_ok=True)
+                try:
+                    super().build_extensions()
+                    built.append(ext)
+                except Exception as error:  # of many types; the compiler's own words are above
+                    leave_out(ext.name.removeprefix("dqn_fused._C_"), f"it does not compile ({error})")
+            self.extensions = built
+            self.distribution.ext_modules = built
+
+    return extensions, {"build_ext": BuildLibraries.with_options(no_python_abi_suffix=True)}
+
+
+class Wheel(bdist_wheel):
+    """Tagged by what is in it: the libraries know torch's ABI and none of Python's."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        if self.root_is_pure:
+            return super().get_tag()
+        return ("py3", "none", super().get_tag()[2] if self.distribution.ext_modules else "any")
+
+
+MODE = os.environ.get("DQN_FUSED_BUILD", "auto").lower()
+EXTENSIONS, COMMANDS = libraries()
 
 setup(
     packages=["dqn_fused", "dqn_fused._backends", "dqn_fused.kernels"],
     package_dir={"dqn_fused": "dqn_fused", "dqn_fused.kernels": "kernels"},
     package_data={"dqn_fused": ["py.typed"]},
+    ext_modules=EXTENSIONS,
+    cmdclass={"bdist_wheel": Wheel, **COMMANDS},
 )

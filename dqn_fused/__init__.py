@@ -10,7 +10,7 @@
 """
 
 from dqn_fused._backends import BackendUnavailableError, backends
-from dqn_fused.loss import FusedDQNLoss, fused_dqn_loss
+from dqn_fused.loss import FusedDQNLoss, fused_dqn_loss, fused_dqn_loss_and_grad
 
 __version__ = "0.1.0"
-__all__ = ["BackendUnavailableError", "FusedDQNLoss", "backends", "fused_dqn_loss"]
+__all__ = ["BackendUnavailableError", "FusedDQNLoss", "backends", "fused_dqn_loss", "fused_dqn_loss_and_grad"]

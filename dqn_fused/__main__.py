@@ -25,7 +25,8 @@ def report() -> str:
         capability = ".".join(map(str, torch.cuda.get_device_capability(i)))
         lines.append(f"cuda:{i}     {torch.cuda.get_device_name(i)}, compute capability {capability}")
     for name, status in dqn_fused.backends().items():
-        lines.append(f"backend    {name}: {'available' if status.available else 'not available: ' + status.reason}")
+        state, why = ("available", ", but ") if status.available else ("not available", ": ")
+        lines.append(f"backend    {name}: {state}{why + status.reason if status.reason else ''}")
     return "\n".join(lines)
 
 

@@ -15,6 +15,8 @@ NUMBERS = FLOATS | INTEGERS
 FLAGS = NUMBERS | {torch.bool}
 BOOL = frozenset({torch.bool})
 
+CPU = torch.device("cpu")
+
 LOSSES = ("mse",)
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -46,11 +48,15 @@ def accumulation_dtype(q: Tensor) -> torch.dtype:
 
 def check_loss(loss: str, reduction: str) -> LossSpec:
     """Check the names of the loss and the reduction."""
+    spec = _SPECS.get((loss, reduction))
+    if spec is not None:
+        return spec
     if loss not in LOSSES:
         _wrong_choice("loss", loss, LOSSES)
-    if reduction not in REDUCTIONS:
-        _wrong_choice("reduction", reduction, REDUCTIONS)
-    return LossSpec(loss, reduction)
+    return _wrong_choice("reduction", reduction, REDUCTIONS)
+
+
+_SPECS = {(loss, reduction): LossSpec(loss, reduction) for loss in LOSSES for reduction in REDUCTIONS}
 
 
 def check_batch(
@@ -136,7 +142,7 @@ def looks_at_values(device: torch.device) -> bool:
     """Whether check_values looks, so that everything behind it may rely on legal actions."""
     if torch.compiler.is_compiling():
         return False
-    return device.type == "cpu" or os.environ.get("DQN_FUSED_CHECK", "0") not in ("", "0")
+    return device == CPU or os.environ.get("DQN_FUSED_CHECK", "0") not in ("", "0")
 
 
 def _per_sample(

@@ -1,10 +1,14 @@
-"""The public loss: a function and the same as a module."""
+"""The public loss: a function, the same with its gradient, and the same as a module."""
+
+from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
+from dqn_fused import arguments
 from dqn_fused._backends import choose
-from dqn_fused.arguments import check_batch, check_loss, check_values
+from dqn_fused.arguments import Batch, LossSpec, check_batch, check_loss, check_values
 from dqn_fused.autograd import TDLoss
 
 
@@ -63,13 +67,91 @@ def fused_dqn_loss(
             [ 0.0000, -1.5000]]))
     """
     spec = check_loss(loss, reduction)
-    batch = check_values(check_batch(q, actions, rewards, next_q, terminated, gamma, non_final_mask))
-    road = choose(backend, batch)
-    if q.requires_grad and torch.is_grad_enabled():
-        result, td_error = TDLoss.apply(q, batch, spec, road)
-    else:
-        result, td_error = road.forward(batch, spec)
+    result, td_error = _run(_loss, spec, backend, q, actions, rewards, next_q, terminated, gamma, non_final_mask)
     return (result, td_error.detach()) if return_td_error else result
+
+
+def fused_dqn_loss_and_grad(
+    q: Tensor,
+    actions: Tensor,
+    rewards: Tensor,
+    next_q: Tensor,
+    terminated: Tensor | None = None,
+    gamma: float | Tensor = 0.99,
+    *,
+    non_final_mask: Tensor | None = None,
+    loss: str = "mse",
+    reduction: str = "mean",
+    return_td_error: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
+    """DQN loss and its gradient by q in one pass, without autograd: the fastest road.
+
+    ``q.backward(grad_q)`` then goes on through the network. JAX users know the form as ``value_and_grad``.
+
+    Args:
+        q: (\\*N, A), and all other arguments, as in :func:`fused_dqn_loss`. No graph is recorded, whether or not ``q``
+            requires a gradient.
+
+    Returns:
+        ``(loss, grad_q)``, or ``(loss, grad_q, td_error)``. ``grad_q`` has q's shape and dtype, is contiguous, and zero
+        but for the action taken in each row. With ``reduction="none"`` it is the gradient of the sum of the losses.
+
+    Raises:
+        As :func:`fused_dqn_loss`.
+
+    >>> import torch
+    >>> states, network = torch.ones(2, 3), torch.nn.Linear(3, 2)
+    >>> q = network(states)
+    >>> loss, grad_q = fused_dqn_loss_and_grad(q, torch.tensor([0, 1]), torch.zeros(2), torch.zeros(2, 2))
+    >>> q.backward(grad_q)
+    >>> torch.equal(network.bias.grad, grad_q.sum(0))
+    True
+    """
+    spec = check_loss(loss, reduction)
+    result, grad_q, td_error = _run(
+        _loss_and_grad, spec, backend, q, actions, rewards, next_q, terminated, gamma, non_final_mask
+    )
+    return (result, grad_q, td_error) if return_td_error else (result, grad_q)
+
+
+def _loss(q: Tensor, batch: Batch, spec: LossSpec, road: ModuleType) -> tuple[Tensor, ...]:
+    if q.requires_grad and torch.is_grad_enabled():
+        return TDLoss.apply(q, batch, spec, road)
+    return road.forward(batch, spec)
+
+
+def _loss_and_grad(q: Tensor, batch: Batch, spec: LossSpec, road: ModuleType) -> tuple[Tensor, ...]:
+    return road.loss_and_grad(batch, spec)
+
+
+def _run(
+    what: Callable[[Tensor, Batch, LossSpec, ModuleType], tuple[Tensor, ...]],
+    spec: LossSpec,
+    backend: str,
+    q: Tensor,
+    actions: Tensor,
+    rewards: Tensor,
+    next_q: Tensor,
+    terminated: Tensor | None,
+    gamma: float | Tensor,
+    non_final_mask: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """Check the arguments and run a backend.
+
+    A compiled op on the CPU checks everything itself, in 0.1 us where check_batch takes 4 and check_values 4 more, so
+    matrices go to it as they are. If it refuses, the checks are made after all, and say what is wrong, if anything is.
+    """
+    try:
+        device = q.device
+        road = choose(backend, device)
+        if road.CHECKS_CPU and q.is_cpu and q.dim() == next_q.dim() == 2 and arguments.looks_at_values(device):
+            unchecked = Batch(q, actions, rewards, next_q, terminated, gamma, non_final_mask, q.shape[:-1])
+            return what(q, unchecked, spec, road)
+    except (RuntimeError, AttributeError, TypeError):
+        pass
+    batch = check_values(check_batch(q, actions, rewards, next_q, terminated, gamma, non_final_mask))
+    return what(q, batch, spec, choose(backend, batch.q.device))
 
 
 class FusedDQNLoss(nn.Module):

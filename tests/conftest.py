@@ -6,7 +6,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from dqn_fused import backends
+from dqn_fused import BackendUnavailableError, backends
+from dqn_fused._backends import choose
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -18,13 +19,23 @@ class Road(NamedTuple):
     device: str
 
 
+def _serves(backend: str, device: str) -> bool:
+    try:
+        choose(backend, torch.device(device))
+    except BackendUnavailableError:
+        return False
+    return True
+
+
 def _roads() -> list[object]:
     roads = [pytest.param(Road("torch", "cpu"), id="torch-cpu")]
+    if _serves("compiled", "cpu"):
+        roads.append(pytest.param(Road("compiled", "cpu"), id="compiled-cpu"))
     if INTERPRETED and backends()["triton"].available:
         roads.append(pytest.param(Road("triton", "cpu"), id="triton-interpreter", marks=pytest.mark.interpret))
     if torch.cuda.is_available() and not INTERPRETED:
-        for name, status in backends().items():
-            if status.available:
+        for name in backends():
+            if _serves(name, "cuda"):
                 roads.append(pytest.param(Road(name, "cuda"), id=f"{name}-cuda", marks=pytest.mark.gpu))
     return roads
 

@@ -3,8 +3,12 @@
 A backend is a module with
 
 - ``unavailable() -> str | None``: why it cannot run on this machine at all;
-- ``refuses(batch) -> str | None``: why it cannot serve this batch;
+- ``PARTLY: str``: what of it is missing where it can run, and why, or "";
+- ``CHECKS_CPU: bool``: whether on the CPU it refuses by itself, with a RuntimeError, whatever arguments.check_batch and
+  check_values would refuse;
+- ``refuses(device) -> str | None``: why it cannot serve tensors there;
 - ``forward(batch, spec) -> (loss, td_error)``: loss (), or N for reduction="none"; td_error N; accumulation dtype;
+- ``loss_and_grad(batch, spec) -> (loss, grad_q, td_error)``: the same with the gradient of the sum of the losses;
 - ``backward(grad_loss, td_error, actions, q_shape, q_dtype, spec) -> grad_q``: contiguous, every element written.
 
 Arguments are checked when they arrive here. Modules are imported when first asked for: Triton is heavy.
@@ -15,13 +19,15 @@ from functools import cache
 from types import ModuleType
 from typing import NamedTuple
 
-from dqn_fused.arguments import Batch
+import torch
 
 MODULES = {
+    "compiled": "dqn_fused._backends.compiled_backend",
     "triton": "dqn_fused._backends.triton_backend",
     "torch": "dqn_fused._backends.torch_backend",
 }
-AUTO = {"cuda": ("triton", "torch")}  # by device type, the fastest first
+# By device type, the fastest first. Compiled CUDA waits for its first run on a GPU.
+AUTO = {"cpu": ("compiled", "torch"), "cuda": ("triton", "torch")}
 AUTO_ELSEWHERE = ("torch",)
 
 
@@ -30,19 +36,33 @@ class BackendUnavailableError(RuntimeError):
 
 
 class BackendStatus(NamedTuple):
-    """Whether a backend can run on this machine and, if not, the reason."""
+    """Whether a backend can run on this machine; the reason if not, and what of it is missing if only partly."""
 
     available: bool
     reason: str
 
 
+_LOADED: dict[str, ModuleType] = {}
+
+
+def _missing(name: str) -> str | None:
+    """Import a backend; say why it cannot run here."""
+    return _import(name)
+
+
+# Dynamo traces no import. What torch.compiler.assume_constant_result sets, which itself imports Dynamo, 1 s of it.
+_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 @cache
-def _load(name: str) -> tuple[ModuleType | None, str | None]:
+def _import(name: str) -> str | None:
     try:
         module = importlib.import_module(MODULES[name])
     except ImportError as error:
-        return None, f"{type(error).__name__}: {error}"
-    return module, module.unavailable()
+        return f"{type(error).__name__}: {error}"
+    _LOADED[name] = module
+    reason: str | None = module.unavailable()
+    return reason
 
 
 def backends() -> dict[str, BackendStatus]:
@@ -52,24 +72,31 @@ def backends() -> dict[str, BackendStatus]:
     >>> backends()["torch"].available
     True
     """
-    reasons = {name: _load(name)[1] for name in MODULES}
-    return {name: BackendStatus(reason is None, reason or "") for name, reason in reasons.items()}
+    reasons = {name: _missing(name) for name in MODULES}
+    return {name: BackendStatus(why is None, why or _LOADED[name].PARTLY) for name, why in reasons.items()}
 
 
-def choose(name: str, batch: Batch) -> ModuleType:
-    """Backend module for this batch: by name, which never falls back, or the first of the device's list that serves."""
+def choose(name: str, device: torch.device) -> ModuleType:
+    """Backend module for a device: by name, which never falls back, or the first of the device's list that serves."""
+    road = _CHOSEN.get((name, device))
+    if road is None:
+        road = _CHOSEN[name, device] = _choose(name, device)
+    return road
+
+
+_CHOSEN: dict[tuple[str, torch.device], ModuleType] = {}
+
+
+def _choose(name: str, device: torch.device) -> ModuleType:
     if name == "auto":
-        for candidate in AUTO.get(batch.q.device.type, AUTO_ELSEWHERE):
-            module, reason = _load(candidate)
-            if module is not None and reason is None and module.refuses(batch) is None:
-                return module
-        raise BackendUnavailableError(f"no backend serves device {batch.q.device}")  # torch serves every device
+        for candidate in AUTO.get(device.type, AUTO_ELSEWHERE):
+            if _missing(candidate) is None and _LOADED[candidate].refuses(device) is None:
+                return _LOADED[candidate]
+        raise BackendUnavailableError(f"no backend serves device {device}")  # torch serves every device
     if name not in MODULES:
         expected = ", ".join(map(repr, ("auto", *MODULES)))
         raise ValueError(f"backend: expected one of {expected}, got {name!r}")
-    module, reason = _load(name)
-    if module is not None and reason is None:
-        reason = module.refuses(batch)
-    if module is None or reason is not None:
+    reason = _missing(name) or _LOADED[name].refuses(device)
+    if reason is not None:
         raise BackendUnavailableError(f"backend {name!r} cannot serve: {reason}")
-    return module
+    return _LOADED[name]

@@ -7,14 +7,17 @@ from dqn_fused.arguments import Batch, LossSpec
 from dqn_fused.autograd import scatter_taken, td_loss_coefficient
 from dqn_fused.reference import loss_of_td_error, td_error
 
+CHECKS_CPU = False
+PARTLY = ""
+
 
 def unavailable() -> str | None:
     """Available everywhere."""
     return None
 
 
-def refuses(batch: Batch) -> str | None:
-    """Serve every batch."""
+def refuses(device: torch.device) -> str | None:
+    """Serve every device."""
     return None
 
 
@@ -29,3 +32,15 @@ def backward(
 ) -> Tensor:
     """Return grad_q."""
     return scatter_taken(td_loss_coefficient(grad_loss, td_error, spec), actions, q_shape, q_dtype)
+
+
+@torch.no_grad()
+def loss_and_grad(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (loss, grad_q, td_error): forward and backward, one after the other."""
+    loss, td = forward(batch, spec)
+    one = torch.ones((), dtype=td.dtype, device=td.device)
+    return (
+        loss,
+        backward(one, td, batch.actions, torch.Size((*batch.shape, batch.q.shape[-1])), batch.q.dtype, spec),
+        td,
+    )

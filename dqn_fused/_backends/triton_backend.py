@@ -18,6 +18,8 @@ from dqn_fused.reference import loss_of_td_error
 INTERPRETED = not isinstance(td_loss_fwd_kernel, triton.runtime.JITFunction)
 OLDEST = (3, 6)
 SUM_BLOCK = 1024
+CHECKS_CPU = False
+PARTLY = ""
 
 
 def unavailable() -> str | None:
@@ -30,10 +32,10 @@ def unavailable() -> str | None:
     return "no CUDA or ROCm device (TRITON_INTERPRET=1, set before the first import, runs them on the CPU, slowly)"
 
 
-def refuses(batch: Batch) -> str | None:
+def refuses(device: torch.device) -> str | None:
     """Serve CUDA tensors, and CPU tensors in the interpreter."""
     expected = "cpu" if INTERPRETED else "cuda"
-    return None if batch.q.device.type == expected else f"expected tensors on {expected}, got {batch.q.device}"
+    return None if device.type == expected else f"expected tensors on {expected}, got {device}"
 
 
 def forward(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor]:

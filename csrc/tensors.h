@@ -1,0 +1,131 @@
+// From tensors of the stable ABI to td_loss.h's view of them. What does not fit is refused without many words: the
+// caller then asks dqn_fused/arguments.py, which finds the argument and names it.
+
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <initializer_list>
+#include <optional>
+
+#include "td_loss.h"
+
+namespace dqn_fused {
+
+using torch::stable::Tensor;
+
+inline bool floating(ScalarType type) {
+  return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
+         type == ScalarType::BFloat16;
+}
+
+inline bool integer(ScalarType type) {
+  return type == ScalarType::Long || type == ScalarType::Int || type == ScalarType::Short || type == ScalarType::Char ||
+         type == ScalarType::Byte || type == ScalarType::UInt16 || type == ScalarType::UInt32 ||
+         type == ScalarType::UInt64;
+}
+
+inline ScalarType accumulation_type(ScalarType q) { return q == ScalarType::Double ? q : ScalarType::Float; }
+
+inline void fits(bool condition, const char* name) {
+  STD_TORCH_CHECK(condition, name, ": its shape, dtype or device does not fit q; see dqn_fused.fused_dqn_loss");
+}
+
+inline int32_t device_type(const Tensor& x) {
+  int32_t type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &type));
+  return type;
+}
+
+// Where the tensors must be.
+struct Place {
+  int32_t type;
+  int32_t index;
+
+  explicit Place(const Tensor& x) : type(device_type(x)), index(x.get_device_index()) {}
+  bool holds(const Tensor& x) const { return device_type(x) == type && x.get_device_index() == index; }
+};
+
+// (n,) or (n, 1); the caller checks the dtype.
+inline Column column(const char* name, const Tensor& x, int64_t n, const Place& place) {
+  const auto size = x.sizes(), stride = x.strides();
+  fits(place.holds(x) && size.size() >= 1 && size[0] == n && (size.size() == 1 || (size.size() == 2 && size[1] == 1)),
+       name);
+  return {x.const_data_ptr(), x.scalar_type(), stride[0]};
+}
+
+// (rows, A) or (outer, inner, A).
+inline Matrix matrix(const char* name, const Tensor& x, const Place& place) {
+  const auto size = x.sizes(), stride = x.strides();
+  const Column values{x.const_data_ptr(), x.scalar_type()};
+  fits(place.holds(x) && floating(values.type) && (size.size() == 2 || size.size() == 3) && size[size.size() - 1] > 0,
+       name);
+  if (size.size() == 2) return {values, size[0], size[1], size[0], 0, stride[0], stride[1]};
+  return {values, size[0] * size[1], size[2], size[1], stride[0], stride[1], stride[2]};
+}
+
+inline Batch batch(const Tensor& q, const Tensor& actions, const Tensor& rewards, const Tensor& next_q,
+                   const std::optional<Tensor>& terminated, const std::optional<Tensor>& non_final_mask,
+                   const std::optional<Tensor>& gammas, double gamma) {
+  const Place place(q);
+  Batch b;
+  b.q = matrix("q", q, place);
+  b.n = b.q.rows;
+  b.actions = column("actions", actions, b.n, place);
+  fits(integer(b.actions.type), "actions");
+  b.rewards = column("rewards", rewards, b.n, place);
+  fits(integer(b.rewards.type) || floating(b.rewards.type), "rewards");
+  b.next_q = matrix("next_q", next_q, place);
+  b.compacted = non_final_mask.has_value();
+  fits(b.next_q.A == b.q.A && (b.compacted ? b.next_q.rows <= b.n : b.next_q.rows == b.n), "next_q");
+  if (b.compacted) {
+    b.final = column("non_final_mask", *non_final_mask, b.n, place);
+    fits(b.final.type == ScalarType::Bool && !terminated, "non_final_mask");
+  } else if (terminated) {
+    b.final = column("terminated", *terminated, b.n, place);
+    fits(b.final.type == ScalarType::Bool || integer(b.final.type) || floating(b.final.type), "terminated");
+  }
+  if (gammas) {
+    if (gammas->dim() == 0) {
+      fits(place.holds(*gammas), "gamma");
+      b.discounts = {gammas->const_data_ptr(), gammas->scalar_type(), 0};
+    } else {
+      b.discounts = column("gamma", *gammas, b.n, place);
+    }
+    fits(floating(b.discounts.type), "gamma");
+  }
+  b.discount = gamma;
+  return b;
+}
+
+// What td_loss_backward is given.
+inline Column taken_actions(const Tensor& grad_loss, const Tensor& td, const Tensor& actions, int64_t A,
+                            ScalarType type, int64_t reduction) {
+  const Place place(td);
+  const int64_t n = td.numel();
+  const Column b = column("actions", actions, n, place);
+  fits(integer(b.type), "actions");
+  fits(A > 0 && floating(type) && td.scalar_type() == accumulation_type(type) && td.is_contiguous(), "td_error");
+  fits(place.holds(grad_loss) && grad_loss.scalar_type() == td.scalar_type() && grad_loss.is_contiguous() &&
+           grad_loss.numel() == (reduction == NONE ? n : 1),
+       "grad_loss");
+  return b;
+}
+
+// The shim itself: torch::stable::empty looks the operator up by name, 1 us a tensor.
+inline Tensor empty(std::initializer_list<int64_t> size, ScalarType type, const Tensor& like) {
+  int64_t stride[2] = {1, 1};
+  if (size.size() == 2) stride[0] = std::max<int64_t>(size.begin()[1], 1);
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(size.size()), size.begin(), stride,
+                                                  torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+                                                  device_type(like), like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+inline Tensor empty_loss(int64_t reduction, const Batch& b, ScalarType type, const Tensor& like) {
+  return reduction == NONE ? empty({b.n}, type, like) : empty({}, type, like);
+}
+
+}  // namespace dqn_fused

@@ -1,0 +1,74 @@
+"""The ops compiled from csrc/: a library for the CPU and one for CUDA, either of which may be missing."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dqn_fused import arguments
+from dqn_fused._ops import REDUCTIONS, td_loss, td_loss_and_grad, td_loss_backward
+from dqn_fused.arguments import Batch, LossSpec
+
+CHECKS_CPU = True  # on CUDA a look at the values would cost a synchronisation
+
+
+def _load(device: str, folder: Path = Path(__file__).parents[1]) -> str | None:
+    """Load a library; say why it cannot be."""
+    path = folder / f"_C_{device}.so"
+    how = f"in a source tree, DQN_FUSED_BUILD={device} pip install --no-build-isolation . builds it"
+    if not path.exists():
+        return f"not built for {device} ({how})"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"built for another torch than {torch.__version__}, {device}: {error.__cause__ or error} ({how})"
+    return None
+
+
+_REASONS = {device: _load(device) for device in ("cpu", "cuda")}
+PARTLY = "; ".join(reason for reason in _REASONS.values() if reason)
+
+
+def unavailable() -> str | None:
+    """Say why neither library is there."""
+    return PARTLY if all(_REASONS.values()) else None
+
+
+def refuses(device: torch.device) -> str | None:
+    """Serve the devices whose library is loaded."""
+    return _REASONS.get(device.type, f"expected tensors on cpu or cuda, got {device}")
+
+
+def forward(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor]:
+    """Return (loss, td_error)."""
+    loss, td_error = _call(td_loss, batch, spec)
+    if len(batch.shape) == 1:
+        return loss, td_error
+    return loss.view(batch.shape) if spec.reduction == "none" else loss, td_error.view(batch.shape)
+
+
+def backward(
+    grad_loss: Tensor, td_error: Tensor, actions: Tensor, q_shape: torch.Size, q_dtype: torch.dtype, spec: LossSpec
+) -> Tensor:
+    """Return grad_q."""
+    grad_q = td_loss_backward(grad_loss, td_error, actions, q_shape[-1], q_dtype, REDUCTIONS[spec.reduction])
+    return grad_q if len(q_shape) == 2 else grad_q.view(q_shape)
+
+
+def loss_and_grad(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (loss, grad_q, td_error)."""
+    loss, grad_q, td_error = _call(td_loss_and_grad, batch, spec)
+    if len(batch.shape) == 1:
+        return loss, grad_q, td_error
+    if spec.reduction == "none":
+        loss = loss.view(batch.shape)
+    return loss, grad_q.view(*batch.shape, grad_q.shape[-1]), td_error.view(batch.shape)
+
+
+def _call(op: torch._ops.OpOverload, batch: Batch, spec: LossSpec) -> tuple[Tensor, ...]:
+    q, actions, rewards, next_q, terminated, gamma, non_final_mask, _ = batch
+    gammas = None
+    if isinstance(gamma, Tensor):
+        gammas, gamma = gamma, 0.0
+    look = arguments.looks_at_values(q.device)
+    return op(q, actions, rewards, next_q, terminated, non_final_mask, gammas, gamma, REDUCTIONS[spec.reduction], look)

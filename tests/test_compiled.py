@@ -1,0 +1,243 @@
+"""The compiled ops by themselves, what their inputs may be, and torch.compile over the whole road."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Road
+from test_loss import REDUCTIONS, compact, make
+from torch import Tensor, nn
+
+from dqn_fused import backends, fused_dqn_loss, fused_dqn_loss_and_grad
+
+built = pytest.mark.skipif(
+    not backends()["compiled"].available, reason=f"compiled ops: {backends()['compiled'].reason}"
+)
+
+
+def op_arguments(arguments: dict[str, Any], reduction: str = "mean", check: bool = True) -> tuple[Any, ...]:
+    from dqn_fused._ops import REDUCTIONS as CODES
+
+    a = arguments
+    gamma = a.get("gamma", 0.99)
+    gammas, gamma = (gamma, 0.0) if isinstance(gamma, Tensor) else (None, gamma)
+    columns = (a.get("terminated"), a.get("non_final_mask"), gammas)
+    return (a["q"], a["actions"], a["rewards"], a["next_q"], *columns, gamma, CODES[reduction], check)
+
+
+def three_dimensional() -> dict[str, Any]:
+    arguments = make((6, 5))
+    q = torch.randn(2, 4, 5)[:, 1:]
+    return {**arguments, "q": q, "next_q": torch.randn(2, 3, 5).double(), "gamma": torch.rand(6)}
+
+
+CASES = {
+    "contiguous": lambda: make((7, 3)),
+    "bfloat16": lambda: make((7, 3), torch.bfloat16),
+    "no_rows": lambda: make((0, 3)),
+    "mask": lambda: compact(make((7, 3))),
+    "strided": lambda: {**make((7, 3)), "q": torch.randn(3, 7).t(), "next_q": torch.randn(7, 1).expand(7, 3)},
+    "three_dimensional": three_dimensional,
+    "scalar_gamma": lambda: {**make((7, 3), torch.float64), "gamma": torch.tensor(0.5)},
+}  # fmt: skip
+
+
+@built
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("case", CASES)
+def test_opcheck(case: str, reduction: str) -> None:
+    from dqn_fused import _ops
+
+    if case == "no_rows" and reduction == "mean":
+        pytest.skip("the mean of nothing is NaN, and opcheck compares NaN with NaN")
+    arguments = op_arguments(CASES[case](), reduction)
+    torch.library.opcheck(_ops.td_loss, arguments)
+    torch.library.opcheck(_ops.td_loss_and_grad, arguments)
+    q, actions = arguments[:2]
+    loss, td = _ops.td_loss(*arguments)
+    torch.library.opcheck(
+        _ops.td_loss_backward,
+        (torch.ones_like(loss), td, actions, q.shape[-1], q.dtype, _ops.REDUCTIONS[reduction]),
+    )
+
+
+@built
+@pytest.mark.parametrize("form", [dict, compact], ids=["terminated", "mask"])
+@pytest.mark.parametrize("shape", [(2000, 17), (64, 5000), (1, 300_000), (3, 200_000)])
+def test_the_same_bits_with_any_number_of_threads(shape: tuple[int, int], form: Callable[..., dict[str, Any]]) -> None:
+    arguments = form({**make(shape), "terminated": torch.arange(shape[0]) % 3 == 1})
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            results.append(fused_dqn_loss_and_grad(**arguments, return_td_error=True, backend="compiled"))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(result, results[0], strict=True))
+
+
+@built
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_row_maximum_of_every_length(dtype: torch.dtype) -> None:
+    """Vector bodies and their tails: each length, with the maximum, a NaN and an infinity at each end."""
+    for A in [*range(1, 70), 127, 128, 129, 1000]:
+        next_q = -torch.rand(8, A).add(1).to(dtype)
+        next_q[0, 0] = next_q[1, -1] = 3
+        next_q[2, 0] = next_q[3, -1] = torch.nan
+        next_q[4, 0] = -torch.nan
+        next_q[5, -1] = torch.inf
+        next_q[6] = -torch.inf
+        q = torch.zeros(8, A, dtype=dtype)
+        zeros = torch.zeros(8)
+        _, td = fused_dqn_loss(q, zeros.int(), zeros, next_q, gamma=1.0, return_td_error=True, backend="compiled")
+        assert torch.equal(td.nan_to_num(77), -next_q.amax(1).to(td.dtype).nan_to_num(77) + (td.isnan() * 154))
+
+
+def test_a_library_that_is_not_there_or_does_not_load(tmp_path: Path) -> None:
+    from dqn_fused._backends import compiled_backend
+
+    (tmp_path / "_C_cuda.so").write_text("no library")
+    assert "not built for cpu" in str(compiled_backend._load("cpu", tmp_path))
+    reason = str(compiled_backend._load("cuda", tmp_path))
+    assert f"built for another torch than {torch.__version__}, cuda: " in reason
+    assert "DQN_FUSED_BUILD=cuda" in reason
+    for reason, device in zip(compiled_backend._REASONS.values(), ("cpu", "cuda"), strict=True):
+        assert compiled_backend.refuses(torch.device(device)) == reason
+    assert "expected tensors on cpu or cuda" in str(compiled_backend.refuses(torch.device("meta")))
+
+
+BROKEN = {
+    "actions_too_short": lambda a: {**a, "actions": a["actions"][:-1]},
+    "actions_floating": lambda a: {**a, "actions": a["actions"].float()},
+    "actions_bool": lambda a: {**a, "actions": a["actions"].bool()},
+    "rewards_transposed": lambda a: {**a, "rewards": a["rewards"].view(1, -1)},
+    "rewards_complex": lambda a: {**a, "rewards": a["rewards"].cfloat()},
+    "next_q_narrow": lambda a: {**a, "next_q": a["next_q"][:, 1:]},
+    "next_q_short": lambda a: {**a, "next_q": a["next_q"][1:]},
+    "next_q_integer": lambda a: {**a, "next_q": a["next_q"].int()},
+    "no_actions": lambda a: {**a, "q": a["q"][:, :0], "next_q": a["next_q"][:, :0]},
+    "terminated_scalar": lambda a: {**a, "terminated": a["terminated"][0]},
+    "mask_of_floats": lambda a: {**a, "terminated": None, "non_final_mask": a["rewards"]},
+    "mask_and_terminated": lambda a: {**a, "non_final_mask": a["terminated"]},
+    "mask_too_full": lambda a: {**compact(a), "non_final_mask": torch.ones_like(a["terminated"])},
+    "mask_too_empty": lambda a: {**compact(a), "non_final_mask": torch.zeros_like(a["terminated"])},
+    "gamma_integer": lambda a: {**a, "gamma": a["actions"]},
+    "gamma_of_two": lambda a: {**a, "gamma": torch.ones(2)},
+    "action_negative": lambda a: {**a, "actions": a["actions"].fill_(-1)},
+    "action_too_large": lambda a: {**a, "actions": a["actions"].fill_(2**62)},
+}  # fmt: skip
+
+
+@built
+@pytest.mark.parametrize("broken", BROKEN)
+@pytest.mark.parametrize("shape", [(9, 4), (3, 5000)], ids=["small", "large"])
+def test_broken_inputs_are_refused_by_the_op_too(shape: tuple[int, int], broken: str) -> None:
+    """The op is reached past the checks of the public functions: it must refuse by itself."""
+    from dqn_fused import _ops
+
+    arguments = BROKEN[broken]({**make(shape), "terminated": torch.arange(shape[0]) == 1})
+    for op in (_ops.td_loss, _ops.td_loss_and_grad):
+        with pytest.raises(RuntimeError):
+            op(*op_arguments(arguments))
+    for function in (fused_dqn_loss, fused_dqn_loss_and_grad):
+        with pytest.raises((ValueError, TypeError, IndexError)):
+            function(**arguments, backend="compiled")
+
+
+@built
+def test_unchecked_values_stay_inside() -> None:
+    """What torch.compile runs: nothing is raised, the bad rows are NaN, and nothing outside is touched."""
+    from dqn_fused import _ops
+
+    arguments = make((9, 4))
+    arguments["actions"][2], arguments["actions"][5] = -1, 2**62
+    _, grad, td = _ops.td_loss_and_grad(*op_arguments(arguments, check=False))
+    assert td.isnan().tolist() == [i in (2, 5) for i in range(9)]
+    assert (grad[[2, 5]] == 0).all()
+    mask = {**make((9, 4)), "terminated": None, "non_final_mask": torch.ones(9, dtype=torch.bool)}
+    _, _, td = _ops.td_loss_and_grad(*op_arguments({**mask, "next_q": mask["next_q"][:3]}, check=False))
+    assert td.isnan().tolist() == [i >= 3 for i in range(9)]
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("form", [dict, compact], ids=["terminated", "mask"])
+@pytest.mark.parametrize("shape", [(7, 3), (2, 3, 5), (0, 4), (4,), (3, 1500)])
+def test_loss_and_grad_equals_autograd(
+    road: Road, shape: tuple[int, ...], form: Callable[..., dict[str, Any]], reduction: str
+) -> None:
+    arguments = form(make(shape, device=road.device))
+    arguments["q"].requires_grad_()
+    loss, td = fused_dqn_loss(**arguments, reduction=reduction, return_td_error=True, backend=road.backend)
+    (grad,) = torch.autograd.grad(loss.sum(), arguments["q"])
+    got = fused_dqn_loss_and_grad(**arguments, reduction=reduction, return_td_error=True, backend=road.backend)
+    for name, x, y in zip(("loss", "grad_q", "td_error"), got, (loss, grad, td), strict=True):
+        assert not x.requires_grad, name
+        assert x.dtype == y.dtype, name
+        assert x.is_contiguous(), name
+        assert torch.equal(x.nan_to_num(), y.detach().nan_to_num()), name
+    assert len(fused_dqn_loss_and_grad(**arguments, backend=road.backend)) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_loss_and_grad_in_other_dtypes(road: Road, dtype: torch.dtype) -> None:
+    arguments = make((40, 70), dtype, road.device)
+    q = arguments["q"].requires_grad_()
+    fused_dqn_loss(**arguments, backend=road.backend).backward()
+    _, grad = fused_dqn_loss_and_grad(**arguments, backend=road.backend)
+    assert torch.equal(grad, q.grad)
+
+
+@built
+@pytest.mark.parametrize("form", [dict, compact], ids=["terminated", "mask"])
+def test_no_element_is_left_unwritten(form: Callable[..., dict[str, Any]]) -> None:
+    """The ops allocate where conftest's poison does not reach: freed NaN of the same size is what they get."""
+    for shape in ((33, 19), (128, 2), (300, 1000)):
+        arguments = form(make(shape))
+        expected = fused_dqn_loss_and_grad(**arguments, return_td_error=True, backend="torch")
+        for _ in range(3):
+            junk = [torch.full(size, torch.nan) for size in (shape, shape[:1], ())]
+            del junk
+            got = fused_dqn_loss_and_grad(**arguments, return_td_error=True, backend="compiled")
+            for x, y in zip(got, expected, strict=True):
+                torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("form", [dict, compact], ids=["terminated", "mask"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_torch_compile(backend: str, form: Callable[..., dict[str, Any]], reduction: str) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))
+    arguments = form(make((8, 3)))
+    arguments["q"] = torch.randn(8, 4)
+
+    def step(q: Tensor, **rest: Any) -> Tensor:
+        loss = fused_dqn_loss(network(q), **rest, gamma=0.9, reduction=reduction, backend=backend)
+        return loss.sum() if isinstance(loss, Tensor) else loss[0]
+
+    def run(f: Callable[..., Tensor]) -> list[Tensor]:
+        network.zero_grad()
+        loss = f(**arguments)
+        loss.backward()
+        return [loss.detach(), *(p.grad.clone() for p in network.parameters() if p.grad is not None)]
+
+    torch._dynamo.reset()
+    for got, expected in zip(run(torch.compile(step, fullgraph=True)), run(step), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
+
+
+@built
+def test_torch_compile_of_loss_and_grad() -> None:
+    arguments = make((8, 3))
+    torch._dynamo.reset()
+    compiled = torch.compile(fused_dqn_loss_and_grad, fullgraph=True)
+    for got, expected in zip(compiled(**arguments), fused_dqn_loss_and_grad(**arguments), strict=True):
+        assert torch.equal(got, expected)
+    arguments["actions"][1] = 7  # no raise inside a graph: see check_values
+    loss, grad = compiled(**arguments)
+    assert loss.isnan()
+    assert (grad[1] == 0).all()

@@ -1,0 +1,40 @@
+"""The CUDA ops compile for every generation of GPU that this nvcc knows, without warnings and without spills."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+NVCC = shutil.which("nvcc")
+
+
+@pytest.mark.skipif(NVCC is None or not (ROOT / "csrc").is_dir(), reason="no nvcc, or no source tree")
+def test_no_warnings_no_spills(tmp_path: Path) -> None:
+    assert NVCC is not None
+    known = subprocess.run([NVCC, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    numbers = sorted(int(code.removeprefix("sm_")) for code in known if code.removeprefix("sm_").isdigit())
+    targets = sorted({80, 90, 100, numbers[-1]} & set(numbers))
+    result = subprocess.run(
+        [
+            NVCC, "-c", str(ROOT / "csrc/cuda/td_loss.cu"), "-o", str(tmp_path / "td_loss.o"), "-std=c++17", "-O3",
+            "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror,-fPIC", "-Xptxas", "-v", "--threads", "2",
+            "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000",
+            "-isystem", str(Path(torch.__file__).parent / "include"),
+            *(f"-gencode=arch=compute_{n},code=sm_{n}" for n in targets),
+        ],
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    log = result.stdout + result.stderr
+    assert result.returncode == 0, log
+    assert len(targets) >= 2
+    for n in targets:
+        assert f"for 'sm_{n}'" in log
+    stacks = set(re.findall(r"\d+ bytes stack frame, \d+ bytes spill stores, \d+ bytes spill loads", log))
+    assert stacks == {"0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"}
+    # 512 threads a block with at most 64 registers: two blocks stay resident on every multiprocessor.
+    assert max(int(n) for n in re.findall(r"Used (\d+) registers", log)) <= 64
