@@ -179,8 +179,6 @@ def _rows(x: Tensor) -> Tensor:
 
     Leading dimensions that merge into neither, such as three that are permuted, are copied.
     """
-    if x.is_neg():  # a lazy minus sign, of conj().imag for one, which a pointer does not carry
-        x = x.resolve_neg()
     if x.dim() == 2:
         return x
     if x.dim() == 1:

@@ -32,7 +32,9 @@ class TDLoss(torch.autograd.Function):
         """Dense gradient of q, zero but for the action taken in each row."""
         grad_loss, grad_td_error = grads
         td_error, actions = ctx.saved_tensors
-        if torch.is_grad_enabled() or grad_td_error is not None:
+        # Traced by torch.compile, grad mode is on and grad_td_error zeros; PyTorch refuses a second order there.
+        recorded = torch.is_grad_enabled() or grad_td_error is not None
+        if recorded and not torch.compiler.is_compiling():
             return _differentiable_backward(ctx, grad_loss, grad_td_error, td_error, actions), None, None, None
         if grad_loss is None:
             return None, None, None, None
@@ -65,6 +67,5 @@ def scatter_taken(coefficient: Tensor, actions: Tensor, q_shape: torch.Size, q_d
         coefficient = torch.where(legal.view(coefficient.shape), coefficient, 0)
     index = index.view(*q_shape[:-1], 1)
     value = coefficient.to(q_dtype).view(index.shape)
-    grad_q = torch.zeros(q_shape, dtype=q_dtype, device=actions.device)
-    # Out of place only where it is differentiated again, for batched gradients: it takes a second matrix.
-    return grad_q.scatter(-1, index, value) if torch.is_grad_enabled() else grad_q.scatter_(-1, index, value)
+    # value's own zeros: inside vmap they are as batched as value is, and can be written in place.
+    return value.new_zeros(q_shape).scatter_(-1, index, value)

@@ -1,6 +1,7 @@
 """The gradient as autograd sees it: first and second order, several backwards, what is saved and what is allocated."""
 
 import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -119,6 +120,28 @@ def test_actions_changed_in_place_before_backward_are_noticed(road: Road) -> Non
         loss.backward()
 
 
+@pytest.mark.parametrize("shape", [(7, 5), (2, 3, 5)], ids=["2d", "3d"])
+def test_the_loss_may_be_changed_in_place(road: Road, shape: tuple[int, ...]) -> None:
+    """loss *= weights is how prioritised replay is written; a view made inside the Function would refuse it."""
+    arguments = make(shape, device=road.device)
+    q = arguments["q"].requires_grad_()
+    weights = torch.rand(shape[:-1], device=road.device)
+    loss = loss_of_q(road, arguments, "none")(q)
+    loss *= weights
+    (grad,) = torch.autograd.grad(loss.sum(), q)
+    (expected,) = torch.autograd.grad(loss_of_q(road, arguments, "none")(q), q, weights)
+    assert torch.equal(grad, expected)
+
+
+def test_batched_gradients(road: Road) -> None:
+    """A Jacobian in one vectorised backward."""
+    arguments = make((4, 3), torch.float64, road.device)
+    q = arguments["q"].requires_grad_()
+    function = loss_of_q(road, arguments, "none")
+    together, apart = (torch.autograd.functional.jacobian(function, q, vectorize=v) for v in (True, False))
+    torch.testing.assert_close(together, apart)
+
+
 def test_module_equals_function(road: Road) -> None:
     arguments = make((7, 5), device=road.device)
     gamma = torch.tensor(0.5)
@@ -132,6 +155,12 @@ def test_module_equals_function(road: Road) -> None:
         assert torch.equal(got, value)
     assert torch.equal(module(**arguments, gamma=0.5)[0], expected[0])
     assert not torch.equal(module(**arguments, gamma=0.1)[0], expected[0])
+    assert torch.equal(module(**compact(arguments))[0], expected[0])
+
+
+def test_module_hands_its_backend_on() -> None:
+    with pytest.raises(ValueError, match="backend: expected one of"):
+        FusedDQNLoss(backend="gpu")(**make((7, 5)))
 
 
 @pytest.fixture
@@ -156,6 +185,10 @@ def test_illegal_actions_where_nothing_looks(road: Road, A: int) -> None:
     torch.testing.assert_close(td_error.cpu().double(), torch.from_numpy(expected.td_error), **close)
     torch.testing.assert_close(grad.cpu().double(), torch.from_numpy(expected.grad_q), **close)
     assert td_error.isnan().sum() == 4
+    (grad,) = torch.autograd.grad(
+        loss_of_q(road, arguments, "none")(q), q, torch.ones_like(per_sample), create_graph=True
+    )
+    torch.testing.assert_close(grad.detach().cpu().double(), torch.from_numpy(expected.grad_q), **close)
     assert fused_dqn_loss(**arguments, backend=road.backend).isnan()
 
 
@@ -178,39 +211,38 @@ def test_a_wrong_mask_where_nothing_looks(road: Road, count: int) -> None:
 
 
 class Allocations(TorchDispatchMode):
-    """Elements of every new tensor that an operation returns."""
+    """Elements of every new tensor that an operation returns. Tensors are kept, so that no address serves twice."""
 
-    def __init__(self) -> None:
+    def __init__(self, known: dict[str, Tensor]) -> None:
         super().__init__()
         self.sizes: list[int] = []
-        self.seen: set[int] = set()
+        self.seen = {x.untyped_storage().data_ptr(): x for x in known.values()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for x in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in self.seen:
-                self.seen.add(x.untyped_storage().data_ptr())
+                self.seen[x.untyped_storage().data_ptr()] = x
                 self.sizes.append(x.numel())
         return out
 
 
 @pytest.mark.parametrize("form", [dict, compact], ids=["terminated", "mask"])
 def test_memory(road: Road, form: Any) -> None:
-    """Forward allocates O(n), backward one (n, A) matrix: its result. Nothing of that size is saved in between."""
+    """Forward allocates O(n), backward one (n, A) matrix: its result. Nothing of that size is kept in between."""
     n, A = 16, 1000
     arguments = form(make((n, A), device=road.device))
     q = arguments["q"].requires_grad_()
-    known = {x.untyped_storage().data_ptr() for x in arguments.values()}
-    with Allocations() as forward:
-        forward.seen |= known
+    with Allocations(arguments) as forward:
         loss = loss_of_q(road, arguments)(q)
     assert max(forward.sizes) <= 4 * n
     assert sum(x.numel() for x in loss.grad_fn.saved_tensors) == 2 * n
-    del arguments["next_q"]
-    gc.collect()
-    with Allocations() as backward:
-        # next_q is gone: its memory may serve again.
-        backward.seen |= {x.untyped_storage().data_ptr() for x in arguments.values()}
+    next_q = weakref.ref(arguments["next_q"])
+    with Allocations(arguments) as backward:
         (grad,) = torch.autograd.grad(loss, q)
     assert sorted(backward.sizes)[-1] == grad.numel() == n * A
     assert sum(size >= A for size in backward.sizes) == 1
+    del arguments, forward, backward
+    gc.collect()
+    assert next_q() is None, "the graph keeps next_q alive"
+    assert loss.grad_fn is not None

@@ -8,7 +8,7 @@ from conftest import Road
 from oracle import assert_close, eager, oracle
 from torch import Tensor
 
-from dqn_fused import fused_dqn_loss
+from dqn_fused import fused_dqn_loss, fused_dqn_loss_and_grad
 
 SHAPES = [(1, 1), (0, 4), (1, 5), (7, 3), (33, 19), (128, 2), (5, 1000), (3, 257), (2, 3, 5), (2, 3, 70), (4,)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -46,9 +46,18 @@ def compact(arguments: dict[str, Any]) -> dict[str, Any]:
     return {**arguments, "next_q": arguments["next_q"][mask], "non_final_mask": mask}
 
 
+def to_device(x: Any, device: str) -> Any:
+    """Move a tensor with its strides and offset; Tensor.to makes slices and expanded tensors contiguous."""
+    if not isinstance(x, Tensor) or x.device.type == device:
+        return x
+    end = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + x.storage_offset() + 1
+    flat = x.detach().as_strided((end if x.numel() else 0,), (1,), 0).to(device)
+    return flat.as_strided(x.shape, x.stride(), x.storage_offset()).requires_grad_(x.requires_grad)
+
+
 def check(road: Road, arguments: dict[str, Any], reduction: str = "mean", grad_loss: Tensor | None = None) -> Tensor:
     """Run a road forward and backward and compare everything with the oracle. Returns grad_q."""
-    arguments = {k: x.to(road.device) if isinstance(x, Tensor) else x for k, x in arguments.items()}
+    arguments = {k: to_device(x, road.device) for k, x in arguments.items()}
     q = arguments["q"].detach().requires_grad_()
     arguments["q"] = q
     loss, td_error = fused_dqn_loss(**arguments, reduction=reduction, return_td_error=True, backend=road.backend)
@@ -190,6 +199,14 @@ def test_layouts(road: Road, shape: tuple[int, ...], layout: str) -> None:
     check(road, {**arguments, "next_q": change(arguments["next_q"])})
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_survive_the_way_to_a_device(road: Road, layout: str) -> None:
+    x = LAYOUTS[layout](torch.randn(7, 5))
+    moved = to_device(x, road.device)
+    assert (moved.stride(), moved.storage_offset()) == (x.stride(), x.storage_offset())
+    assert torch.equal(moved.cpu(), x)
+
+
 def test_per_sample_inputs_of_any_stride(road: Road) -> None:
     arguments = make((7, 5))
     for name in ("actions", "rewards", "terminated"):
@@ -274,6 +291,35 @@ def test_nan_in_q_taken_and_not_taken(road: Road) -> None:
     check(road, arguments)
 
 
+@pytest.mark.parametrize("A", [3, 65, 70, 1000, 5003])
+def test_rows_without_a_positive_value(road: Road, A: int) -> None:
+    """What is read where a row has no column must be -inf: a zero is not the maximum of negative numbers."""
+    arguments = make((3, A))
+    check(road, {**arguments, "next_q": -arguments["next_q"].abs() - 1})
+
+
+@pytest.mark.parametrize("flags", [[2, 0, 255], [0.5, 0.0, -1.0]])
+def test_any_nonzero_flag_is_terminated(road: Road, flags: list[float]) -> None:
+    check(road, {**make((3, 4)), "terminated": torch.tensor(flags)})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=dtype_id)
+@pytest.mark.parametrize("shape", [(5, 300), (2, 5003)], ids=shape_id)
+def test_wide_next_q_of_another_dtype(road: Road, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    arguments = make(shape)
+    check(road, {**arguments, "next_q": arguments["next_q"].to(dtype)})
+
+
+def test_a_lazy_minus_sign_is_seen(road: Road) -> None:
+    """conj().imag is a view that only remembers to be negative; its memory is not."""
+    lazy = torch.randn(3, 4, dtype=torch.complex64, device=road.device).conj().imag
+    assert lazy.is_neg()
+    arguments = make((3, 4), device=road.device)
+    for name, x in (("q", lazy), ("next_q", lazy), ("rewards", lazy[:, 0])):
+        got = fused_dqn_loss(**{**arguments, name: x}, backend=road.backend)
+        assert torch.equal(got, fused_dqn_loss(**{**arguments, name: x.clone()}, backend=road.backend))
+
+
 def test_identities(road: Road) -> None:
     a = make((33, 19), device=road.device)
 
@@ -299,8 +345,10 @@ def test_identities(road: Road) -> None:
 def test_the_same_bits_every_time(road: Road) -> None:
     for shape in ((520, 40), (2, 5000)):
         arguments = make(shape, device=road.device)
-        first = fused_dqn_loss(**arguments, backend=road.backend)
-        assert all(torch.equal(fused_dqn_loss(**arguments, backend=road.backend), first) for _ in range(3))
+        first = fused_dqn_loss_and_grad(**arguments, backend=road.backend)
+        for _ in range(2):
+            again = fused_dqn_loss_and_grad(**arguments, backend=road.backend)
+            assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
 
 
 def test_only_the_action_taken_has_a_gradient(road: Road) -> None:

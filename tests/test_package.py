@@ -93,6 +93,12 @@ def test_a_named_backend_does_not_fall_back() -> None:
         )
 
 
+def test_triton_refuses_a_device_that_is_not_its_own() -> None:
+    module = pytest.importorskip("dqn_fused._backends.triton_backend")
+    assert "got meta" in module.refuses(torch.device("meta"))
+    assert module.refuses(torch.device("cpu" if module.INTERPRETED else "cuda")) is None
+
+
 def test_report() -> None:
     out = subprocess.run(
         [sys.executable, "-m", "dqn_fused"], cwd="/", capture_output=True, text=True, check=True

@@ -42,9 +42,7 @@ def refuses(device: torch.device) -> str | None:
 def forward(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor]:
     """Return (loss, td_error)."""
     loss, td_error = _call(td_loss, batch, spec)
-    if len(batch.shape) == 1:
-        return loss, td_error
-    return loss.view(batch.shape) if spec.reduction == "none" else loss, td_error.view(batch.shape)
+    return _shaped(loss, batch.shape if spec.reduction == "none" else loss.shape), _shaped(td_error, batch.shape)
 
 
 def backward(
@@ -52,17 +50,19 @@ def backward(
 ) -> Tensor:
     """Return grad_q."""
     grad_q = td_loss_backward(grad_loss, td_error, actions, q_shape[-1], q_dtype, REDUCTIONS[spec.reduction])
-    return grad_q if len(q_shape) == 2 else grad_q.view(q_shape)
+    return _shaped(grad_q, q_shape)
 
 
 def loss_and_grad(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor]:
     """Return (loss, grad_q, td_error)."""
     loss, grad_q, td_error = _call(td_loss_and_grad, batch, spec)
-    if len(batch.shape) == 1:
-        return loss, grad_q, td_error
-    if spec.reduction == "none":
-        loss = loss.view(batch.shape)
-    return loss, grad_q.view(*batch.shape, grad_q.shape[-1]), td_error.view(batch.shape)
+    loss = _shaped(loss, batch.shape if spec.reduction == "none" else loss.shape)
+    return loss, _shaped(grad_q, (*batch.shape, grad_q.shape[-1])), _shaped(td_error, batch.shape)
+
+
+def _shaped(x: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    """Give an op's result its leading dimensions; not as a view, which autograd would not let users change in place."""
+    return x if x.shape == shape else torch.ops.aten._unsafe_view.default(x, shape)
 
 
 def _call(op: torch._ops.OpOverload, batch: Batch, spec: LossSpec) -> tuple[Tensor, ...]:

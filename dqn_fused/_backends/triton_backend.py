@@ -65,7 +65,8 @@ def loss_and_grad(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor]
 
 def _forward(batch: Batch, spec: LossSpec, grad_q: Tensor | None) -> tuple[Tensor, Tensor, bool]:
     """Loss, TD errors, and whether grad_q is filled."""
-    q, next_q, device = batch.q, batch.next_q, batch.q.device
+    # A pointer does not carry the lazy minus sign of conj().imag; per-sample tensors lost it when made contiguous.
+    q, next_q, device = batch.q.resolve_neg(), batch.next_q.resolve_neg(), batch.q.device
     dtype = accumulation_dtype(q)
     acc = _ACC[dtype]
     n, A = batch.actions.numel(), q.shape[-1]
