@@ -5,16 +5,19 @@ VENV ?= .venv
 PYTHON ?= python3
 PY := $(VENV)/bin/python
 OUT ?= out
+CSRC := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 
 ifeq ($(origin VENV),file)
 READY := $(VENV)/.ready
+LINT := lint
 else
 READY := install
+LINT :=
 endif
 
 .PHONY: test demo bench asan lint format pictures install clean
 
-test: $(READY) lint
+test: $(READY) $(LINT)
 	$(PY) -m pytest
 	TRITON_INTERPRET=1 $(PY) -m pytest -m interpret
 
@@ -40,15 +43,17 @@ lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC)
 
 format: $(READY)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CSRC)
 
 pictures: $(READY)
 	$(PY) docs/gradient.py docs/gradient.png
 
-$(VENV)/.ready: requirements-dev.txt pyproject.toml setup.py
+$(VENV)/.ready: requirements-dev.txt pyproject.toml setup.py $(CSRC)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --requirement requirements-dev.txt
 	$(PY) -m pip install --quiet --no-deps --no-build-isolation --editable .

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from bench.providers import Batch, losses, random_batch, step
+from bench.providers import Batch, random_batch, steps
 from bench.timing import interleaved
 
 SIZES = [
@@ -55,7 +55,7 @@ def check(results: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
 
 
 def measure(batch: Batch, device: str, seconds: float) -> list[dict[str, Any]]:
-    calls = {name: step(loss, batch) for name, loss in losses(device).items()}
+    calls = steps(device, batch)
     check({name: call() for name, call in calls.items()})
     times = interleaved(calls, seconds)
     rows = []

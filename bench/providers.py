@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dqn_fused import backends, fused_dqn_loss
+from dqn_fused import backends, fused_dqn_loss, fused_dqn_loss_and_grad
 
 GAMMA = 0.99
 
@@ -65,6 +65,13 @@ def step(loss: Callable[..., Any], batch: Batch) -> Callable[[], Any]:
         return value, torch.autograd.grad(value, batch.q)[0]
 
     return run
+
+
+def steps(device: str, batch: Batch) -> dict[str, Callable[[], Any]]:
+    """Name -> one forward and backward; last the one call that gives both without autograd."""
+    found = {name: step(loss, batch) for name, loss in losses(device).items()}
+    found["fused_dqn_loss_and_grad"] = partial(fused_dqn_loss_and_grad, *batch, gamma=GAMMA)
+    return found
 
 
 def _can_compile() -> bool:
