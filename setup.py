@@ -72,6 +72,8 @@ def library(device: str, torch: Any) -> Extension:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_gpus(home))
         include.append(f"{home}/include")
         libraries.append("cudart")
+        if torch.version.cuda:  # beside a torch without CUDA the library still compiles, and cannot load
+            libraries.append("torch_cuda")
         link += [str(Path(home, folder)) for folder in ("lib64", "lib") if Path(home, folder).is_dir()]
     return Extension(
         f"dqn_fused._C_{device}",
@@ -97,7 +99,7 @@ def libraries() -> tuple[list[Extension], dict[str, Any]]:
     try:
         import torch
         from torch.utils.cpp_extension import BuildExtension
-    except (ImportError, OSError) as error:  # OSError: a torch whose libraries do not load
+    except Exception as error:  # of many types: torch missing, its libraries, or those it does not agree with
         leave_out(MODE if MODE != "auto" else "compiled", f"torch cannot be imported here ({error})")
         return [], {}
     extensions = []

@@ -5,6 +5,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from dqn_fused import arguments
 from dqn_fused._backends import choose
@@ -116,7 +117,8 @@ def fused_dqn_loss_and_grad(
 
 
 def _loss(q: Tensor, batch: Batch, spec: LossSpec, road: ModuleType) -> tuple[Tensor, ...]:
-    if q.requires_grad and torch.is_grad_enabled():
+    # Forward-mode too: TDLoss has no rule for it and says so, where a backend would drop the tangent in silence.
+    if (q.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
         return TDLoss.apply(q, batch, spec, road)
     return road.forward(batch, spec)
 
@@ -145,7 +147,8 @@ def _run(
     try:
         device = q.device
         road = choose(backend, device)
-        if road.CHECKS_CPU and q.is_cpu and q.dim() == next_q.dim() == 2 and arguments.looks_at_values(device):
+        plain = q.is_cpu and q.dim() == next_q.dim() == 2 and isinstance(gamma, (float, int, Tensor))
+        if road.CHECKS_CPU and plain and arguments.looks_at_values(device):
             unchecked = Batch(q, actions, rewards, next_q, terminated, gamma, non_final_mask, q.shape[:-1])
             return what(q, unchecked, spec, road)
     except (RuntimeError, AttributeError, TypeError):

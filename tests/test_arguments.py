@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import Road
@@ -79,6 +80,7 @@ TYPE_ERRORS = {
         "terminated: expected a bool, integer or floating dtype, got torch.complex64",
     ),
     "gamma text": ({"gamma": "0.9"}, "gamma: expected a number or a torch.Tensor, got str"),
+    "gamma array": ({"gamma": np.array(0.9)}, "gamma: expected a number or a torch.Tensor, got ndarray"),
     "gamma int": ({"gamma": zeros(B, dtype=INT)}, "gamma: expected a floating dtype, got torch.int64"),
     "mask int": (
         {"non_final_mask": zeros(B, dtype=INT), "terminated": None},

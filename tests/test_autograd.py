@@ -10,6 +10,7 @@ from conftest import Road
 from oracle import oracle
 from test_loss import compact, make
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dqn_fused.arguments
@@ -144,6 +145,16 @@ def test_batched_gradients(road: Road) -> None:
         return
     together, apart = (torch.autograd.functional.jacobian(function, q, vectorize=v) for v in (True, False))
     torch.testing.assert_close(together, apart)
+
+
+def test_forward_mode_is_refused(road: Road) -> None:
+    """A backend without a rule for it would give a tangent of zero."""
+    arguments = make((4, 3), device=road.device)
+    q = arguments["q"]
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(q, torch.ones_like(q))
+        with pytest.raises((NotImplementedError, RuntimeError), match="jvp"):
+            loss_of_q(road, arguments)(dual)
 
 
 def test_module_equals_function(road: Road) -> None:

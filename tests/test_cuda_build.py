@@ -36,5 +36,19 @@ def test_no_warnings_no_spills(tmp_path: Path) -> None:
         assert f"for 'sm_{n}'" in log
     stacks = set(re.findall(r"\d+ bytes stack frame, \d+ bytes spill stores, \d+ bytes spill loads", log))
     assert stacks == {"0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"}
+    check_symbols(tmp_path / "td_loss.o")
     # 512 threads a block with at most 64 registers: two blocks stay resident on every multiprocessor.
     assert max(int(n) for n in re.findall(r"Used (\d+) registers", log)) <= 64
+
+
+def check_symbols(path: Path) -> None:
+    """What the object leaves to LibTorch is in its CPU library, or among the three that its CUDA library has."""
+
+    def names(path: Path, *options: str) -> set[str]:
+        out = subprocess.run(["nm", *options, str(path)], capture_output=True, text=True, check=True).stdout
+        return {line.split()[-1].split("@")[0] for line in out.splitlines()}
+
+    cuda = {"aoti_torch_get_current_cuda_stream", "torch_c10_cuda_check_msg", "torch_c10_cuda_free_error_msg"}
+    wanted = {name for name in names(path, "-u") if name.startswith(("aoti_", "torch_"))}
+    assert "aoti_torch_get_current_cuda_stream" in wanted
+    assert wanted - names(Path(torch.__file__).parent / "lib/libtorch_cpu.so", "-D", "--defined-only") <= cuda

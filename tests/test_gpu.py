@@ -1,11 +1,13 @@
 """What only a GPU shows: streams, graphs, several live losses, more than 2^31 elements, no synchronisation."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from test_loss import compact, dtype_id, make
 
+import dqn_fused
 from dqn_fused import backends, fused_dqn_loss
 
 pytestmark = pytest.mark.gpu
@@ -16,6 +18,12 @@ NAMES = [name for name, status in backends().items() if status.available]
 @pytest.fixture(params=NAMES)
 def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+def test_a_library_that_was_built_loads() -> None:
+    """Otherwise its tests would not fail but be absent."""
+    if (Path(dqn_fused.__file__).parent / "_C_cuda.so").exists():
+        assert "cuda" not in backends()["compiled"].reason, backends()["compiled"].reason
 
 
 def step(arguments: dict[str, Any], backend: str) -> tuple[torch.Tensor, torch.Tensor]:

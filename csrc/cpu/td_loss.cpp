@@ -157,8 +157,10 @@ void backward(const T* grad_loss, const T* td, const Column& actions, int64_t n,
   for_each_block(n * A, 1, [&](int64_t begin, int64_t end) {
     std::memset(static_cast<void*>(grad_q + begin), 0, (end - begin) * sizeof(Out));
     for (int64_t i = begin / A; i * A < end; ++i) {
-      const int64_t action = actions.at<int64_t>(i), here = i * A + action;
-      if (!legal(action, A) || here < begin || here >= end) continue;
+      const int64_t action = actions.at<int64_t>(i);
+      if (!legal(action, A)) continue;
+      const int64_t here = i * A + action;
+      if (here < begin || here >= end) continue;
       const T upstream = grad_loss == nullptr ? T(1) : grad_loss[reduction == NONE ? i : 0];
       const T slope = upstream * Loss::slope(td[i]);
       grad_q[here] = static_cast<Out>(reduction == MEAN ? slope / static_cast<T>(n) : slope);

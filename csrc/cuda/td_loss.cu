@@ -20,12 +20,13 @@
 namespace dqn_fused::cuda {
 namespace {
 
-constexpr int64_t NARROW = 64;        // up to so many actions a row is read element by element
-constexpr int64_t LANE_COLUMNS = 4;   // loads in flight a lane, there
-constexpr int64_t SINGLE_ROUNDS = 8;  // rows that a group of lanes takes in turn before a second launch is cheaper
-constexpr int64_t ROUNDS = 2;         // and where several blocks share the work
-constexpr int64_t WARPS = 16 * 1024;  // fill any GPU: the 132 multiprocessors of an H200 hold 8,448
-constexpr int64_t MIN_CHUNK = 2048;   // columns of a split, at least: 8 vectors of 16 bytes a lane and more
+constexpr int64_t NARROW = 64;            // up to so many actions a row is read element by element
+constexpr int64_t SINGLE_COLUMNS = 4096;  // of a strided row, such as the partial maxima of a split, for one block
+constexpr int64_t LANE_COLUMNS = 4;       // loads in flight a lane, there
+constexpr int64_t SINGLE_ROUNDS = 8;      // rows that a group of lanes takes in turn before a second launch is cheaper
+constexpr int64_t ROUNDS = 2;             // and where several blocks share the work
+constexpr int64_t WARPS = 16 * 1024;      // fill any GPU: the 132 multiprocessors of an H200 hold 8,448
+constexpr int64_t MIN_CHUNK = 2048;       // columns of a split, at least: 8 vectors of 16 bytes a lane and more
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -130,7 +131,7 @@ Outputs forward(Batch b, const Tensor& q, const std::optional<Tensor>& mask, int
   int lanes = 1;
   while (lanes < WARP && lanes * LANE_COLUMNS < b.next_q.A) lanes *= 2;
   const int64_t groups = FORWARD_THREADS / lanes;
-  const bool single = b.n <= groups * SINGLE_ROUNDS;
+  const bool single = b.n <= groups * SINGLE_ROUNDS && b.next_q.A <= SINGLE_COLUMNS;
   const int64_t block_rows = groups * (single ? SINGLE_ROUNDS : ROUNDS);
   const int64_t blocks = std::max<int64_t>(1, ceil_div(b.n, block_rows));
   const int64_t count = reduction == MEAN ? b.n : 1;

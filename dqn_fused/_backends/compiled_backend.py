@@ -1,5 +1,6 @@
 """The ops compiled from csrc/: a library for the CPU and one for CUDA, either of which may be missing."""
 
+import ctypes
 from pathlib import Path
 
 import torch
@@ -19,9 +20,12 @@ def _load(device: str, folder: Path = Path(__file__).parents[1]) -> str | None:
     if not path.exists():
         return f"not built for {device} ({how})"
     try:
+        if device == "cuda":
+            # import torch keeps these symbols to itself, and a library built beside a CPU torch does not ask for them.
+            ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"), mode=ctypes.RTLD_GLOBAL)
         torch.ops.load_library(path)
     except OSError as error:
-        return f"built for another torch than {torch.__version__}, {device}: {error.__cause__ or error} ({how})"
+        return f"the {device} library does not fit torch {torch.__version__}: {error.__cause__ or error} ({how})"
     return None
 
 
