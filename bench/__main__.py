@@ -1,14 +1,14 @@
-"""``python -m bench``: the grid of sizes; ``python -m bench demo``: the agent and the loss on its replay."""
+"""``python -m bench``: the grid of sizes; ``demo``: the agent and its replay; ``update``: a whole update."""
 
 import argparse
 from pathlib import Path
 
-from bench import demo, grid
+from bench import demo, grid, update
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("what", nargs="?", choices=("grid", "demo"), default="grid")
+    parser.add_argument("what", nargs="?", choices=("grid", "demo", "update"), default="grid")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the CSV (default: out)")
     parser.add_argument("--seconds", type=float, default=1.0, help="of each provider at each size (default: 1)")
     parser.add_argument("--plot", default="cartpole.png", help="where the demo saves its learning curve")
@@ -16,6 +16,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.what == "demo":
         demo.run(args.plot, args.seed)
+    elif args.what == "update":
+        update.run()
     else:
         args.out.mkdir(parents=True, exist_ok=True)
         grid.run(args.out, args.seconds)

@@ -1,10 +1,11 @@
 """Train the CartPole agent, then compare the loss on that agent's own replay batches, fused against eager."""
 
+from functools import partial
 from statistics import fmean, median
 
 import torch
 
-from bench.providers import Batch, eager_loss, step
+from bench.providers import GAMMA, Batch, eager_loss, step
 from bench.timing import interleaved
 from dqn_fused import fused_dqn_loss
 from examples.cartpole import GOAL, Args, Run, plot, train
@@ -28,7 +29,7 @@ def compare(result: Run) -> None:
     print("|---:|---:|---:|---:|---:|---:|---:|---:|")
     for n in (32, 128, 512, 2048):
         batch = replay_batch(result, n)
-        calls = {"fused": step(fused_dqn_loss, batch), "eager": step(eager_loss, batch)}
+        calls = {"fused": step(partial(fused_dqn_loss, gamma=GAMMA), batch), "eager": step(eager_loss, batch)}
         (fused, fused_grad), (eager, eager_grad) = calls["fused"](), calls["eager"]()
         times = interleaved(calls)
         ratio = median(e / f for e, f in zip(times["eager"], times["fused"], strict=True))
