@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from bench.providers import Batch, random_batch, steps
+from bench.providers import Batch, floor, random_batch, steps
 from bench.timing import interleaved
 
 SIZES = [
@@ -57,7 +57,7 @@ def check(results: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
 def measure(batch: Batch, device: str, seconds: float) -> list[dict[str, Any]]:
     calls = steps(device, batch)
     check({name: call() for name, call in calls.items()})
-    times = interleaved(calls, seconds)
+    times = interleaved(calls | {"floor": floor(batch)}, seconds)
     rows = []
     for name, values in times.items():
         ordered = sorted(values)
