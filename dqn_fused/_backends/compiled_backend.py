@@ -46,6 +46,8 @@ def refuses(device: torch.device) -> str | None:
 def forward(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor]:
     """Return (loss, td_error)."""
     loss, td_error = _call(td_loss, batch, spec)
+    if len(batch.shape) == 1:  # 1 us of comparing shapes
+        return loss, td_error
     return _shaped(loss, batch.shape if spec.reduction == "none" else loss.shape), _shaped(td_error, batch.shape)
 
 
@@ -60,6 +62,8 @@ def backward(
 def loss_and_grad(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor]:
     """Return (loss, grad_q, td_error)."""
     loss, grad_q, td_error = _call(td_loss_and_grad, batch, spec)
+    if len(batch.shape) == 1:
+        return loss, grad_q, td_error
     loss = _shaped(loss, batch.shape if spec.reduction == "none" else loss.shape)
     return loss, _shaped(grad_q, (*batch.shape, grad_q.shape[-1])), _shaped(td_error, batch.shape)
 
