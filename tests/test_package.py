@@ -99,6 +99,21 @@ def test_triton_refuses_a_device_that_is_not_its_own() -> None:
     assert module.refuses(torch.device("cpu" if module.INTERPRETED else "cuda")) is None
 
 
+def test_a_triton_whose_driver_does_not_start_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an image without a C compiler the first launch would fail; "auto" must find another road."""
+    module = pytest.importorskip("dqn_fused._backends.triton_backend")
+
+    class Driver:
+        @property
+        def active(self) -> None:
+            raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(module, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(module.triton.runtime, "driver", Driver())
+    assert module.unavailable() == "triton's driver does not start: Failed to find C compiler"
+
+
 def test_report() -> None:
     out = subprocess.run(
         [sys.executable, "-m", "dqn_fused"], cwd="/", capture_output=True, text=True, check=True

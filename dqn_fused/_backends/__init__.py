@@ -58,7 +58,7 @@ _missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _import(name: str) -> str | None:
     try:
         module = importlib.import_module(MODULES[name])
-    except ImportError as error:
+    except (ImportError, OSError, AttributeError, RuntimeError) as error:  # missing, or not fitting its torch
         return f"{type(error).__name__}: {error}"
     _LOADED[name] = module
     reason: str | None = module.unavailable()

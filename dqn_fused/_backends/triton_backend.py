@@ -27,7 +27,13 @@ def unavailable() -> str | None:
     version = tuple(int(x) for x in re.findall(r"\d+", triton.__version__)[:2])
     if version < OLDEST:
         return f"triton {triton.__version__} is older than {'.'.join(map(str, OLDEST))}"
-    if INTERPRETED or torch.cuda.is_available():
+    if INTERPRETED:
+        return None
+    if torch.cuda.is_available():
+        try:
+            triton.runtime.driver.active.get_current_target()
+        except Exception as error:  # of many types: no C compiler for its launcher, no Python headers, an old driver
+            return f"triton's driver does not start: {error}"
         return None
     return "no CUDA or ROCm device (TRITON_INTERPRET=1, set before the first import, runs them on the CPU, slowly)"
 
