@@ -11,8 +11,11 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <array>
 #include <limits>
+#include <optional>
 #include <tuple>
+#include <type_traits>
 
 #include "../tensors.h"
 #include "kernels.cuh"
