@@ -1,23 +1,20 @@
 """Train the CartPole agent, then compare the loss on that agent's own replay batches, fused against eager."""
 
 from functools import partial
-from statistics import fmean, median
+from statistics import median
 
 import torch
 
 from bench.providers import GAMMA, Batch, eager_loss, step
 from bench.timing import interleaved
 from dqn_fused import fused_dqn_loss
-from examples.cartpole import GOAL, Args, Run, plot, train
+from examples.cartpole import Args, Run, plot, report, train
 
 
 def run(plot_path: str, seed: int) -> None:
     torch.set_num_threads(1)  # the layers are too small to share out among threads
     result = train(Args(seed=seed, plot=plot_path))
-    mean = fmean(result.final_returns)
-    verdict = "solved" if mean >= GOAL else "NOT solved"
-    print(f"trained with the fused loss, seed {seed}: {result.steps} steps in {result.seconds:.0f} s")
-    print(f"{verdict}: mean return {mean:.1f} over {len(result.final_returns)} evaluation episodes (goal {GOAL:.0f})")
+    report(result)
     plot(result, plot_path)
     print(f"learning curve: {plot_path}\n")
     compare(result)

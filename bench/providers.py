@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dqn_fused import backends, fused_dqn_loss, fused_dqn_loss_and_grad
+from dqn_fused import fused_dqn_loss, fused_dqn_loss_and_grad
+from dqn_fused._backends import serving
 
 GAMMA = 0.99
 
@@ -42,18 +43,13 @@ def eager_loss(q: Tensor, actions: Tensor, rewards: Tensor, next_q: Tensor, term
     return F.mse_loss(taken.float(), target.float())
 
 
-def fused_loss(backend: str) -> Callable[..., Any]:
-    return partial(fused_dqn_loss, gamma=GAMMA, backend=backend)
-
-
 def losses(device: str) -> dict[str, Callable[..., Any]]:
     """Name -> loss of a batch, for every road that runs on this device; eager first."""
     found: dict[str, Callable[..., Any]] = {"eager": eager_loss}
     if device == "cuda" or _can_compile():
         found["torch.compile"] = torch.compile(eager_loss, dynamic=False)
-    for name, status in backends().items():
-        if status.available and (name != "triton" or device == "cuda"):
-            found[f"fused[{name}]"] = fused_loss(name)
+    for name in serving(torch.device(device)):
+        found[f"fused[{name}]"] = partial(fused_dqn_loss, gamma=GAMMA, backend=name)
     return found
 
 
@@ -68,7 +64,7 @@ def step(loss: Callable[..., Any], batch: Batch) -> Callable[[], Any]:
 
 
 class Floor(torch.autograd.Function):
-    """The least there is to do: next_q read once, zeros written once, and an autograd.Function around it."""
+    """The least there is to do: next_q read once and zeros written once, in an autograd.Function."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, next_q: Tensor) -> Tensor:
@@ -81,7 +77,7 @@ class Floor(torch.autograd.Function):
 
 
 def floor(batch: Batch) -> Callable[[], Any]:
-    """Time below which no loss in an autograd.Function can come; its result is none."""
+    """What PyTorch's own operations take for the least there is to do; its result is none."""
     return lambda: torch.autograd.grad(Floor.apply(batch.q, batch.next_q), batch.q)
 
 

@@ -218,6 +218,18 @@ def plot(run: Run, path: str) -> None:
     figure.savefig(path, dpi=150)
 
 
+def report(run: Run) -> None:
+    print(f"trained with the {run.args.loss} loss, seed {run.args.seed}: {run.steps} steps in {run.seconds:.0f} s")
+    which = "last" if run.best_step == run.steps else f"best of {len(run.evaluations)}, not the last"
+    print(f"evaluated: the checkpoint of step {run.best_step} ({which}), greedily, in episodes not used to choose it")
+    mean = fmean(run.final_returns)
+    verdict = "solved" if mean >= GOAL else "NOT solved"
+    print(
+        f"{verdict}: mean return {mean:.1f} over the last {len(run.final_returns)} evaluation episodes "
+        f"(goal {GOAL:.0f})"
+    )
+
+
 def parse_args() -> Args:
     parser = argparse.ArgumentParser(description="Train a DQN agent on CartPole-v1 with the fused loss.")
     for f in fields(Args):
@@ -233,12 +245,7 @@ def main() -> None:
     args = parse_args()
     torch.set_num_threads(1)  # the layers are too small to share out among threads
     run = train(args)
-    print(f"trained with the {args.loss} loss, seed {args.seed}: {run.steps} steps in {run.seconds:.0f} s")
-    which = "last" if run.best_step == run.steps else f"best of {len(run.evaluations)}, not the last"
-    print(f"evaluated: the checkpoint of step {run.best_step} ({which}), greedily, in episodes not used to choose it")
-    mean = fmean(run.final_returns)
-    verdict = "solved" if mean >= GOAL else "NOT solved"
-    print(f"{verdict}: mean return {mean:.1f} over the last {args.eval_episodes} evaluation episodes (goal {GOAL:.0f})")
+    report(run)
     plot(run, args.plot)
     print(f"learning curve: {args.plot}")
 

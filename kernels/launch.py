@@ -84,5 +84,7 @@ def split(rows: int, columns: int, itemsize: int, unit_stride: bool, sms: int) -
 
 def backward(columns: int, itemsize: int) -> tuple[int, bool]:
     """Elements of a block, and whether a block touches at most two rows."""
-    block = BWD_BLOCK if itemsize <= 4 else BWD_BLOCK // 2
-    return (block, True) if block <= columns else (BWD_BLOCK_NARROW if itemsize <= 4 else BWD_BLOCK_NARROW // 2, False)
+    share = 1 if itemsize <= 4 else 2  # of the registers
+    if BWD_BLOCK // share <= columns:
+        return BWD_BLOCK // share, True
+    return BWD_BLOCK_NARROW // share, False

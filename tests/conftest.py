@@ -6,8 +6,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from dqn_fused import BackendUnavailableError, backends
-from dqn_fused._backends import choose
+from dqn_fused._backends import serving
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -19,24 +18,16 @@ class Road(NamedTuple):
     device: str
 
 
-def _serves(backend: str, device: str) -> bool:
-    try:
-        choose(backend, torch.device(device))
-    except BackendUnavailableError:
-        return False
-    return True
-
-
 def _roads() -> list[object]:
-    roads = [pytest.param(Road("torch", "cpu"), id="torch-cpu")]
-    if _serves("compiled", "cpu"):
-        roads.append(pytest.param(Road("compiled", "cpu"), id="compiled-cpu"))
-    if INTERPRETED and backends()["triton"].available:
-        roads.append(pytest.param(Road("triton", "cpu"), id="triton-interpreter", marks=pytest.mark.interpret))
+    roads = []
+    for name in serving(torch.device("cpu")):
+        if name == "triton":
+            roads.append(pytest.param(Road(name, "cpu"), id="triton-interpreter", marks=pytest.mark.interpret))
+        else:
+            roads.append(pytest.param(Road(name, "cpu"), id=f"{name}-cpu"))
     if torch.cuda.is_available() and not INTERPRETED:
-        for name in backends():
-            if _serves(name, "cuda"):
-                roads.append(pytest.param(Road(name, "cuda"), id=f"{name}-cuda", marks=pytest.mark.gpu))
+        for name in serving(torch.device("cuda")):
+            roads.append(pytest.param(Road(name, "cuda"), id=f"{name}-cuda", marks=pytest.mark.gpu))
     return roads
 
 

@@ -9,10 +9,11 @@ from test_loss import compact, dtype_id, make
 
 import dqn_fused
 from dqn_fused import backends, fused_dqn_loss
+from dqn_fused._backends import serving
 
 pytestmark = pytest.mark.gpu
 
-NAMES = [name for name, status in backends().items() if status.available]
+NAMES = serving(torch.device("cuda"))
 
 
 @pytest.fixture(params=NAMES)

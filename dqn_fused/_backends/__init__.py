@@ -76,6 +76,11 @@ def backends() -> dict[str, BackendStatus]:
     return {name: BackendStatus(why is None, why or _LOADED[name].PARTLY) for name, why in reasons.items()}
 
 
+def serving(device: torch.device) -> list[str]:
+    """Names of the backends that serve a device: a backend can run here and yet have no library for it."""
+    return [name for name in MODULES if _missing(name) is None and _LOADED[name].refuses(device) is None]
+
+
 def choose(name: str, device: torch.device) -> ModuleType:
     """Backend module for a device: by name, which never falls back, or the first of the device's list that serves."""
     road = _CHOSEN.get((name, device))
