@@ -10,7 +10,18 @@
 """
 
 from dqn_fused._backends import BackendUnavailableError, backends
-from dqn_fused.loss import FusedDQNLoss, fused_dqn_loss, fused_dqn_loss_and_grad
+from dqn_fused.loss import fused_dqn_loss, fused_dqn_loss_and_grad, fused_td_loss
+from dqn_fused.module import FusedDQNLoss
+from dqn_fused.targets import Munchausen, Soft
 
 __version__ = "0.1.0"
-__all__ = ["BackendUnavailableError", "FusedDQNLoss", "backends", "fused_dqn_loss", "fused_dqn_loss_and_grad"]
+__all__ = [
+    "BackendUnavailableError",
+    "FusedDQNLoss",
+    "Munchausen",
+    "Soft",
+    "backends",
+    "fused_dqn_loss",
+    "fused_dqn_loss_and_grad",
+    "fused_td_loss",
+]

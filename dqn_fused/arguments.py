@@ -2,11 +2,13 @@
 
 import os
 from collections.abc import Iterable
-from numbers import Real
+from math import inf, isfinite
 from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+
+from dqn_fused.targets import Munchausen, Soft, number
 
 FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float64})
 WIDE_UNSIGNED = frozenset({torch.uint16, torch.uint32, torch.uint64})  # few PyTorch operations know these
@@ -17,28 +19,54 @@ BOOL = frozenset({torch.bool})
 
 CPU = torch.device("cpu")
 
-LOSSES = ("mse",)
-REDUCTIONS = ("mean", "sum", "none")
+LOSSES = ("mse", "huber", "smooth_l1")
+REDUCTIONS = ("mean", "sum", "none", "weighted_mean")
+TARGETS = {"max": None, "soft": Soft(), "munchausen": Munchausen()}
 
 
 class Batch(NamedTuple):
-    """A checked batch of n = prod(N) transitions. Per-sample tensors are contiguous and one-dimensional."""
+    """A batch of n = prod(N) transitions, as the user gave it and, checked and flattened, as a backend takes it.
+
+    The shapes are those of a checked one, whose per-sample tensors are contiguous and one-dimensional.
+    """
 
     q: Tensor  # (n, A), or (outer, inner, A) where the leading dimensions do not merge
     actions: Tensor  # (n,)
-    rewards: Tensor  # (n,)
-    next_q: Tensor  # as q, or (m, A) with non_final_mask
-    terminated: Tensor | None  # (n,)
-    gamma: float | Tensor  # number, () or (n,)
-    non_final_mask: Tensor | None  # (n,)
-    shape: torch.Size  # N
+    rewards: Tensor  # (n,); the target itself where there is no next_q
+    next_q: Tensor | None  # as q, or (m, A) with non_final_mask
+    terminated: Tensor | None = None  # (n,)
+    gamma: float | Tensor = 0.0  # number, () or (n,)
+    non_final_mask: Tensor | None = None  # (n,)
+    next_q_online: Tensor | None = None  # as next_q
+    next_action_mask: Tensor | None = None  # as next_q
+    weights: Tensor | None = None  # (n,)
+    target_q: Tensor | None = None  # as q
+    action_mask: Tensor | None = None  # as q
+    shape: torch.Size = torch.Size((-1,))  # N; before the checks one dimension, of whatever size q has
 
 
 class LossSpec(NamedTuple):
-    """What is computed from the TD errors."""
+    """What is computed from a batch: options, all of them checked."""
 
-    loss: str
-    reduction: str
+    loss: str = "mse"
+    delta: float = 1.0
+    reduction: str = "mean"
+    target: str = "max"
+    temperature: float = 1.0
+    alpha: float = 0.0
+    clip: float = 0.0
+    cql: bool = False  # whether the conservative term is asked for, to be added or only returned
+    cql_alpha: float = 0.0
+
+    @property
+    def exponentials(self) -> bool:
+        """Whether a log-sum-exp is asked for, which not every backend has."""
+        return self.cql or self.target != "max"
+
+    @property
+    def dense_gradient(self) -> bool:
+        """Whether every action gets a gradient, not only the one taken."""
+        return self.cql_alpha != 0
 
 
 def accumulation_dtype(q: Tensor) -> torch.dtype:
@@ -46,29 +74,62 @@ def accumulation_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype is torch.float64 else torch.float32
 
 
-def check_loss(loss: str, reduction: str) -> LossSpec:
-    """Check the names of the loss and the reduction."""
-    spec = _SPECS.get((loss, reduction))
+def check_loss(
+    loss: str = "mse",
+    delta: float = 1.0,
+    reduction: str = "mean",
+    target: str | Soft | Munchausen = "max",
+    cql_alpha: float = 0.0,
+    return_cql: bool = False,
+) -> LossSpec:
+    """Check the options."""
+    key = (loss, delta, reduction, target, cql_alpha, return_cql)
+    spec = _PLAIN.get(key) if type(target) is str and type(delta) is type(cql_alpha) is float else None
     if spec is not None:
         return spec
     if loss not in LOSSES:
         _wrong_choice("loss", loss, LOSSES)
-    return _wrong_choice("reduction", reduction, REDUCTIONS)
+    if reduction not in REDUCTIONS:
+        _wrong_choice("reduction", reduction, REDUCTIONS)
+    delta, cql_alpha = number("delta", delta), number("cql_alpha", cql_alpha)
+    if not (0 < delta < inf or (loss == "smooth_l1" and delta == 0)):
+        raise ValueError(f"delta: expected a finite number above 0, got {delta}")
+    if not isfinite(cql_alpha):
+        raise ValueError(f"cql_alpha: expected a finite number, got {cql_alpha}")
+    if isinstance(target, str):
+        if target not in TARGETS:
+            _wrong_choice("target", target, tuple(TARGETS))
+        chosen = TARGETS[target]
+    elif isinstance(target, (Soft, Munchausen)):
+        chosen = target
+    else:
+        raise TypeError(f"target: expected a name, Soft or Munchausen, got {type(target).__name__}")
+    spec = LossSpec(loss, delta, reduction, cql=return_cql or cql_alpha != 0, cql_alpha=cql_alpha)
+    if isinstance(chosen, Munchausen):
+        return spec._replace(
+            target="munchausen",
+            temperature=float(chosen.temperature),
+            alpha=float(chosen.alpha),
+            clip=float(chosen.clip),
+        )
+    if isinstance(chosen, Soft):
+        return spec._replace(target="soft", temperature=float(chosen.temperature))
+    return spec
 
 
-_SPECS = {(loss, reduction): LossSpec(loss, reduction) for loss in LOSSES for reduction in REDUCTIONS}
+_PLAIN = {
+    (loss, 1.0, reduction, "max", 0.0, False): LossSpec(loss, 1.0, reduction)
+    for loss in LOSSES
+    for reduction in REDUCTIONS
+}
 
 
-def check_batch(
-    q: Tensor,
-    actions: Tensor,
-    rewards: Tensor,
-    next_q: Tensor,
-    terminated: Tensor | None,
-    gamma: float | Tensor,
-    non_final_mask: Tensor | None,
-) -> Batch:
+def check_batch(batch: Batch, spec: LossSpec) -> Batch:
     """Check shapes, dtypes and devices and flatten the leading dimensions. Looks at no value (see check_values)."""
+    (
+        q, actions, rewards, next_q, terminated, gamma, non_final_mask,
+        next_q_online, next_action_mask, weights, target_q, action_mask, _,
+    ) = batch  # fmt: skip
     if not isinstance(q, Tensor) or q.dtype not in FLOATS or q.layout is not torch.strided:
         _wrong_tensor("q", q, FLOATS)
     q_shape, device = q.shape, q.device
@@ -78,26 +139,48 @@ def check_batch(
     actions = _per_sample("actions", actions, INTEGERS, shape, device)
     if actions.dtype in WIDE_UNSIGNED:
         actions = actions.to(torch.int64)
-    rewards = _per_sample("rewards", rewards, NUMBERS, shape, device)
+    rewards = _per_sample("target" if next_q is None else "rewards", rewards, NUMBERS, shape, device)
 
-    if not isinstance(next_q, Tensor) or next_q.dtype not in FLOATS or next_q.layout is not torch.strided:
-        _wrong_tensor("next_q", next_q, FLOATS)
-    if next_q.device != device:
-        _wrong_device("next_q", next_q, device)
-    if non_final_mask is None:
-        if next_q.shape != q_shape:
-            raise ValueError(f"next_q: expected shape {_show(q_shape)}, as q, got {_show(next_q.shape)}")
-        if terminated is not None:
-            terminated = _per_sample("terminated", terminated, FLAGS, shape, device)
-    else:
+    next_shape, like = q_shape, "q"
+    if non_final_mask is not None:
         if terminated is not None:
             raise ValueError("terminated: expected None beside non_final_mask, which says the same; give one of them")
         non_final_mask = _per_sample("non_final_mask", non_final_mask, BOOL, shape, device)
-        if next_q.dim() != 2 or next_q.shape[1] != q_shape[-1] or next_q.shape[0] > non_final_mask.shape[0]:
+        if isinstance(next_q, Tensor):
+            if next_q.dim() != 2 or next_q.shape[1] != q_shape[-1] or next_q.shape[0] > non_final_mask.shape[0]:
+                raise ValueError(
+                    f"next_q: expected shape (M, {q_shape[-1]}) with non_final_mask, M being the number of its true "
+                    f"entries, at most {non_final_mask.shape[0]}, got {_show(next_q.shape)}"
+                )
+            next_shape, like = next_q.shape, "next_q"
+    elif terminated is not None:
+        terminated = _per_sample("terminated", terminated, FLAGS, shape, device)
+    if next_q is not None:
+        next_q = _matrix("next_q", next_q, FLOATS, q_shape if non_final_mask is None else next_shape, "q", device)
+    if next_q_online is not None:
+        if spec.target != "max":
             raise ValueError(
-                f"next_q: expected shape (M, {q_shape[-1]}) with non_final_mask, M being the number of its true "
-                f"entries, at most {non_final_mask.shape[0]}, got {_show(next_q.shape)}"
+                f"next_q_online: expected None with target {spec.target!r}: double DQN chooses one action, the soft "
+                "value averages over all of them"
             )
+        next_q_online = _matrix("next_q_online", next_q_online, FLOATS, next_shape, like, device)
+    if next_action_mask is not None:
+        next_action_mask = _matrix("next_action_mask", next_action_mask, BOOL, next_shape, like, device)
+    if weights is not None:
+        weights = _per_sample("weights", weights, FLOATS, shape, device)
+    if target_q is not None:
+        if spec.target != "munchausen":
+            raise ValueError(f"target_q: expected None with target {spec.target!r}: only Munchausen reads it")
+        target_q = _matrix("target_q", target_q, FLOATS, q_shape, "q", device)
+    elif spec.target == "munchausen":
+        raise ValueError("target_q: expected the target network's Q(s, .) with target 'munchausen', got None")
+    if action_mask is not None:
+        if spec.target != "munchausen" and not spec.cql:
+            raise ValueError(
+                "action_mask: expected None: without target='munchausen' or cql_alpha no sum over the actions of s is "
+                "taken; legal actions of the next state are next_action_mask"
+            )
+        action_mask = _matrix("action_mask", action_mask, BOOL, q_shape, "q", device)
 
     if isinstance(gamma, Tensor):
         one_for_all = gamma.dim() == 0
@@ -105,10 +188,19 @@ def check_batch(
         if one_for_all:
             gamma = gamma.reshape(())
     elif type(gamma) is not float:
-        if not isinstance(gamma, Real):
-            raise TypeError(f"gamma: expected a number or a torch.Tensor, got {type(gamma).__name__}")
-        gamma = float(gamma)
-    return Batch(_rows(q), actions, rewards, _rows(next_q), terminated, gamma, non_final_mask, shape)
+        gamma = number("gamma", gamma, "a number or a torch.Tensor")
+    return Batch(
+        rows(q), actions, rewards, next_q, terminated, gamma, non_final_mask,
+        next_q_online, next_action_mask, weights, target_q, action_mask, shape,
+    )  # fmt: skip
+
+
+def normalise_weights(batch: Batch, spec: LossSpec) -> tuple[Batch, LossSpec]:
+    """Turn the weighted mean into a sum with weights that add up to one, so that no backend need know of it."""
+    if batch.weights is None or batch.weights.numel() == 0:  # the mean of nothing is NaN, the sum is not
+        return batch, spec._replace(reduction="mean")
+    weights = batch.weights.to(accumulation_dtype(batch.q))
+    return batch._replace(weights=weights / weights.sum()), spec._replace(reduction="sum")
 
 
 def check_values(batch: Batch) -> Batch:
@@ -118,7 +210,8 @@ def check_values(batch: Batch) -> Batch:
     cost a synchronisation: an illegal action is left to the backend (td is NaN, the gradient row zero), and a wrong
     mask makes every action illegal. Inside torch.compile nothing is looked at: a raise would break the graph.
     """
-    mask, m, A = batch.non_final_mask, batch.next_q.shape[0], batch.q.shape[-1]
+    mask, A = batch.non_final_mask, batch.q.shape[-1]
+    m = 0 if batch.next_q is None else batch.next_q.shape[0]
     if not looks_at_values(batch.q.device):
         if mask is None:
             return batch
@@ -161,6 +254,19 @@ def _per_sample(
     return x if x.is_contiguous() else x.contiguous()
 
 
+def _matrix(
+    name: str, x: Tensor, dtypes: frozenset[torch.dtype], shape: torch.Size, like: str, device: torch.device
+) -> Tensor:
+    """Check one value a sample and action, (*N, A), and flatten its leading dimensions."""
+    if not isinstance(x, Tensor) or x.dtype not in dtypes or x.layout is not torch.strided:
+        _wrong_tensor(name, x, dtypes)
+    if x.device != device:
+        _wrong_device(name, x, device)
+    if x.shape != shape:
+        raise ValueError(f"{name}: expected shape {_show(shape)}, as {like}, got {_show(x.shape)}")
+    return rows(x)
+
+
 def _wrong_tensor(name: str, x: Tensor, dtypes: frozenset[torch.dtype]) -> NoReturn:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
@@ -174,7 +280,7 @@ def _wrong_device(name: str, x: Tensor, device: torch.device) -> NoReturn:
     raise ValueError(f"{name}: expected device {device}, as q, got {x.device}")
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows(x: Tensor) -> Tensor:
     """View (*N, A) as (n, A), or as (outer, inner, A) where a slice of a longer sequence forbids one row stride.
 
     Leading dimensions that merge into neither, such as three that are permuted, are copied.

@@ -1,71 +1,129 @@
 """The one autograd.Function between the public functions and the backends."""
 
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dqn_fused.arguments import Batch, LossSpec
-from dqn_fused.reference import legal_actions
+from dqn_fused.arguments import Batch, LossSpec, accumulation_dtype, rows
+from dqn_fused.reference import legal_actions, legal_values
+
+
+class Saved(NamedTuple):
+    """What a backward needs: (n,) values, and with the conservative term q itself, which is not copied."""
+
+    td_error: Tensor  # N
+    actions: Tensor  # (n,)
+    weights: Tensor | None  # (n,)
+    log_sum: Tensor | None  # N, with the conservative term only, as the two below
+    q: Tensor | None  # (n, A) or (outer, inner, A)
+    action_mask: Tensor | None  # as q
+    q_shape: torch.Size
+    q_dtype: torch.dtype
+
+    @classmethod
+    def of(cls, batch: Batch, spec: LossSpec, td_error: Tensor, log_sum: Tensor | None) -> "Saved":
+        """What a backward needs right after the forward of a batch."""
+        q, shape = batch.q, torch.Size((*td_error.shape, batch.q.shape[-1]))
+        if not spec.dense_gradient:
+            return cls(td_error, batch.actions, batch.weights, None, None, None, shape, q.dtype)
+        return cls(td_error, batch.actions, batch.weights, log_sum, q, batch.action_mask, shape, q.dtype)
 
 
 class TDLoss(torch.autograd.Function):
-    """(loss, td_error) of a batch; only q receives a gradient.
+    """(loss, td_error, log_sum) of a batch; only q receives a gradient.
 
-    Both outputs are differentiable inside the graph. A plain backward runs the backend's kernel; a backward that is
-    itself recorded (create_graph) is written in differentiable operations on the saved td_error, whose own derivative
-    leads back here. So the second order is right, and q itself need not be saved.
+    loss and td_error are differentiable inside the graph. A plain backward runs the backend's kernel; a backward that
+    is itself recorded (create_graph) is written in differentiable operations on the saved td_error, whose own
+    derivative leads back here. So the second order is right, and q need not be saved but for the conservative term.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, batch: Batch, spec: LossSpec, backend: ModuleType) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, q: Tensor, batch: Batch, spec: LossSpec, backend: ModuleType
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Run the backend's forward; save (n,) values."""
-        loss, td_error = backend.forward(batch, spec)
+        loss, td_error, log_sum = backend.forward(batch, spec)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(td_error, batch.actions)
+        if spec.dense_gradient:
+            ctx.save_for_backward(td_error, batch.actions, batch.weights, log_sum, q, batch.action_mask)
+        else:
+            ctx.save_for_backward(td_error, batch.actions, batch.weights)
+        if log_sum is not None:
+            ctx.mark_non_differentiable(log_sum)
         ctx.q_shape, ctx.q_dtype, ctx.spec, ctx.backend = q.shape, q.dtype, spec, backend
-        return loss, td_error
+        return loss, td_error, log_sum
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:
-        """Dense gradient of q, zero but for the action taken in each row."""
-        grad_loss, grad_td_error = grads
-        td_error, actions = ctx.saved_tensors
+        """Dense gradient of q: zero but for the action taken in each row, and the softmax of the conservative term."""
+        grad_loss, grad_td_error, _ = grads
+        td_error, actions, weights, log_sum, q, mask = (*ctx.saved_tensors, None, None, None)[:6]
         # Traced by torch.compile, grad mode is on and grad_td_error zeros; PyTorch refuses a second order there.
         recorded = torch.is_grad_enabled() or grad_td_error is not None
-        if recorded and not torch.compiler.is_compiling():
-            return _differentiable_backward(ctx, grad_loss, grad_td_error, td_error, actions), None, None, None
-        if grad_loss is None:
+        recorded = recorded and not torch.compiler.is_compiling()
+        if grad_loss is None and not recorded:
             return None, None, None, None
-        grad_q = ctx.backend.backward(grad_loss.contiguous(), td_error, actions, ctx.q_shape, ctx.q_dtype, ctx.spec)
-        return grad_q, None, None, None
+        rows_of_q = None if q is None or recorded else rows(q)
+        saved = Saved(td_error, actions, weights, log_sum, rows_of_q, mask, ctx.q_shape, ctx.q_dtype)
+        if recorded:
+            return _differentiable_backward(grad_loss, grad_td_error, saved._replace(q=q), ctx.spec), None, None, None
+        return ctx.backend.backward(grad_loss.contiguous(), saved, ctx.spec), None, None, None
 
 
 def _differentiable_backward(
-    ctx: Any, grad_loss: Tensor | None, grad_td_error: Tensor | None, td_error: Tensor, actions: Tensor
+    grad_loss: Tensor | None, grad_td_error: Tensor | None, saved: Saved, spec: LossSpec
 ) -> Tensor | None:
-    terms = [] if grad_td_error is None else [grad_td_error]
+    terms = [] if grad_td_error is None else [scatter_taken(grad_td_error, saved)]
     if grad_loss is not None:
-        terms.append(td_loss_coefficient(grad_loss, td_error, ctx.spec))
+        terms.append(loss_gradient(grad_loss, saved, spec))
     if not terms:
         return None
-    coefficient = terms[0] if len(terms) == 1 else terms[0] + terms[1]
-    return scatter_taken(coefficient, actions, ctx.q_shape, ctx.q_dtype)
+    return terms[0] if len(terms) == 1 else terms[0] + terms[1]
 
 
-def td_loss_coefficient(grad_loss: Tensor, td_error: Tensor, spec: LossSpec) -> Tensor:
-    """Derivative of the reduced loss by the Q-value of the action taken, N."""
-    scale = 2.0 / max(td_error.numel(), 1) if spec.reduction == "mean" else 2.0
-    return td_error * (grad_loss * scale)
+def loss_gradient(grad_loss: Tensor, saved: Saved, spec: LossSpec) -> Tensor:
+    """Gradient of the reduced loss by q, of q's shape, in operations that can be differentiated once more."""
+    td = saved.td_error
+    scale = _scale(grad_loss, saved, spec)
+    coefficient = td_loss_slope(td, spec) * scale
+    if saved.q is None:
+        return scatter_taken(coefficient, saved)
+    dtype = accumulation_dtype(saved.q)
+    scale = scale.expand(td.shape) * spec.cql_alpha
+    mask = None if saved.action_mask is None else saved.action_mask.reshape(saved.q.shape)
+    policy = torch.softmax(legal_values(saved.q.to(dtype), mask), -1)
+    legal = legal_actions(saved.actions, saved.q_shape[-1])[1]
+    if legal is not None:
+        policy = torch.where(legal.view(*td.shape, 1), policy, 0)
+    policy = policy.view(saved.q_shape) * scale.unsqueeze(-1)
+    return (policy + scatter_taken(coefficient - scale, saved, dtype)).to(saved.q_dtype)
 
 
-def scatter_taken(coefficient: Tensor, actions: Tensor, q_shape: torch.Size, q_dtype: torch.dtype) -> Tensor:
+def td_loss_slope(td: Tensor, spec: LossSpec) -> Tensor:
+    """Derivative of the loss of a sample by its TD error."""
+    if spec.loss == "mse":
+        return 2 * td
+    if spec.loss == "huber":
+        return td.clamp(-spec.delta, spec.delta)
+    return (td / spec.delta).clamp(-1, 1) if spec.delta > 0 else td.sgn()
+
+
+def _scale(grad_loss: Tensor, saved: Saved, spec: LossSpec) -> Tensor:
+    """What the reduction and the weights make of the upstream gradient, N or ()."""
+    td = saved.td_error
+    scale = grad_loss / max(td.numel(), 1) if spec.reduction == "mean" else grad_loss
+    return scale if saved.weights is None else scale * saved.weights.to(td.dtype).view(td.shape)
+
+
+def scatter_taken(coefficient: Tensor, saved: Saved, dtype: torch.dtype | None = None) -> Tensor:
     """Zeros of q's shape with the coefficient at each action taken; a row with an illegal action stays zero."""
-    index, legal = legal_actions(actions, q_shape[-1])
+    q_shape = saved.q_shape
+    index, legal = legal_actions(saved.actions, q_shape[-1])
     if legal is not None:
         coefficient = torch.where(legal.view(coefficient.shape), coefficient, 0)
     index = index.view(*q_shape[:-1], 1)
-    value = coefficient.to(q_dtype).view(index.shape)
+    value = coefficient.to(dtype or saved.q_dtype).view(index.shape)
     # value's own zeros: inside vmap they are as batched as value is, and can be written in place.
     return value.new_zeros(q_shape).scatter_(-1, index, value)

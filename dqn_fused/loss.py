@@ -1,16 +1,18 @@
-"""The public loss: a function, the same with its gradient, and the same as a module."""
+"""The public loss: a function, the same for a ready target, and the same with its gradient."""
 
 from collections.abc import Callable
 from types import ModuleType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from dqn_fused import arguments
 from dqn_fused._backends import choose
-from dqn_fused.arguments import Batch, LossSpec, check_batch, check_loss, check_values
+from dqn_fused.arguments import Batch, LossSpec, check_batch, check_loss, check_values, normalise_weights
 from dqn_fused.autograd import TDLoss
+from dqn_fused.reference import conservative_term
+from dqn_fused.targets import Munchausen, Soft
 
 
 def fused_dqn_loss(
@@ -22,15 +24,25 @@ def fused_dqn_loss(
     gamma: float | Tensor = 0.99,
     *,
     non_final_mask: Tensor | None = None,
+    next_q_online: Tensor | None = None,
+    next_action_mask: Tensor | None = None,
+    weights: Tensor | None = None,
     loss: str = "mse",
+    delta: float = 1.0,
     reduction: str = "mean",
+    target: str | Soft | Munchausen = "max",
+    target_q: Tensor | None = None,
+    cql_alpha: float = 0.0,
+    action_mask: Tensor | None = None,
     return_td_error: bool = False,
+    return_cql: bool = False,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
-    """DQN loss (Mnih et al., 2015): squared TD error of the action taken against the Bellman target.
+) -> Tensor | tuple[Tensor, ...]:
+    """DQN loss (Mnih et al., 2015): the TD error of the action taken against the Bellman target.
 
-    For each transition ``td = q[a] - y`` with ``y = rewards + gamma * max(next_q)``, or ``y = rewards`` if terminated.
-    Only ``q`` receives a gradient, and in it only the node of the action taken; everything else is a constant.
+    For each transition ``td = q[a] - y`` with ``y = rewards + gamma * max(next_q)``, or ``y = rewards`` if terminated;
+    its loss is ``td**2``. Only ``q`` receives a gradient, and in it only the node of the action taken; everything else
+    is a constant. The options change one thing each and go together.
 
     Args:
         q: (\\*N, A) Q-values of the online network; float16, bfloat16, float32 or float64. Any leading dimensions.
@@ -41,17 +53,35 @@ def fused_dqn_loss(
             state: nothing is bootstrapped, that row of ``next_q`` is not used. A truncated episode is not terminated.
         gamma: discount: a number, a 0-d tensor, or (\\*N) / (\\*N, 1) floating, for n-step returns.
         non_final_mask: (\\*N) or (\\*N, 1) bool, instead of ``terminated``: true for the M samples, in order, whose
-            next states ``next_q`` holds.
-        loss: ``"mse"``: td squared, without a factor 1/2.
-        reduction: ``"mean"``, ``"sum"``, or ``"none"`` for the loss of each sample, (\\*N).
-        return_td_error: also return the signed TD errors, (\\*N), without gradient: priorities of a replay buffer.
+            next states ``next_q``, ``next_q_online`` and ``next_action_mask`` hold.
+        next_q_online: as next_q: Q-values of the online network in the next state. Double DQN (van Hasselt et al.,
+            2016): the action is chosen here, the first one of equals, and valued in ``next_q``.
+        next_action_mask: as next_q, bool, true for the actions that are legal in the next state: no other is chosen
+            or read into the result. A row without one is NaN, unless terminated; -inf counts as illegal, too.
+        weights: (\\*N) or (\\*N, 1), floating: the loss of each sample is multiplied by its weight, the importance
+            weight of prioritised replay (Schaul et al., 2016), after ``loss`` and the conservative term.
+        loss: ``"mse"``: td squared, without a factor 1/2; ``"huber"``: ``torch.nn.functional.huber_loss`` of td;
+            ``"smooth_l1"``: ``torch.nn.functional.smooth_l1_loss``, which is huber divided by ``delta``.
+        delta: where huber turns from a parabola into a line; the beta of smooth_l1, for which 0 means l1.
+        reduction: ``"mean"``, which divides by the number of samples whatever their weights, ``"weighted_mean"``, which
+            divides by the sum of the weights, ``"sum"``, or ``"none"`` for the loss of each sample, (\\*N).
+        target: ``"max"``, ``"soft"``, ``"munchausen"``, or :class:`Soft` and :class:`Munchausen` with constants other
+            than the papers'. They are classes, so that a temperature cannot be given to a target that has none.
+        target_q: (\\*N, A), floating: Q-values of the target network in the state itself, for Munchausen.
+        cql_alpha: weight of the conservative term of CQL(H) (Kumar et al., 2020), which is added to the loss of each
+            sample: ``logsumexp(q) - q[a]``. Every action then receives a gradient.
+        action_mask: (\\*N, A) bool, true for the actions that are legal in the state itself: the policy of Munchausen
+            and the sum of CQL are taken over them.
+        return_td_error: also return the signed, unweighted TD errors, (\\*N), without gradient: priorities of replay.
+        return_cql: also return the conservative term of each sample, (\\*N), unweighted and without gradient.
         backend: ``"auto"``, or by name as in :func:`dqn_fused.backends`.
 
     Returns:
-        The loss, or ``(loss, td_error)``, in float32, or in float64 if q is float64.
+        The loss, or a tuple of it and what else is asked for, in that order: loss, td_error, cql. All in float32, or in
+        float64 if q is float64.
 
     Raises:
-        ValueError: a shape or a device does not fit. Nothing is broadcast.
+        ValueError: a shape, a device or an option does not fit. Nothing is broadcast, no argument is ignored.
         TypeError: a dtype does not fit.
         IndexError: an action outside [0, A), or a mask without exactly M true entries. On a GPU looking would cost a
             synchronisation: the loss is NaN and the gradient zero instead, unless ``DQN_FUSED_CHECK=1`` is set.
@@ -66,10 +96,58 @@ def fused_dqn_loss(
     >>> loss.detach(), q.grad
     (tensor(1.2500), tensor([[ 0.5000,  0.0000],
             [ 0.0000, -1.5000]]))
+
+    Double DQN with prioritised replay and the Huber loss:
+
+    >>> loss, td_error = fused_dqn_loss(
+    ...     q, actions, rewards, next_q, terminated, gamma=0.9, next_q_online=torch.tensor([[0.0, 1.0], [0.0, 1.0]]),
+    ...     weights=torch.tensor([1.0, 0.5]), loss="huber", return_td_error=True)
+    >>> td_error
+    tensor([0.5000, 1.2000])
     """
-    spec = check_loss(loss, reduction)
-    result, td_error = _run(_loss, spec, backend, q, actions, rewards, next_q, terminated, gamma, non_final_mask)
-    return (result, td_error.detach()) if return_td_error else result
+    spec = check_loss(loss, delta, reduction, target, cql_alpha, return_cql)
+    batch = Batch(
+        q, actions, rewards, next_q, terminated, gamma, non_final_mask,
+        next_q_online, next_action_mask, weights, target_q, action_mask,
+    )  # fmt: skip
+    return _returned(*_run(_loss, batch, spec, backend), return_td_error, return_cql)
+
+
+def fused_td_loss(
+    q: Tensor,
+    actions: Tensor,
+    target: Tensor,
+    *,
+    weights: Tensor | None = None,
+    loss: str = "mse",
+    delta: float = 1.0,
+    reduction: str = "mean",
+    cql_alpha: float = 0.0,
+    action_mask: Tensor | None = None,
+    return_td_error: bool = False,
+    return_cql: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, ...]:
+    """:func:`fused_dqn_loss` for a target that is already there: n-step returns, Q(lambda), the V(s') of ILQL.
+
+    Args:
+        q: (\\*N, A), and all other arguments, as in :func:`fused_dqn_loss`.
+        target: (\\*N) or (\\*N, 1), floating or integer: what ``q[a]`` is compared with. A constant, as everything but q.
+
+    Returns:
+        The loss, or a tuple, as :func:`fused_dqn_loss`.
+
+    Raises:
+        As :func:`fused_dqn_loss`.
+
+    >>> import torch
+    >>> q = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    >>> fused_td_loss(q, torch.tensor([0, 1]), torch.tensor([0.5, 5.0]), return_td_error=True)
+    (tensor(0.6250), tensor([ 0.5000, -1.0000]))
+    """
+    spec = check_loss(loss, delta, reduction, "max", cql_alpha, return_cql)
+    batch = Batch(q, actions, target, None, weights=weights, action_mask=action_mask)
+    return _returned(*_run(_loss, batch, spec, backend), return_td_error, return_cql)
 
 
 def fused_dqn_loss_and_grad(
@@ -81,11 +159,20 @@ def fused_dqn_loss_and_grad(
     gamma: float | Tensor = 0.99,
     *,
     non_final_mask: Tensor | None = None,
+    next_q_online: Tensor | None = None,
+    next_action_mask: Tensor | None = None,
+    weights: Tensor | None = None,
     loss: str = "mse",
+    delta: float = 1.0,
     reduction: str = "mean",
+    target: str | Soft | Munchausen = "max",
+    target_q: Tensor | None = None,
+    cql_alpha: float = 0.0,
+    action_mask: Tensor | None = None,
     return_td_error: bool = False,
+    return_cql: bool = False,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """DQN loss and its gradient by q in one pass, without autograd: the fastest road.
 
     ``q.backward(grad_q)`` then goes on through the network. JAX users know the form as ``value_and_grad``.
@@ -95,8 +182,9 @@ def fused_dqn_loss_and_grad(
             requires a gradient.
 
     Returns:
-        ``(loss, grad_q)``, or ``(loss, grad_q, td_error)``. ``grad_q`` has q's shape and dtype, is contiguous, and zero
-        but for the action taken in each row. With ``reduction="none"`` it is the gradient of the sum of the losses.
+        ``(loss, grad_q)``, and then td_error and cql, if asked for. ``grad_q`` has q's shape and dtype, is contiguous,
+        and without a conservative term zero but for the action taken in each row. With ``reduction="none"`` it is the
+        gradient of the sum of the losses.
 
     Raises:
         As :func:`fused_dqn_loss`.
@@ -109,113 +197,68 @@ def fused_dqn_loss_and_grad(
     >>> torch.equal(network.bias.grad, grad_q.sum(0))
     True
     """
-    spec = check_loss(loss, reduction)
-    result, grad_q, td_error = _run(
-        _loss_and_grad, spec, backend, q, actions, rewards, next_q, terminated, gamma, non_final_mask
-    )
-    return (result, grad_q, td_error) if return_td_error else (result, grad_q)
+    spec = check_loss(loss, delta, reduction, target, cql_alpha, return_cql)
+    batch = Batch(
+        q, actions, rewards, next_q, terminated, gamma, non_final_mask,
+        next_q_online, next_action_mask, weights, target_q, action_mask,
+    )  # fmt: skip
+    batch, (result, grad_q, td_error, log_sum) = _run(_loss_and_grad, batch, spec, backend)
+    found = [result, grad_q]
+    if return_td_error:
+        found.append(td_error)
+    if return_cql:
+        found.append(_cql(log_sum, batch))
+    return tuple(found)
 
 
-def _loss(q: Tensor, batch: Batch, spec: LossSpec, road: ModuleType) -> tuple[Tensor, ...]:
+def _returned(
+    batch: Batch, outputs: tuple[Tensor, ...], return_td_error: bool, return_cql: bool
+) -> Tensor | tuple[Tensor, ...]:
+    result, td_error, log_sum = outputs
+    if return_cql:
+        cql = _cql(log_sum, batch)
+        return (result, td_error.detach(), cql) if return_td_error else (result, cql)
+    return (result, td_error.detach()) if return_td_error else result
+
+
+@torch.no_grad()
+def _cql(log_sum: Tensor, batch: Batch) -> Tensor:
+    return conservative_term(log_sum, batch)
+
+
+def _loss(batch: Batch, spec: LossSpec, road: ModuleType, q: Tensor) -> tuple[Tensor, ...]:
     # Forward-mode too: TDLoss has no rule for it and says so, where a backend would drop the tangent in silence.
     if (q.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
         return TDLoss.apply(q, batch, spec, road)
     return road.forward(batch, spec)
 
 
-def _loss_and_grad(q: Tensor, batch: Batch, spec: LossSpec, road: ModuleType) -> tuple[Tensor, ...]:
+def _loss_and_grad(batch: Batch, spec: LossSpec, road: ModuleType, q: Tensor) -> tuple[Tensor, ...]:
     return road.loss_and_grad(batch, spec)
 
 
 def _run(
-    what: Callable[[Tensor, Batch, LossSpec, ModuleType], tuple[Tensor, ...]],
+    what: Callable[[Batch, LossSpec, ModuleType, Tensor], tuple[Tensor, ...]],
+    given: Batch,
     spec: LossSpec,
     backend: str,
-    q: Tensor,
-    actions: Tensor,
-    rewards: Tensor,
-    next_q: Tensor,
-    terminated: Tensor | None,
-    gamma: float | Tensor,
-    non_final_mask: Tensor | None,
-) -> tuple[Tensor, ...]:
-    """Check the arguments and run a backend.
+) -> tuple[Batch, tuple[Tensor, ...]]:
+    """Check the arguments and run a backend; return the checked batch and the results.
 
     A compiled op on the CPU checks everything itself as it reads it, where check_batch and check_values take 4 us each,
     so matrices go to it as they are. If it refuses, the checks are made after all, and say what is wrong, if anything.
     """
+    q, next_q, gamma = given.q, given.next_q, given.gamma
     try:
         device = q.device
-        road = choose(backend, device)
-        plain = q.is_cpu and q.dim() == next_q.dim() == 2 and isinstance(gamma, (float, int, Tensor))
+        road = choose(backend, device, spec)
+        plain = q.is_cpu and q.dim() == 2 and (next_q is None or next_q.dim() == 2)
+        plain = plain and isinstance(gamma, (float, int, Tensor)) and spec.reduction != "weighted_mean"
         if road.CHECKS_CPU and plain and arguments.looks_at_values(device):
-            unchecked = Batch(q, actions, rewards, next_q, terminated, gamma, non_final_mask, q.shape[:-1])
-            return what(q, unchecked, spec, road)
+            return given, what(given, spec, road, q)
     except (RuntimeError, AttributeError, TypeError):
         pass
-    batch = check_values(check_batch(q, actions, rewards, next_q, terminated, gamma, non_final_mask))
-    return what(q, batch, spec, choose(backend, batch.q.device))
-
-
-class FusedDQNLoss(nn.Module):
-    """:func:`fused_dqn_loss` as a module that keeps the discount and the options, like ``torch.nn.MSELoss``.
-
-    ``gamma`` is a number or a tensor, which becomes a buffer and moves with the module; a call may bring its own.
-
-    >>> import torch
-    >>> criterion = FusedDQNLoss(gamma=0.9)
-    >>> criterion
-    FusedDQNLoss(gamma=0.9, loss='mse', reduction='mean')
-    >>> criterion(torch.ones(2, 3), torch.tensor([0, 2]), torch.tensor([1.0, 0.0]), torch.ones(2, 3))
-    tensor(0.4100)
-    """
-
-    gamma: float | Tensor
-
-    def __init__(
-        self,
-        gamma: float | Tensor = 0.99,
-        *,
-        loss: str = "mse",
-        reduction: str = "mean",
-        return_td_error: bool = False,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__()
-        check_loss(loss, reduction)
-        if isinstance(gamma, Tensor):
-            self.register_buffer("gamma", gamma)
-        else:
-            self.gamma = gamma
-        self.loss, self.reduction = loss, reduction
-        self.return_td_error, self.backend = return_td_error, backend
-
-    def forward(
-        self,
-        q: Tensor,
-        actions: Tensor,
-        rewards: Tensor,
-        next_q: Tensor,
-        terminated: Tensor | None = None,
-        gamma: float | Tensor | None = None,
-        *,
-        non_final_mask: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Loss of a batch; see :func:`fused_dqn_loss`."""
-        return fused_dqn_loss(
-            q,
-            actions,
-            rewards,
-            next_q,
-            terminated,
-            self.gamma if gamma is None else gamma,
-            non_final_mask=non_final_mask,
-            loss=self.loss,
-            reduction=self.reduction,
-            return_td_error=self.return_td_error,
-            backend=self.backend,
-        )
-
-    def extra_repr(self) -> str:
-        """Options, for repr."""
-        return f"gamma={self.gamma}, loss={self.loss!r}, reduction={self.reduction!r}"
+    batch = check_values(check_batch(given, spec))
+    if spec.reduction == "weighted_mean":
+        batch, spec = normalise_weights(batch, spec)
+    return batch, what(batch, spec, choose(backend, batch.q.device, spec), q)

@@ -19,7 +19,9 @@ from dqn_fused.arguments import (
     check_loss,
     check_values,
     looks_at_values,
+    normalise_weights,
 )
+from dqn_fused.targets import Munchausen, Soft
 
 TransitionBatch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 Network = Callable[[Tensor], Tensor]
@@ -34,11 +36,20 @@ def dqn_loss(
     gamma: float | Tensor = 0.99,
     *,
     non_final_mask: Tensor | None = None,
+    next_q_online: Tensor | None = None,
+    next_action_mask: Tensor | None = None,
+    weights: Tensor | None = None,
     loss: str = "mse",
+    delta: float = 1.0,
     reduction: str = "mean",
+    target: str | Soft | Munchausen = "max",
+    target_q: Tensor | None = None,
+    cql_alpha: float = 0.0,
+    action_mask: Tensor | None = None,
     return_td_error: bool = False,
+    return_cql: bool = False,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """DQN loss (Mnih et al., 2015) by PyTorch operations, differentiated by autograd, on any device.
 
     Arguments, result and errors are those of :func:`dqn_fused.fused_dqn_loss`; ``backend`` is there for the sake of the
@@ -51,47 +62,135 @@ def dqn_loss(
     """
     if backend not in ("auto", "torch"):
         raise ValueError(f"backend: the reference is PyTorch, expected 'auto' or 'torch', got {backend!r}")
-    spec = check_loss(loss, reduction)
-    batch = check_values(check_batch(q, actions, rewards, next_q, terminated, gamma, non_final_mask))
-    td = td_error(batch)
-    result = loss_of_td_error(td, spec)
-    return (result, td.detach()) if return_td_error else result
+    spec = check_loss(loss, delta, reduction, target, cql_alpha, return_cql)
+    batch = Batch(
+        q, actions, rewards, next_q, terminated, gamma, non_final_mask,
+        next_q_online, next_action_mask, weights, target_q, action_mask,
+    )  # fmt: skip
+    batch = check_values(check_batch(batch, spec))
+    if spec.reduction == "weighted_mean":
+        batch, spec = normalise_weights(batch, spec)
+    td = td_error(batch, spec)
+    sums = log_sum(batch) if spec.cql else None
+    found = [loss_of_td_error(td, sums, batch, spec)]
+    if return_td_error:
+        found.append(td.detach())
+    if return_cql and sums is not None:
+        found.append(conservative_term(sums, batch).detach())
+    return found[0] if len(found) == 1 else tuple(found)
 
 
-def td_error(batch: Batch) -> Tensor:
+def td_error(batch: Batch, spec: LossSpec) -> Tensor:
     """TD errors q[i, a_i] - y_i, N, differentiable by q; NaN where the action is illegal."""
     dtype = accumulation_dtype(batch.q)
     with torch.no_grad():
         target = _cast(batch.rewards, dtype)
-        values = _next_values(batch, dtype)
-        if isinstance(batch.gamma, Tensor):
-            bootstrapped = torch.addcmul(target, _cast(batch.gamma, dtype), values)
-        else:
-            bootstrapped = torch.add(target, values, alpha=batch.gamma)
-        # Selected, not multiplied by 1 - terminated: NaN * 0 is NaN.
-        if batch.terminated is not None:
-            target = torch.where(_cast(batch.terminated, torch.bool), target, bootstrapped)
-        elif batch.non_final_mask is not None:
-            target = torch.where(batch.non_final_mask, bootstrapped, target)
-        else:
-            target = bootstrapped
-    taken, legal = _taken(batch)
+        if spec.target == "munchausen":
+            target = target + spec.alpha * _log_policy(batch, spec, dtype).clamp(spec.clip, 0)
+        if batch.next_q is not None:
+            target = _bootstrapped(target, _next_values(batch, batch.next_q, spec, dtype), batch, dtype)
+    taken, legal = _taken(batch, batch.q)
     td = _cast(taken, dtype).view(batch.shape) - target.view(batch.shape)
     return td if legal is None else torch.where(legal.view(batch.shape), td, torch.nan)
 
 
-def loss_of_td_error(td: Tensor, spec: LossSpec) -> Tensor:
-    """Reduced loss of TD errors."""
-    per_sample = td.square()
+def loss_of_td_error(td: Tensor, log_sum: Tensor | None, batch: Batch, spec: LossSpec) -> Tensor:
+    """Reduced loss of TD errors, N, and of the sums of CQL, if they are asked for."""
+    if spec.loss == "mse":
+        per_sample = td.square()
+    elif spec.loss == "huber":
+        per_sample = F.huber_loss(td, td.new_zeros(()).expand_as(td), reduction="none", delta=spec.delta)
+    else:
+        per_sample = F.smooth_l1_loss(td, td.new_zeros(()).expand_as(td), reduction="none", beta=spec.delta)
+    if log_sum is not None and spec.cql_alpha != 0:
+        per_sample = per_sample + spec.cql_alpha * conservative_term(log_sum, batch)
+    if batch.weights is not None:
+        per_sample = per_sample * _cast(batch.weights, td.dtype).view(td.shape)
     if spec.reduction == "none":
         return per_sample
     return per_sample.mean() if spec.reduction == "mean" else per_sample.sum()
 
 
-def _taken(batch: Batch) -> tuple[Tensor, Tensor | None]:
-    """q[i, a_i], and which of them are legal."""
-    index, legal = legal_actions(batch.actions, batch.q.shape[-1])
-    return batch.q.gather(-1, index.view(*batch.q.shape[:-1], 1)).view(-1), legal
+def log_sum(batch: Batch) -> Tensor:
+    """logsumexp_a q[i, a] over the legal actions, N, differentiable by q; NaN where no action is legal."""
+    q = legal_values(_cast(batch.q, accumulation_dtype(batch.q)), batch.action_mask)
+    value = torch.logsumexp(q, -1).view(batch.shape)
+    return value if batch.action_mask is None else torch.where(value == -torch.inf, torch.nan, value)
+
+
+def conservative_term(log_sum: Tensor, batch: Batch) -> Tensor:
+    """logsumexp_a q[i, a] - q[i, a_i], N, the term of CQL(H) (Kumar et al., 2020); NaN where the action is illegal."""
+    taken, legal = _taken(batch, batch.q)
+    term = log_sum - _cast(taken, log_sum.dtype).view(log_sum.shape)
+    return term if legal is None else torch.where(legal.view(term.shape), term, torch.nan)
+
+
+def legal_values(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Select the legal actions; the others are -inf, which neither a maximum nor a sum of exponentials sees."""
+    return x if mask is None else torch.where(mask, x, -torch.inf)
+
+
+def _bootstrapped(rewards: Tensor, values: Tensor, batch: Batch, dtype: torch.dtype) -> Tensor:
+    """Bellman target: rewards + gamma * values, or rewards where the episode ended."""
+    if isinstance(batch.gamma, Tensor):
+        target = torch.addcmul(rewards, _cast(batch.gamma, dtype), values)
+    else:
+        target = torch.add(rewards, values, alpha=batch.gamma)
+    # Selected, not multiplied by 1 - terminated: NaN * 0 is NaN.
+    if batch.terminated is not None:
+        return torch.where(_cast(batch.terminated, torch.bool), rewards, target)
+    return target if batch.non_final_mask is None else torch.where(batch.non_final_mask, target, rewards)
+
+
+def _next_values(batch: Batch, next_q: Tensor, spec: LossSpec, dtype: torch.dtype) -> Tensor:
+    """What the next state of each sample is worth, (n,); anything in the rows that non_final_mask leaves out."""
+    mask = batch.next_action_mask
+    if spec.target != "max":
+        values = _soft_value(_cast(next_q, dtype), mask, spec.temperature).view(-1)
+    else:
+        best = legal_values(next_q if batch.next_q_online is None else batch.next_q_online, mask)
+        if batch.next_q_online is None:
+            values = best = best.amax(-1)
+        else:
+            best, index = best.max(-1)
+            values = next_q.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+            values = torch.where(best.isnan(), torch.nan, values)
+        if mask is not None:
+            values = torch.where(best == -torch.inf, torch.nan, values)
+        values = _cast(values.view(-1), dtype)
+    if batch.non_final_mask is None:
+        return values
+    m = values.shape[0]
+    if m == 0:
+        return torch.zeros(batch.actions.shape, dtype=dtype, device=values.device)
+    return values[(batch.non_final_mask.cumsum(0) - 1).clamp(0, m - 1)]
+
+
+def _soft_value(x: Tensor, mask: Tensor | None, temperature: float) -> Tensor:
+    """temperature * logsumexp(x / temperature) over the legal actions; NaN where none is legal."""
+    x = legal_values(x, mask)
+    largest = x.amax(-1)
+    # Differences from the maximum are scaled, not the values: nothing overflows, whatever the temperature.
+    difference = x - torch.where(largest.isinf(), 0, largest).unsqueeze(-1)
+    scale = min(1 / temperature, torch.finfo(x.dtype).max)
+    value = largest + temperature * difference.mul_(scale).exp_().sum(-1).log()
+    return value if mask is None else torch.where(largest == -torch.inf, torch.nan, value)
+
+
+def _log_policy(batch: Batch, spec: LossSpec, dtype: torch.dtype) -> Tensor:
+    """temperature * log pi(a_i|s_i) of the target network, (n,)."""
+    assert batch.target_q is not None
+    value = _soft_value(_cast(batch.target_q, dtype), batch.action_mask, spec.temperature).view(-1)
+    taken = _cast(_taken(batch, batch.target_q)[0], dtype)
+    if batch.action_mask is not None:
+        taken = legal_values(taken, _taken(batch, batch.action_mask)[0])
+    return taken - value
+
+
+def _taken(batch: Batch, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """x[i, a_i], (n,), and which of the actions are legal."""
+    index, legal = legal_actions(batch.actions, x.shape[-1])
+    return x.gather(-1, index.view(*x.shape[:-1], 1)).view(-1), legal
 
 
 def legal_actions(actions: Tensor, A: int) -> tuple[Tensor, Tensor | None]:
@@ -101,17 +200,6 @@ def legal_actions(actions: Tensor, A: int) -> tuple[Tensor, Tensor | None]:
         return index, None
     legal = (index >= 0) & (index < A)
     return torch.where(legal, index, 0), legal
-
-
-def _next_values(batch: Batch, dtype: torch.dtype) -> Tensor:
-    """Largest next value of each sample, (n,); anything in the rows that non_final_mask leaves out."""
-    values = _cast(batch.next_q.amax(-1).view(-1), dtype)
-    if batch.non_final_mask is None:
-        return values
-    m = values.shape[0]
-    if m == 0:
-        return torch.zeros(batch.actions.shape, dtype=dtype, device=values.device)
-    return values[(batch.non_final_mask.cumsum(0) - 1).clamp(0, m - 1)]
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -38,7 +38,7 @@ def unavailable() -> str | None:
     return PARTLY if all(_REASONS.values()) else None
 
 
-def refuses(device: torch.device) -> str | None:
+def refuses(device: torch.device, spec: LossSpec) -> str | None:
     """Serve the devices whose library is loaded."""
     return _REASONS.get(device.type, f"expected tensors on cpu or cuda, got {device}")
 

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from dqn_fused.arguments import Batch, LossSpec
-from dqn_fused.autograd import scatter_taken, td_loss_coefficient
-from dqn_fused.reference import loss_of_td_error, td_error
+from dqn_fused.autograd import Saved, loss_gradient
+from dqn_fused.reference import log_sum, loss_of_td_error, td_error
 
 CHECKS_CPU = False
 PARTLY = ""
@@ -16,31 +16,26 @@ def unavailable() -> str | None:
     return None
 
 
-def refuses(device: torch.device) -> str | None:
-    """Serve every device."""
+def refuses(device: torch.device, spec: LossSpec) -> str | None:
+    """Serve every device and loss."""
     return None
 
 
-def forward(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor]:
-    """Return (loss, td_error)."""
-    td = td_error(batch)
-    return loss_of_td_error(td, spec), td
+def forward(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return (loss, td_error, log_sum)."""
+    td = td_error(batch, spec)
+    sums = log_sum(batch) if spec.cql else None
+    return loss_of_td_error(td, sums, batch, spec), td, sums
 
 
-def backward(
-    grad_loss: Tensor, td_error: Tensor, actions: Tensor, q_shape: torch.Size, q_dtype: torch.dtype, spec: LossSpec
-) -> Tensor:
+def backward(grad_loss: Tensor, saved: Saved, spec: LossSpec) -> Tensor:
     """Return grad_q."""
-    return scatter_taken(td_loss_coefficient(grad_loss, td_error, spec), actions, q_shape, q_dtype)
+    return loss_gradient(grad_loss, saved, spec)
 
 
 @torch.no_grad()
-def loss_and_grad(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (loss, grad_q, td_error): forward and backward, one after the other."""
-    loss, td = forward(batch, spec)
-    one = torch.ones((), dtype=td.dtype, device=td.device)
-    return (
-        loss,
-        backward(one, td, batch.actions, torch.Size((*batch.shape, batch.q.shape[-1])), batch.q.dtype, spec),
-        td,
-    )
+def loss_and_grad(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return (loss, grad_q, td_error, log_sum): forward and backward, one after the other."""
+    loss, td, sums = forward(batch, spec)
+    saved = Saved.of(batch, spec, td, sums)
+    return loss, backward(torch.ones((), dtype=td.dtype, device=td.device), saved, spec), td, sums

@@ -38,7 +38,7 @@ def unavailable() -> str | None:
     return "no CUDA or ROCm device (TRITON_INTERPRET=1, set before the first import, runs them on the CPU, slowly)"
 
 
-def refuses(device: torch.device) -> str | None:
+def refuses(device: torch.device, spec: LossSpec) -> str | None:
     """Serve CUDA tensors, and CPU tensors in the interpreter."""
     expected = "cpu" if INTERPRETED else "cuda"
     return None if device.type == expected else f"expected tensors on {expected}, got {device}"
