@@ -10,6 +10,7 @@
 """
 
 from dqn_fused._backends import BackendUnavailableError, backends
+from dqn_fused.linear import FusedLinearDQNLoss, fused_linear_dqn_loss
 from dqn_fused.loss import fused_dqn_loss, fused_dqn_loss_and_grad, fused_td_loss
 from dqn_fused.module import FusedDQNLoss
 from dqn_fused.targets import Munchausen, Soft
@@ -18,10 +19,12 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendUnavailableError",
     "FusedDQNLoss",
+    "FusedLinearDQNLoss",
     "Munchausen",
     "Soft",
     "backends",
     "fused_dqn_loss",
     "fused_dqn_loss_and_grad",
+    "fused_linear_dqn_loss",
     "fused_td_loss",
 ]

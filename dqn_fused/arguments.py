@@ -1,21 +1,28 @@
 """The one place that checks arguments: user's tensors in, a flat and immutable description of the batch out."""
 
 import os
-from collections.abc import Iterable
 from math import inf, isfinite
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dqn_fused.checks import (
+    BOOL,
+    FLAGS,
+    FLOATS,
+    INTEGERS,
+    NUMBERS,
+    WIDE_UNSIGNED,
+    dense,
+    matrix,
+    per_sample,
+    row_index,
+    rows,
+    show,
+    wrong_choice,
+)  # fmt: skip
 from dqn_fused.targets import Munchausen, Soft, number
-
-FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float64})
-WIDE_UNSIGNED = frozenset({torch.uint16, torch.uint32, torch.uint64})  # few PyTorch operations know these
-INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}) | WIDE_UNSIGNED
-NUMBERS = FLOATS | INTEGERS
-FLAGS = NUMBERS | {torch.bool}
-BOOL = frozenset({torch.bool})
 
 CPU = torch.device("cpu")
 
@@ -43,6 +50,16 @@ class Batch(NamedTuple):
     target_q: Tensor | None = None  # as q
     action_mask: Tensor | None = None  # as q
     shape: torch.Size = torch.Size((-1,))  # N; before the checks one dimension, of whatever size q has
+
+    @property
+    def action_count(self) -> int:
+        """Number of actions."""
+        return self.q.shape[-1]
+
+    @property
+    def next_count(self) -> int:
+        """Number of next states, where non_final_mask leaves some out."""
+        return 0 if self.next_q is None else self.next_q.shape[0]
 
 
 class LossSpec(NamedTuple):
@@ -88,9 +105,9 @@ def check_loss(
     if spec is not None:
         return spec
     if loss not in LOSSES:
-        _wrong_choice("loss", loss, LOSSES)
+        wrong_choice("loss", loss, LOSSES)
     if reduction not in REDUCTIONS:
-        _wrong_choice("reduction", reduction, REDUCTIONS)
+        wrong_choice("reduction", reduction, REDUCTIONS)
     delta, cql_alpha = number("delta", delta), number("cql_alpha", cql_alpha)
     if not (0 < delta < inf or (loss == "smooth_l1" and delta == 0)):
         raise ValueError(f"delta: expected a finite number above 0, got {delta}")
@@ -98,7 +115,7 @@ def check_loss(
         raise ValueError(f"cql_alpha: expected a finite number, got {cql_alpha}")
     if isinstance(target, str):
         if target not in TARGETS:
-            _wrong_choice("target", target, tuple(TARGETS))
+            wrong_choice("target", target, tuple(TARGETS))
         chosen = TARGETS[target]
     elif isinstance(target, (Soft, Munchausen)):
         chosen = target
@@ -127,51 +144,34 @@ _PLAIN: dict[tuple[object, ...], LossSpec] = {
 def check_batch(batch: Batch, spec: LossSpec) -> Batch:
     """Check shapes, dtypes and devices and flatten the leading dimensions. Looks at no value (see check_values)."""
     (
-        q, actions, rewards, next_q, terminated, gamma, non_final_mask,
-        next_q_online, next_action_mask, weights, target_q, action_mask, _,
+        q, _, _, next_q, _, _, _, next_q_online, next_action_mask, _, target_q, action_mask, _,
     ) = batch  # fmt: skip
-    if not isinstance(q, Tensor) or q.dtype not in FLOATS or q.layout is not torch.strided:
-        _wrong_tensor("q", q, FLOATS)
+    dense("q", q, FLOATS)
     q_shape, device = q.shape, q.device
     if not q_shape or q_shape[-1] == 0:
-        raise ValueError(f"q: expected shape (*N, A) with at least one action, got {_show(q_shape)}")
+        raise ValueError(f"q: expected shape (*N, A) with at least one action, got {show(q_shape)}")
     shape = q_shape[:-1]
-    actions = _per_sample("actions", actions, INTEGERS, shape, device)
-    if actions.dtype in WIDE_UNSIGNED:
-        actions = actions.to(torch.int64)
-    rewards = _per_sample("target" if next_q is None else "rewards", rewards, NUMBERS, shape, device)
+    actions, rewards, terminated, gamma, non_final_mask, weights = check_samples(batch, shape, device, "q")
 
     next_shape, like = q_shape, "q"
-    if non_final_mask is not None:
-        if terminated is not None:
-            raise ValueError("terminated: expected None beside non_final_mask, which says the same; give one of them")
-        non_final_mask = _per_sample("non_final_mask", non_final_mask, BOOL, shape, device)
-        if isinstance(next_q, Tensor):
-            if next_q.dim() != 2 or next_q.shape[1] != q_shape[-1] or next_q.shape[0] > non_final_mask.shape[0]:
-                raise ValueError(
-                    f"next_q: expected shape (M, {q_shape[-1]}) with non_final_mask, M being the number of its true "
-                    f"entries, at most {non_final_mask.shape[0]}, got {_show(next_q.shape)}"
-                )
-            next_shape, like = next_q.shape, "next_q"
-    elif terminated is not None:
-        terminated = _per_sample("terminated", terminated, FLAGS, shape, device)
+    if non_final_mask is not None and isinstance(next_q, Tensor):
+        check_compacted("next_q", next_q, q_shape[-1], non_final_mask)
+        next_shape, like = next_q.shape, "next_q"
     if next_q is not None:
-        next_q = _matrix("next_q", next_q, FLOATS, q_shape if non_final_mask is None else next_shape, "q", device)
+        next_q = matrix("next_q", next_q, FLOATS, next_shape, "q", device)
     if next_q_online is not None:
         if spec.target != "max":
             raise ValueError(
                 f"next_q_online: expected None with target {spec.target!r}: double DQN chooses one action, the soft "
                 "value averages over all of them"
             )
-        next_q_online = _matrix("next_q_online", next_q_online, FLOATS, next_shape, like, device)
+        next_q_online = matrix("next_q_online", next_q_online, FLOATS, next_shape, like, device)
     if next_action_mask is not None:
-        next_action_mask = _matrix("next_action_mask", next_action_mask, BOOL, next_shape, like, device)
-    if weights is not None:
-        weights = _per_sample("weights", weights, FLOATS, shape, device)
+        next_action_mask = matrix("next_action_mask", next_action_mask, BOOL, next_shape, like, device)
     if target_q is not None:
         if spec.target != "munchausen":
             raise ValueError(f"target_q: expected None with target {spec.target!r}: only Munchausen reads it")
-        target_q = _matrix("target_q", target_q, FLOATS, q_shape, "q", device)
+        target_q = matrix("target_q", target_q, FLOATS, q_shape, "q", device)
     elif spec.target == "munchausen":
         raise ValueError("target_q: expected the target network's Q(s, .) with target 'munchausen', got None")
     if action_mask is not None:
@@ -180,19 +180,48 @@ def check_batch(batch: Batch, spec: LossSpec) -> Batch:
                 "action_mask: expected None: without target='munchausen' or cql_alpha no sum over the actions of s is "
                 "taken; legal actions of the next state are next_action_mask"
             )
-        action_mask = _matrix("action_mask", action_mask, BOOL, q_shape, "q", device)
-
-    if isinstance(gamma, Tensor):
-        one_for_all = gamma.dim() == 0
-        gamma = _per_sample("gamma", gamma, FLOATS, torch.Size() if one_for_all else shape, device)
-        if one_for_all:
-            gamma = gamma.reshape(())
-    elif type(gamma) is not float:
-        gamma = number("gamma", gamma, "a number or a torch.Tensor")
+        action_mask = matrix("action_mask", action_mask, BOOL, q_shape, "q", device)
     return Batch(
         rows(q), actions, rewards, next_q, terminated, gamma, non_final_mask,
         next_q_online, next_action_mask, weights, target_q, action_mask, shape,
     )  # fmt: skip
+
+
+def check_samples(
+    batch: Batch, shape: torch.Size, device: torch.device, like: str
+) -> tuple[Tensor, Tensor, Tensor | None, float | Tensor, Tensor | None, Tensor | None]:
+    """Check and flatten what there is one of for each sample: actions, rewards, terminated, gamma, mask, weights."""
+    _, actions, rewards, next_q, terminated, gamma, mask, _, _, weights, _, _, _ = batch
+    actions = per_sample("actions", actions, INTEGERS, shape, device, like)
+    if actions.dtype in WIDE_UNSIGNED:
+        actions = actions.to(torch.int64)
+    rewards = per_sample("target" if next_q is None else "rewards", rewards, NUMBERS, shape, device, like)
+    if mask is not None:
+        if terminated is not None:
+            raise ValueError("terminated: expected None beside non_final_mask, which says the same; give one of them")
+        mask = per_sample("non_final_mask", mask, BOOL, shape, device, like)
+    elif terminated is not None:
+        terminated = per_sample("terminated", terminated, FLAGS, shape, device, like)
+    if weights is not None:
+        weights = per_sample("weights", weights, FLOATS, shape, device, like)
+    if isinstance(gamma, Tensor):
+        one_for_all = gamma.dim() == 0
+        gamma = per_sample("gamma", gamma, FLOATS, torch.Size() if one_for_all else shape, device, like)
+        if one_for_all:
+            gamma = gamma.reshape(())
+    elif type(gamma) is not float:
+        gamma = number("gamma", gamma, "a number or a torch.Tensor")
+    return actions, rewards, terminated, gamma, mask, weights
+
+
+def check_compacted(name: str, x: Tensor, columns: int, non_final_mask: Tensor) -> None:
+    """Check that x holds the rows of the next states that are not final."""
+    n = non_final_mask.shape[0]
+    if x.dim() != 2 or x.shape[1] != columns or x.shape[0] > n:
+        raise ValueError(
+            f"{name}: expected shape (M, {columns}) with non_final_mask, M being the number of its true entries, at "
+            f"most {n}, got {show(x.shape)}"
+        )
 
 
 def normalise_weights(batch: Batch, spec: LossSpec) -> tuple[Batch, LossSpec]:
@@ -203,16 +232,15 @@ def normalise_weights(batch: Batch, spec: LossSpec) -> tuple[Batch, LossSpec]:
     return batch._replace(weights=weights / weights.sum()), spec._replace(reduction="sum")
 
 
-def check_values(batch: Batch) -> Batch:
-    """Check what only the values tell: actions inside [0, A), and as many true entries in non_final_mask as next rows.
+def check_values(batch: Batch, A: int, m: int, next_name: str = "next_q") -> Batch:
+    """Check what only the values tell: actions inside [0, A), and m true entries in non_final_mask, as next rows.
 
     On the CPU, and on any device under ``DQN_FUSED_CHECK=1``, a violation is an IndexError. Elsewhere looking would
     cost a synchronisation: an illegal action is left to the backend (td is NaN, the gradient row zero), and a wrong
     mask makes every action illegal. Inside torch.compile nothing is looked at: a raise would break the graph.
     """
-    mask, A = batch.non_final_mask, batch.q.shape[-1]
-    m = 0 if batch.next_q is None else batch.next_q.shape[0]
-    if not looks_at_values(batch.q.device):
+    mask = batch.non_final_mask
+    if not looks_at_values(batch.actions.device):
         if mask is None:
             return batch
         return batch._replace(actions=torch.where(mask.sum() == m, batch.actions.to(torch.int64), -1))
@@ -221,12 +249,11 @@ def check_values(batch: Batch) -> Batch:
         if low < 0 or high >= A:
             actions = batch.actions.to(torch.int64)  # A need not fit the actions' own dtype
             row = int(((actions < 0) | (actions >= A)).int().argmax())
-            raise IndexError(
-                f"actions: expected values in [0, {A}), got {int(batch.actions[row])} in row {_row(row, batch.shape)}"
-            )
+            where = row_index(row, batch.shape)
+            raise IndexError(f"actions: expected values in [0, {A}), got {int(batch.actions[row])} in row {where}")
     if mask is not None and (count := int(mask.sum())) != m:
         raise IndexError(
-            f"non_final_mask: expected as many true entries as next_q has rows, {m}, got {count} of {mask.numel()}"
+            f"non_final_mask: expected as many true entries as {next_name} has rows, {m}, got {count} of {mask.numel()}"
         )
     return batch
 
@@ -236,77 +263,3 @@ def looks_at_values(device: torch.device) -> bool:
     if torch.compiler.is_compiling():
         return False
     return device == CPU or os.environ.get("DQN_FUSED_CHECK", "0") not in ("", "0")
-
-
-def _per_sample(
-    name: str, x: Tensor, dtypes: frozenset[torch.dtype], shape: torch.Size, device: torch.device
-) -> Tensor:
-    """Check one value a sample, (*N) or (*N, 1), and flatten it to a contiguous (n,)."""
-    if not isinstance(x, Tensor) or x.dtype not in dtypes or x.layout is not torch.strided:
-        _wrong_tensor(name, x, dtypes)
-    if x.device != device:
-        _wrong_device(name, x, device)
-    got = x.shape
-    if got != shape and got != (*shape, 1):
-        raise ValueError(f"{name}: expected shape {_show(shape)} or {_show((*shape, 1))}, got {_show(got)}")
-    if len(got) != 1:
-        x = x.reshape(-1)
-    return x if x.is_contiguous() else x.contiguous()
-
-
-def _matrix(
-    name: str, x: Tensor, dtypes: frozenset[torch.dtype], shape: torch.Size, like: str, device: torch.device
-) -> Tensor:
-    """Check one value a sample and action, (*N, A), and flatten its leading dimensions."""
-    if not isinstance(x, Tensor) or x.dtype not in dtypes or x.layout is not torch.strided:
-        _wrong_tensor(name, x, dtypes)
-    if x.device != device:
-        _wrong_device(name, x, device)
-    if x.shape != shape:
-        raise ValueError(f"{name}: expected shape {_show(shape)}, as {like}, got {_show(x.shape)}")
-    return rows(x)
-
-
-def _wrong_tensor(name: str, x: Tensor, dtypes: frozenset[torch.dtype]) -> NoReturn:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
-    if x.dtype not in dtypes:
-        kind = {FLOATS: "a floating", INTEGERS: "an integer", NUMBERS: "a floating or integer", BOOL: "the bool"}
-        raise TypeError(f"{name}: expected {kind.get(dtypes, 'a bool, integer or floating')} dtype, got {x.dtype}")
-    raise TypeError(f"{name}: expected a dense tensor, got layout {x.layout}")
-
-
-def _wrong_device(name: str, x: Tensor, device: torch.device) -> NoReturn:
-    raise ValueError(f"{name}: expected device {device}, as q, got {x.device}")
-
-
-def rows(x: Tensor) -> Tensor:
-    """View (*N, A) as (n, A), or as (outer, inner, A) where a slice of a longer sequence forbids one row stride.
-
-    Leading dimensions that merge into neither, such as three that are permuted, are copied.
-    """
-    if x.dim() == 2:
-        return x
-    if x.dim() == 1:
-        return x.unsqueeze(0)
-    for outer in range(x.dim() - 1):
-        try:
-            return x.view(*((x.shape[:outer].numel(),) if outer else ()), x.shape[outer:-1].numel(), x.shape[-1])
-        except RuntimeError:
-            continue
-    return x.reshape(-1, x.shape[-1])
-
-
-def _wrong_choice(name: str, got: object, choices: tuple[str, ...]) -> NoReturn:
-    raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {got!r}")
-
-
-def _row(row: int, shape: torch.Size) -> str:
-    """Write a flat row as the index the user knows: 5, or (1, 2) with two leading dimensions."""
-    if len(shape) < 2:
-        return str(row)
-    return _show(int(i) for i in torch.unravel_index(torch.tensor(row), shape))
-
-
-def _show(shape: Iterable[int]) -> str:
-    return str(tuple(shape))

@@ -5,8 +5,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from dqn_fused.arguments import Batch, LossSpec, accumulation_dtype, rows
+from dqn_fused.arguments import Batch, LossSpec, accumulation_dtype
+from dqn_fused.checks import rows
 from dqn_fused.reference import legal_actions, legal_values
 
 
@@ -29,6 +31,16 @@ class Saved(NamedTuple):
         if not spec.dense_gradient:
             return cls(td_error, batch.actions, batch.weights, None, None, None, shape, q.dtype)
         return cls(td_error, batch.actions, batch.weights, log_sum, q, batch.action_mask, shape, q.dtype)
+
+
+def td_loss(batch: Batch, spec: LossSpec, backend: ModuleType, q: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Run a backend's forward: through TDLoss where q, whose rows batch.q holds, asks for a gradient."""
+    # Forward-mode too: TDLoss has no rule for it and says so, where a backend would drop the tangent in silence.
+    if (q.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
+        outputs: tuple[Tensor, Tensor, Tensor | None] = TDLoss.apply(q, batch, spec, backend)
+    else:
+        outputs = backend.forward(batch, spec)
+    return outputs
 
 
 class TDLoss(torch.autograd.Function):

@@ -2,15 +2,15 @@
 
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from dqn_fused import arguments
 from dqn_fused._backends import choose
 from dqn_fused.arguments import Batch, LossSpec, check_batch, check_loss, check_values, normalise_weights
-from dqn_fused.autograd import TDLoss
+from dqn_fused.autograd import td_loss
 from dqn_fused.reference import conservative_term
 from dqn_fused.targets import Munchausen, Soft
 
@@ -110,7 +110,7 @@ def fused_dqn_loss(
         q, actions, rewards, next_q, terminated, gamma, non_final_mask,
         next_q_online, next_action_mask, weights, target_q, action_mask,
     )  # fmt: skip
-    return _returned(*_run(_loss, batch, spec, backend), return_td_error, return_cql)
+    return _returned(*_run(td_loss, batch, spec, backend), return_td_error, return_cql)
 
 
 def fused_td_loss(
@@ -147,7 +147,7 @@ def fused_td_loss(
     """
     spec = check_loss(loss, delta, reduction, "max", cql_alpha, return_cql)
     batch = Batch(q, actions, target, None, weights=weights, action_mask=action_mask)
-    return _returned(*_run(_loss, batch, spec, backend), return_td_error, return_cql)
+    return _returned(*_run(td_loss, batch, spec, backend), return_td_error, return_cql)
 
 
 def fused_dqn_loss_and_grad(
@@ -226,19 +226,12 @@ def _cql(log_sum: Tensor, batch: Batch) -> Tensor:
     return conservative_term(log_sum, batch)
 
 
-def _loss(batch: Batch, spec: LossSpec, road: ModuleType, q: Tensor) -> tuple[Tensor, ...]:
-    # Forward-mode too: TDLoss has no rule for it and says so, where a backend would drop the tangent in silence.
-    if (q.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
-        return TDLoss.apply(q, batch, spec, road)
-    return road.forward(batch, spec)
-
-
 def _loss_and_grad(batch: Batch, spec: LossSpec, road: ModuleType, q: Tensor) -> tuple[Tensor, ...]:
     return road.loss_and_grad(batch, spec)
 
 
 def _run(
-    what: Callable[[Batch, LossSpec, ModuleType, Tensor], tuple[Tensor, ...]],
+    what: Callable[[Batch, LossSpec, ModuleType, Tensor], tuple[Any, ...]],
     given: Batch,
     spec: LossSpec,
     backend: str,
@@ -258,7 +251,8 @@ def _run(
             return given, what(given, spec, road, q)
     except (RuntimeError, AttributeError, TypeError):
         pass
-    batch = check_values(check_batch(given, spec))
+    batch = check_batch(given, spec)
+    batch = check_values(batch, batch.action_count, batch.next_count)
     if spec.reduction == "weighted_mean":
         batch, spec = normalise_weights(batch, spec)
     return batch, what(batch, spec, choose(backend, batch.q.device, spec), q)

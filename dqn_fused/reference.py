@@ -67,7 +67,8 @@ def dqn_loss(
         q, actions, rewards, next_q, terminated, gamma, non_final_mask,
         next_q_online, next_action_mask, weights, target_q, action_mask,
     )  # fmt: skip
-    batch = check_values(check_batch(batch, spec))
+    batch = check_batch(batch, spec)
+    batch = check_values(batch, batch.action_count, batch.next_count)
     if spec.reduction == "weighted_mean":
         batch, spec = normalise_weights(batch, spec)
     td = td_error(batch, spec)

@@ -1,0 +1,95 @@
+"""Checks of one tensor or option: which argument, what was expected, what came."""
+
+from collections.abc import Iterable
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float64})
+WIDE_UNSIGNED = frozenset({torch.uint16, torch.uint32, torch.uint64})  # few PyTorch operations know these
+INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}) | WIDE_UNSIGNED
+NUMBERS = FLOATS | INTEGERS
+FLAGS = NUMBERS | {torch.bool}
+BOOL = frozenset({torch.bool})
+
+
+def dense(name: str, x: Tensor, dtypes: frozenset[torch.dtype]) -> None:
+    """Check that x is a dense tensor of one of the dtypes."""
+    if not isinstance(x, Tensor) or x.dtype not in dtypes or x.layout is not torch.strided:
+        _wrong_tensor(name, x, dtypes)
+
+
+def per_sample(
+    name: str, x: Tensor, dtypes: frozenset[torch.dtype], shape: torch.Size, device: torch.device, like: str = "q"
+) -> Tensor:
+    """Check one value a sample, (*N) or (*N, 1), and flatten it to a contiguous (n,)."""
+    dense(name, x, dtypes)
+    if x.device != device:
+        wrong_device(name, x, device, like)
+    got = x.shape
+    if got != shape and got != (*shape, 1):
+        raise ValueError(f"{name}: expected shape {show(shape)} or {show((*shape, 1))}, got {show(got)}")
+    if len(got) != 1:
+        x = x.reshape(-1)
+    return x if x.is_contiguous() else x.contiguous()
+
+
+def matrix(
+    name: str, x: Tensor, dtypes: frozenset[torch.dtype], shape: torch.Size, like: str, device: torch.device
+) -> Tensor:
+    """Check one value a sample and action, (*N, A), and flatten its leading dimensions."""
+    dense(name, x, dtypes)
+    if x.device != device:
+        wrong_device(name, x, device, like)
+    if x.shape != shape:
+        raise ValueError(f"{name}: expected shape {show(shape)}, as {like}, got {show(x.shape)}")
+    return rows(x)
+
+
+def _wrong_tensor(name: str, x: Tensor, dtypes: frozenset[torch.dtype]) -> NoReturn:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in dtypes:
+        kind = {FLOATS: "a floating", INTEGERS: "an integer", NUMBERS: "a floating or integer", BOOL: "the bool"}
+        raise TypeError(f"{name}: expected {kind.get(dtypes, 'a bool, integer or floating')} dtype, got {x.dtype}")
+    raise TypeError(f"{name}: expected a dense tensor, got layout {x.layout}")
+
+
+def wrong_device(name: str, x: Tensor, device: torch.device, like: str) -> NoReturn:
+    """Raise for a tensor on another device."""
+    raise ValueError(f"{name}: expected device {device}, as {like}, got {x.device}")
+
+
+def rows(x: Tensor) -> Tensor:
+    """View (*N, A) as (n, A), or as (outer, inner, A) where a slice of a longer sequence forbids one row stride.
+
+    Leading dimensions that merge into neither, such as three that are permuted, are copied.
+    """
+    if x.dim() == 2:
+        return x
+    if x.dim() == 1:
+        return x.unsqueeze(0)
+    for outer in range(x.dim() - 1):
+        try:
+            return x.view(*((x.shape[:outer].numel(),) if outer else ()), x.shape[outer:-1].numel(), x.shape[-1])
+        except RuntimeError:
+            continue
+    return x.reshape(-1, x.shape[-1])
+
+
+def wrong_choice(name: str, got: object, choices: tuple[str, ...]) -> NoReturn:
+    """Raise for a name that is not one of the choices."""
+    raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {got!r}")
+
+
+def row_index(row: int, shape: torch.Size) -> str:
+    """Write a flat row as the index the user knows: 5, or (1, 2) with two leading dimensions."""
+    if len(shape) < 2:
+        return str(row)
+    return show(int(i) for i in torch.unravel_index(torch.tensor(row), shape))
+
+
+def show(shape: Iterable[int]) -> str:
+    """Write a shape as a tuple."""
+    return str(tuple(shape))

@@ -1,0 +1,219 @@
+"""A linear head without its Q matrix: the value of the action taken, and what the next state is worth.
+
+``q[i, a_i]`` is one dot product, with one row of the weight; only the target needs all actions, and of them only a
+maximum or a sum of exponentials, which is taken tile by tile.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dqn_fused.arguments import Batch, LossSpec, accumulation_dtype, check_compacted, check_samples, check_values
+from dqn_fused.checks import BOOL, FLOATS, dense, matrix, show, wrong_device
+from dqn_fused.reference import legal_actions
+
+TILE = 1 << 20  # Q-values held at once: 4 MB, in the second-level cache of two cores
+TILE_ROWS = 4096
+
+
+class Head(NamedTuple):
+    """Hidden states and the layers on top of them; checked, the leading dimensions are flattened."""
+
+    hidden: Tensor  # (n, D)
+    weight: Tensor  # (A, D)
+    bias: Tensor | None  # (A,)
+    next_hidden: Tensor  # (m, D)
+    next_weight: Tensor  # (A, D)
+    next_bias: Tensor | None  # (A,)
+    next_hidden_online: Tensor | None  # (m, D)
+    next_action_mask: Tensor | None  # (m, A)
+
+
+def check_head(head: Head, samples: Batch, spec: LossSpec) -> tuple[Head, Batch]:
+    """Check shapes, dtypes, devices and values; flatten. Of samples what there is one of for each sample is read."""
+    hidden, weight, bias, next_hidden, next_weight, next_bias, next_hidden_online, next_action_mask = head
+    dense("hidden", hidden, FLOATS)
+    device, shape = hidden.device, hidden.shape
+    if not shape or shape[-1] == 0:
+        raise ValueError(f"hidden: expected shape (*N, D) with at least one feature, got {show(shape)}")
+    dense("weight", weight, FLOATS)
+    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != shape[-1]:
+        raise ValueError(f"weight: expected shape (A, {shape[-1]}), as nn.Linear holds it, got {show(weight.shape)}")
+    A, D = weight.shape
+    for name, x, size in (
+        ("weight", weight, (A, D)),
+        ("bias", bias, (A,)),
+        ("next_weight", next_weight, (A, D)),
+        ("next_bias", next_bias, (A,)),
+    ):
+        if x is not None:
+            dense(name, x, FLOATS)
+            if x.device != device:
+                wrong_device(name, x, device, "hidden")
+            if x.shape != size:
+                raise ValueError(f"{name}: expected shape {show(size)}, got {show(x.shape)}")
+    actions, rewards, terminated, gamma, mask, weights = check_samples(samples, shape[:-1], device, "hidden")
+    next_shape, like = shape, "hidden"
+    if mask is not None and isinstance(next_hidden, Tensor):
+        check_compacted("next_hidden", next_hidden, D, mask)
+        next_shape, like = next_hidden.shape, "next_hidden"
+    next_hidden = matrix("next_hidden", next_hidden, FLOATS, next_shape, like, device)
+    if next_hidden_online is not None:
+        if spec.target != "max":
+            raise ValueError(
+                f"next_hidden_online: expected None with target {spec.target!r}: double DQN chooses one action, the "
+                "soft value averages over all of them"
+            )
+        next_hidden_online = matrix("next_hidden_online", next_hidden_online, FLOATS, next_shape, like, device)
+    if next_action_mask is not None:
+        legal_shape = torch.Size((*next_shape[:-1], A))
+        next_action_mask = matrix("next_action_mask", next_action_mask, BOOL, legal_shape, f"{like} and weight", device)
+    hidden, next_hidden = flat(hidden), flat(next_hidden)
+    next_hidden_online = None if next_hidden_online is None else flat(next_hidden_online)
+    next_action_mask = None if next_action_mask is None else flat(next_action_mask)
+    batch = Batch(hidden, actions, rewards, next_hidden, terminated, gamma, mask, weights=weights, shape=shape[:-1])
+    batch = check_values(batch, A, next_hidden.shape[0], "next_hidden")
+    checked = Head(hidden, weight, bias, next_hidden, next_weight, next_bias, next_hidden_online, next_action_mask)
+    return checked, batch
+
+
+def flat(x: Tensor) -> Tensor:
+    """(*N, D) as (n, D), copied where its leading dimensions do not merge."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def next_values(head: Head, spec: LossSpec) -> Tensor:
+    """What each next state is worth, (m,), in the accumulation dtype; nothing of size (m, A) is held."""
+    m = head.next_hidden.shape[0]
+    parts = [_values_of_rows(head, spec, slice(start, start + TILE_ROWS)) for start in range(0, max(m, 1), TILE_ROWS)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _values_of_rows(head: Head, spec: LossSpec, some: slice) -> Tensor:
+    hidden, mask = head.next_hidden[some], head.next_action_mask
+    mask = None if mask is None else mask[some]
+    dtype = accumulation_dtype(hidden)
+    if head.next_hidden_online is not None:
+        best, index = _argmax(_tiles(head.next_hidden_online[some], head.weight, head.bias, mask))
+        value = taken_values(hidden, head.next_weight, head.next_bias, index)
+        value = torch.where(best.isnan(), torch.nan, value)
+    else:
+        tiles = _tiles(hidden, head.next_weight, head.next_bias, mask)
+        best = value = _max(tiles).to(dtype) if spec.target == "max" else _soft_value(tiles, spec.temperature, dtype)
+    # With a mask, -inf says that no action was legal.
+    return value if mask is None else torch.where(best == -torch.inf, torch.nan, value)
+
+
+def _tiles(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None) -> Iterator[tuple[int, Tensor]]:
+    """Q-values of ranges of actions, (rows, columns), and the first action of each; -inf where an action is illegal."""
+    columns = max(TILE // max(hidden.shape[0], 1), 256)
+    for start in range(0, weight.shape[0], columns):
+        some = slice(start, start + columns)
+        q = F.linear(hidden, weight[some].to(hidden.dtype), None if bias is None else bias[some].to(hidden.dtype))
+        yield start, q if mask is None else q.masked_fill_(~mask[:, some], -torch.inf)
+
+
+def _max(tiles: Iterator[tuple[int, Tensor]]) -> Tensor:
+    best = next(tiles)[1].amax(1)
+    for _, q in tiles:
+        best = torch.maximum(best, q.amax(1))
+    return best
+
+
+def _argmax(tiles: Iterator[tuple[int, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Maximum and its first index; NaN wins."""
+    best, index = next(tiles)[1].max(1)
+    for start, q in tiles:
+        value, where = q.max(1)
+        better = (value > best) | (value.isnan() & ~best.isnan())
+        best, index = torch.where(better, value, best), torch.where(better, where + start, index)
+    return best, index
+
+
+def _soft_value(tiles: Iterator[tuple[int, Tensor]], temperature: float, dtype: torch.dtype) -> Tensor:
+    """temperature * logsumexp(q / temperature), by a running maximum and a running sum of exponentials below it."""
+    scale = min(1 / temperature, torch.finfo(dtype).max)
+    best = total = torch.empty(0)
+    for start, q in tiles:
+        q = q.to(dtype)
+        largest = q.amax(1) if start == 0 else torch.maximum(best, q.amax(1))
+        finite = torch.where(largest.isinf(), 0, largest)
+        part = (q - finite.unsqueeze(1)).mul_(scale).exp_().sum(1)
+        total = part if start == 0 else part + total * ((best - finite) * scale).exp()
+        best = largest
+    return best + temperature * total.log()
+
+
+def taken_values(hidden: Tensor, weight: Tensor, bias: Tensor | None, actions: Tensor) -> Tensor:
+    """Q-values of one action a row, (n,): dot products in the accumulation dtype."""
+    dtype = accumulation_dtype(hidden)
+    value = (hidden.to(dtype) * weight.index_select(0, actions).to(dtype)).sum(-1)
+    return value if bias is None else value + bias.index_select(0, actions).to(dtype)
+
+
+class TakenValues(torch.autograd.Function):
+    """taken_values, NaN where the action is illegal, with gradients for hidden, weight and bias.
+
+    The rows of the weight's gradient are added up in a fixed order, in the accumulation dtype, where several samples
+    took the same action. A backward that is itself recorded is written in differentiable operations.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, actions: Tensor, sparse: bool) -> Tensor:
+        """Gather the rows and multiply."""
+        index, legal = legal_actions(actions, weight.shape[0])
+        ctx.save_for_backward(hidden, weight, actions)
+        ctx.bias_dtype, ctx.sparse = None if bias is None else bias.dtype, sparse
+        value = taken_values(hidden, weight, bias, index)
+        return value if legal is None else torch.where(legal, value, torch.nan)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        """Gradients of hidden, (n, D), of weight, (A, D), and of bias, (A,)."""
+        hidden, weight, actions = ctx.saved_tensors
+        (grad,) = grads
+        A = weight.shape[0]
+        index, legal = legal_actions(actions, A)
+        if legal is not None:
+            grad = torch.where(legal, grad, 0)
+        grad = grad.unsqueeze(1)
+        grad_hidden = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_hidden = (grad * weight.index_select(0, index).to(grad.dtype)).to(hidden.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_weight = _add_rows(grad * hidden.to(grad.dtype), index, A, weight.dtype, ctx.sparse)
+        if ctx.needs_input_grad[2]:
+            grad_bias = _add_rows(grad, index, A, ctx.bias_dtype, ctx.sparse, column=True)
+        return grad_hidden, grad_weight, grad_bias, None, None
+
+
+def _add_rows(values: Tensor, index: Tensor, A: int, dtype: torch.dtype, sparse: bool, column: bool = False) -> Tensor:
+    """Rows added up by their index, (A, D), or (A,) of a column; equal indices in the order of the samples."""
+    if sparse:
+        values = (values.squeeze(1) if column else values).to(dtype)
+        return torch.sparse_coo_tensor(index.unsqueeze(0), values, (A, *values.shape[1:]), check_invariants=False)
+    if torch.is_grad_enabled():
+        total = values.new_zeros(A, values.shape[1]).index_add(0, index, values)
+    elif dtype is values.dtype:
+        total = torch.ops.aten.embedding_dense_backward(values, index, A, -1, False)
+    else:
+        total = _add_wide_rows(values, index, A, dtype)
+    return (total.squeeze(1) if column else total).to(dtype)
+
+
+def _add_wide_rows(values: Tensor, index: Tensor, A: int, dtype: torch.dtype) -> Tensor:
+    """Rows are added up among themselves, in their own wide dtype, and written in the narrow one of the weight.
+
+    Without a look at how many different indices there are, which would cost a synchronisation: n sums are made, those
+    beyond the last are zeros, and zeros are added to row 0.
+    """
+    order = index.argsort(stable=True)
+    index = index[order]
+    segment = torch.cat([index.new_zeros(1), (index[1:] != index[:-1]).cumsum(0)])[: index.shape[0]]
+    sums = torch.ops.aten.embedding_dense_backward(values[order], segment, max(index.shape[0], 1), -1, False)
+    rows_of_sums = index.new_zeros(sums.shape[0]).scatter_(0, segment, index)
+    total = torch.zeros((A, values.shape[1]), dtype=dtype, device=values.device)
+    return total.index_add_(0, rows_of_sums, sums.to(dtype))
