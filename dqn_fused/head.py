@@ -16,7 +16,7 @@ from dqn_fused.checks import BOOL, FLOATS, dense, matrix, show, wrong_device
 from dqn_fused.reference import legal_actions
 
 TILE = 1 << 20  # Q-values held at once: 4 MB, in the second-level cache of two cores
-TILE_ROWS = 4096
+TILE_ROWS, MIN_COLUMNS = 4096, 256
 
 
 class Head(NamedTuple):
@@ -109,7 +109,7 @@ def _values_of_rows(head: Head, spec: LossSpec, some: slice) -> Tensor:
 
 def _tiles(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None) -> Iterator[tuple[int, Tensor]]:
     """Q-values of ranges of actions, (rows, columns), and the first action of each; -inf where an action is illegal."""
-    columns = max(TILE // max(hidden.shape[0], 1), 256)
+    columns = max(TILE // max(hidden.shape[0], 1), MIN_COLUMNS)
     for start in range(0, weight.shape[0], columns):
         some = slice(start, start + columns)
         q = F.linear(hidden, weight[some].to(hidden.dtype), None if bias is None else bias[some].to(hidden.dtype))

@@ -218,8 +218,8 @@ def eager(
     return total / w.sum() if reduction == "weighted_mean" else total, td.detach().view(q.shape[:-1])
 
 
-def assert_close(name: str, got: Tensor, exact: np.ndarray, yardstick: Tensor) -> None:
-    """Assert that got errs at most twice as much as the eager code, plus four units in the last place."""
+def assert_close(name: str, got: Tensor, exact: np.ndarray, yardstick: Tensor, ulps: int = 4) -> None:
+    """Assert that got errs at most twice as much as the eager code, plus a few units in the last place."""
     assert tuple(got.shape) == exact.shape, f"{name}: shape {tuple(got.shape)}, expected {exact.shape}"
     values = got.detach().cpu().double().numpy()
     np.testing.assert_array_equal(np.isnan(values), np.isnan(exact), err_msg=f"{name}: NaN in the wrong places")
@@ -232,5 +232,5 @@ def assert_close(name: str, got: Tensor, exact: np.ndarray, yardstick: Tensor) -
     eager_errors = np.abs(yardstick.detach().cpu().double().numpy().reshape(finite.shape)[finite] - exact)
     eager_error = eager_errors[np.isfinite(eager_errors)].max(initial=0)  # where eager is not even finite: no excuse
     error = np.abs(values - exact).max()
-    bound = 2 * eager_error + 4 * torch.finfo(got.dtype).eps * scale
+    bound = 2 * eager_error + ulps * torch.finfo(got.dtype).eps * scale
     assert error <= bound, f"{name}: error {error:.3e}, eager's {eager_error:.3e}, bound {bound:.3e}"

@@ -303,7 +303,7 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for x in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in self.seen:
+            if isinstance(x, Tensor) and not x.is_sparse and x.untyped_storage().data_ptr() not in self.seen:
                 self.seen[x.untyped_storage().data_ptr()] = x
                 self.sizes.append(x.numel())
         return out

@@ -1,0 +1,408 @@
+"""The linear head against the oracle on its Q matrices: loss, the three gradients, and what it holds in memory."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Road
+from oracle import assert_close, eager, oracle
+from test_autograd import Allocations
+from test_loss import dtype_id, shape_id, to_device
+from torch import Tensor, nn
+
+import dqn_fused.arguments
+import dqn_fused.reference
+from dqn_fused import FusedLinearDQNLoss, Soft, fused_linear_dqn_loss, head
+from dqn_fused.reference import dqn_loss
+
+SHAPES = [(7, 3), (2, 3, 5), (0, 4), (1, 1), (33, 8)]
+Arguments = dict[str, Any]
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles of actions and of rows in small problems, the last of them not full."""
+    monkeypatch.setattr(head, "TILE", 1)
+    monkeypatch.setattr(head, "MIN_COLUMNS", 13)
+    monkeypatch.setattr(head, "TILE_ROWS", 5)
+
+
+def make(shape: tuple[int, ...], A: int = 41, dtype: torch.dtype = torch.float32, seed: int = 0) -> Arguments:
+    """Arguments of a head of A actions over hidden states (*N, D); many samples take the same action."""
+    g = torch.Generator().manual_seed(seed)
+    N, D = shape[:-1], shape[-1]
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=g).to(dtype)
+
+    return {
+        "hidden": normal(*shape),
+        "weight": normal(A, D),
+        "bias": normal(A),
+        "actions": torch.randint(min(A, 5), N, generator=g) * (A // min(A, 5)),
+        "rewards": torch.randn(N, generator=g),
+        "next_hidden": normal(*shape),
+        "next_weight": normal(A, D),
+        "next_bias": normal(A),
+        "terminated": torch.rand(N, generator=g) < 0.3,
+    }
+
+
+def legal(shape: tuple[int, ...], A: int) -> Tensor:
+    mask = torch.rand((*shape[:-1], A), generator=torch.Generator().manual_seed(3)) < 0.4
+    mask[..., 7 % A] = True
+    return mask
+
+
+OPTIONS: dict[str, Any] = {
+    "plain": lambda a: {},
+    "no_bias": lambda a: {"bias": None, "next_bias": None},
+    "double": lambda a: {"next_hidden_online": a["next_hidden"].flip(-1) * 2},
+    "mask": lambda a: {"next_action_mask": legal(a["hidden"].shape, len(a["weight"]))},
+    "double-mask-weights-huber": lambda a: {
+        "next_hidden_online": a["next_hidden"].flip(-1) * 2,
+        "next_action_mask": legal(a["hidden"].shape, len(a["weight"])),
+        "weights": torch.rand(a["actions"].shape, generator=torch.Generator().manual_seed(5)) + 0.1,
+        "loss": "huber",
+        "delta": 0.7,
+    },
+    "soft": lambda a: {"target": Soft(0.5)},
+    "soft-mask": lambda a: {"target": Soft(0.5), "next_action_mask": legal(a["hidden"].shape, len(a["weight"]))},
+    "weighted_mean": lambda a: {
+        "weights": torch.rand(a["actions"].shape, generator=torch.Generator().manual_seed(5)) + 0.1,
+        "reduction": "weighted_mean",
+    },
+}
+
+
+def matrices(arguments: Arguments, dtype: torch.dtype | None = None) -> Arguments:
+    """The same batch for a loss of Q matrices."""
+    rest = dict(arguments)
+    layers = {k: rest.pop(k) for k in ("hidden", "weight", "bias", "next_hidden", "next_weight", "next_bias")}
+    layers |= {"online": rest.pop("next_hidden_online", None)}
+    if dtype is not None:
+        layers = {k: x if x is None else x.to(dtype) for k, x in layers.items()}
+    rest["q"] = F.linear(layers["hidden"], layers["weight"], layers["bias"])
+    rest["next_q"] = F.linear(layers["next_hidden"], layers["next_weight"], layers["next_bias"])
+    if layers["online"] is not None:
+        rest["next_q_online"] = F.linear(layers["online"], layers["weight"], layers["bias"]).detach()
+    return rest
+
+
+def compact(arguments: Arguments) -> Arguments:
+    arguments = dict(arguments)
+    mask = ~arguments.pop("terminated")
+    for name in ("next_hidden", "next_hidden_online", "next_action_mask"):
+        if name in arguments:
+            arguments[name] = arguments[name][mask]
+    return {**arguments, "non_final_mask": mask}
+
+
+def check(road: Road, arguments: Arguments, sparse: bool = False) -> dict[str, Tensor]:
+    """Run forward and backward and compare with the oracle, eager's error the yardstick; return the gradients."""
+    arguments = {k: to_device(x, road.device) for k, x in arguments.items()}
+    learned = [k for k in ("hidden", "weight", "bias") if arguments.get(k) is not None]
+    for k in learned:
+        arguments[k] = arguments[k].detach().requires_grad_()
+    loss, td_error = fused_linear_dqn_loss(**arguments, return_td_error=True, sparse_grad=sparse, backend=road.backend)
+    upstream = torch.ones_like(loss)
+    got = torch.autograd.grad(loss, [arguments[k] for k in learned], upstream)
+
+    eager_loss, eager_td = eager(**matrices(arguments))
+    eager_grads = torch.autograd.grad(eager_loss, [arguments[k] for k in learned])
+    exact = matrices({k: x.detach() if isinstance(x, Tensor) else x for k, x in arguments.items()}, torch.float64)
+    expected = oracle(**exact)
+    accumulation = torch.float64 if arguments["hidden"].dtype is torch.float64 else torch.float32
+    assert loss.dtype == td_error.dtype == accumulation
+    # A dot product of a few features in another order than eager's is a few units off, luck of the draw apart.
+    assert_close("td_error", td_error, expected.td_error, eager_td, ulps=16)
+    assert_close("loss", loss, expected.loss, eager_loss, ulps=16)
+    grad_q = expected.grad_q.reshape(-1, expected.grad_q.shape[-1])
+    wide = {k: arguments[k].detach().cpu().double().numpy() for k in ("hidden", "weight")}
+    grads = {
+        "hidden": (grad_q @ wide["weight"]).reshape(wide["hidden"].shape),
+        "weight": grad_q.T @ wide["hidden"].reshape(-1, wide["hidden"].shape[-1]),
+        "bias": grad_q.sum(0),
+    }
+    found = dict(zip(learned, got, strict=True))
+    for name, eager_grad in zip(learned, eager_grads, strict=True):
+        assert found[name].is_sparse == (sparse and name != "hidden")
+        found[name] = found[name].to_dense()
+        assert found[name].dtype == arguments[name].dtype
+        assert_close(f"grad_{name}", found[name], grads[name], eager_grad, ulps=16)
+    return found
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options(road: Road, name: str, shape: tuple[int, ...]) -> None:
+    for A in (41, 1):
+        arguments = make(shape, A)
+        check(road, arguments | OPTIONS[name](arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=dtype_id)
+@pytest.mark.parametrize("name", ["plain", "double-mask-weights-huber", "soft"])
+def test_dtypes(road: Road, name: str, dtype: torch.dtype) -> None:
+    arguments = make((9, 6), dtype=dtype)
+    if "double" in name and dtype is not torch.float64:
+        # Two actions that half precision cannot tell apart may be chosen either way: exact products instead.
+        for k in ("hidden", "weight", "bias", "next_hidden", "next_weight", "next_bias"):
+            arguments[k] = arguments[k].mul(2).round()
+    check(road, arguments | OPTIONS[name](arguments))
+
+
+@pytest.mark.parametrize("name", ["plain", "double", "mask", "soft-mask"])
+@pytest.mark.parametrize("shape", [(7, 3), (2, 3, 5)], ids=shape_id)
+def test_non_final_mask(road: Road, name: str, shape: tuple[int, ...]) -> None:
+    arguments = make(shape)
+    arguments |= OPTIONS[name](arguments)
+    both = check(road, compact(arguments)), check(road, arguments)
+    for k in both[0]:
+        torch.testing.assert_close(both[0][k], both[1][k])
+    check(road, compact({**arguments, "terminated": torch.ones(shape[:-1], dtype=torch.bool)}))
+
+
+@pytest.mark.parametrize("name", ["plain", "double-mask-weights-huber", "no_bias"])
+def test_sparse_gradients(road: Road, name: str) -> None:
+    arguments = make((33, 8))
+    arguments |= OPTIONS[name](arguments)
+    rows = check(road, arguments, sparse=True)["weight"]
+    torch.testing.assert_close(rows, check(road, arguments)["weight"])
+
+
+def test_only_taken_rows_have_a_gradient(road: Road) -> None:
+    arguments = make((33, 8))
+    grads = check(road, arguments)
+    taken = torch.zeros(41, dtype=torch.bool)
+    taken[arguments["actions"]] = True
+    assert torch.equal((grads["weight"] != 0).any(1).cpu(), taken)
+    assert torch.equal((grads["bias"] != 0).cpu(), taken)
+
+
+def test_many_samples_of_one_action_in_half_precision(road: Road) -> None:
+    """Added up in bfloat16, 4,096 gradients of one row stop growing at 256 times the first."""
+    arguments = make((4096, 2), 3, torch.bfloat16)
+    arguments["hidden"] = torch.ones_like(arguments["hidden"])
+    arguments["actions"].zero_()
+    arguments["rewards"] = torch.full((4096,), -1000.0)
+    arguments["terminated"] = torch.ones(4096, dtype=torch.bool)
+    arguments["reduction"] = "sum"
+    check(road, arguments)
+
+
+def test_strided_inputs(road: Road) -> None:
+    arguments = make((7, 6))
+    for k in ("hidden", "next_hidden", "weight", "next_weight"):
+        x = arguments[k]
+        check(road, {**arguments, k: x.t().contiguous().t()})
+        check(road, {**arguments, k: torch.cat([x, x], 1)[:, : x.shape[1]]})
+    sequence = torch.randn(3, 5, 6)
+    arguments = make((3, 4, 6))
+    check(road, {**arguments, "hidden": sequence[:, :-1], "next_hidden": sequence[:, 1:]})
+
+
+def test_nan_and_ties(road: Road) -> None:
+    """NaN in a live row is NaN, in a terminated one is not used; equal rows of the weight: the first is chosen."""
+    for name in ("plain", "double", "soft"):
+        arguments = make((6, 4))
+        arguments |= OPTIONS[name](arguments)
+        arguments["terminated"] = torch.tensor([True, False] * 3)
+        for k in ("next_hidden", "next_hidden_online"):
+            if k in arguments:
+                arguments[k] = arguments[k].clone()
+                arguments[k][:2] = torch.nan
+        arguments = {k: to_device(x, road.device) for k, x in arguments.items()}
+        td = fused_linear_dqn_loss(**arguments, return_td_error=True, backend=road.backend)[1]
+        assert td.isnan().tolist() == [False, True, False, False, False, False]
+    arguments = make((6, 4))
+    arguments["weight"] = arguments["weight"][:1].repeat(41, 1)
+    arguments["bias"] = torch.zeros(41)
+    check(road, {**arguments, "next_hidden_online": arguments["next_hidden"]})
+
+
+def test_rows_without_a_legal_action(road: Road) -> None:
+    for name in ("mask", "double-mask-weights-huber", "soft-mask"):
+        arguments = make((4, 3))
+        arguments |= OPTIONS[name](arguments)
+        arguments["terminated"] = torch.tensor([True, False, True, False])
+        arguments["next_action_mask"][:2] = False
+        arguments = {k: to_device(x, road.device) for k, x in arguments.items()}
+        td = fused_linear_dqn_loss(**arguments, return_td_error=True, backend=road.backend)[1]
+        assert td.isnan().tolist() == [False, True, False, False]
+
+
+def test_gradcheck(road: Road) -> None:
+    arguments = make((4, 3), 17, torch.float64)
+    arguments = {k: to_device(x, road.device) for k, x in arguments.items()}
+    learned = [arguments.pop(k).requires_grad_() for k in ("hidden", "weight", "bias")]
+
+    def function(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return fused_linear_dqn_loss(hidden, weight, bias=bias, **arguments, backend=road.backend)
+
+    assert torch.autograd.gradcheck(function, learned)
+    assert torch.autograd.gradgradcheck(function, learned)
+
+
+def test_the_same_bits_every_time(road: Road) -> None:
+    arguments = make((33, 8))
+    first = check(road, arguments)
+    for _ in range(2):
+        again = check(road, arguments)
+        assert all(torch.equal(again[k], first[k]) for k in first)
+
+
+def test_only_what_asks_for_a_gradient_gets_one(road: Road) -> None:
+    arguments = {k: to_device(x, road.device) for k, x in make((7, 3)).items()}
+    assert not fused_linear_dqn_loss(**arguments, backend=road.backend).requires_grad
+    for names in (["hidden"], ["weight"], ["bias"], ["next_hidden", "hidden"]):
+        for k in ("hidden", "weight", "bias", "next_hidden"):
+            arguments[k] = arguments[k].detach().requires_grad_(k in names)
+        fused_linear_dqn_loss(**arguments, backend=road.backend).backward()
+        given = [k for k in names if k != "next_hidden"]
+        assert [k for k in ("hidden", "weight", "bias", "next_hidden") if arguments[k].grad is not None] == given
+
+
+def test_module_and_reference(road: Road) -> None:
+    layer, next_layer = nn.Linear(6, 41).to(road.device), nn.Linear(6, 41).to(road.device)
+    a = {k: to_device(x, road.device) for k, x in make((7, 6)).items()}
+    criterion = FusedLinearDQNLoss(gamma=0.9, loss="huber", backend=road.backend)
+    assert not list(criterion.parameters())
+    ours = criterion(layer, a["hidden"], a["actions"], a["rewards"], next_layer, a["next_hidden"], a["terminated"])
+    theirs = dqn_loss(
+        layer(a["hidden"]), a["actions"], a["rewards"], next_layer(a["next_hidden"]), a["terminated"], 0.9, loss="huber"
+    )
+    torch.testing.assert_close(ours, theirs)
+    got, expected = (torch.autograd.grad(x, list(layer.parameters())) for x in (ours, theirs))
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("road_sparse", [False, True])
+def test_memory(road: Road, road_sparse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No matrix of n * A; with sparse gradients nothing of size A at all, and what is held does not grow with A."""
+    monkeypatch.setattr(head, "TILE", 4096)
+    monkeypatch.setattr(head, "MIN_COLUMNS", 64)
+    monkeypatch.setattr(head, "TILE_ROWS", 64)
+    n, D = 64, 8
+    largest = []
+    for A in (1000, 4000):
+        arguments = {k: to_device(x, road.device) for k, x in make((n, D), A).items()}
+        for k in ("hidden", "weight", "bias"):
+            arguments[k].requires_grad_()
+        with Allocations(arguments) as allocations:
+            loss = fused_linear_dqn_loss(**arguments, sparse_grad=road_sparse, backend=road.backend)
+            torch.autograd.grad(loss, [arguments[k] for k in ("hidden", "weight", "bias")])
+        dense = [] if road_sparse else [A * D, A]
+        sizes = [size for size in allocations.sizes if size not in dense]
+        largest.append(max(sizes))
+    assert largest[0] == largest[1] <= 4096
+
+
+SHAPE_ERRORS = {
+    "hidden": (
+        lambda a: {"hidden": a["hidden"][:, :0]},
+        "hidden: expected shape (*N, D) with at least one feature, got (6, 0)",
+    ),
+    "weight": (
+        lambda a: {"weight": a["weight"].t()},
+        "weight: expected shape (A, 4), as nn.Linear holds it, got (4, 41)",
+    ),
+    "bias": (lambda a: {"bias": a["bias"][:1]}, "bias: expected shape (41,), got (1,)"),
+    "next_weight": (lambda a: {"next_weight": a["next_weight"][:7]}, "next_weight: expected shape (41, 4), got (7, 4)"),
+    "next_bias": (lambda a: {"next_bias": a["next_bias"][None]}, "next_bias: expected shape (41,), got (1, 41)"),
+    "next_hidden": (
+        lambda a: {"next_hidden": a["next_hidden"][:1]},
+        "next_hidden: expected shape (6, 4), as hidden, got (1, 4)",
+    ),
+    "online": (
+        lambda a: {"next_hidden_online": a["next_hidden"][:, :3]},
+        "next_hidden_online: expected shape (6, 4), as hidden, got (6, 3)",
+    ),
+    "mask": (
+        lambda a: {"next_action_mask": torch.ones(6, 4, dtype=torch.bool)},
+        "next_action_mask: expected shape (6, 41), as hidden and weight, got (6, 4)",
+    ),
+    "actions": (
+        lambda a: {"actions": a["actions"][None]},
+        "actions: expected shape (6,) or (6, 1), got (1, 6)",
+    ),
+    "compacted": (
+        lambda a: {
+            "terminated": None,
+            "non_final_mask": torch.ones(6, dtype=torch.bool),
+            "next_hidden": torch.ones(7, 4),
+        },
+        "next_hidden: expected shape (M, 4) with non_final_mask, M being the number of its true entries, at most 6, "
+        "got (7, 4)",
+    ),
+    "online and soft": (
+        lambda a: {"next_hidden_online": a["next_hidden"], "target": "soft"},
+        "next_hidden_online: expected None with target 'soft': double DQN chooses one action, the soft value averages "
+        "over all of them",
+    ),
+    "munchausen": (
+        lambda a: {"target": "munchausen"},
+        "target: expected 'max', 'soft' or Soft: the linear head has no Munchausen target",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SHAPE_ERRORS)
+def test_value_errors(case: str) -> None:
+    arguments = make((6, 4))
+    change, message = SHAPE_ERRORS[case]
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        fused_linear_dqn_loss(**(arguments | change(arguments)))
+    assert str(error.value) == message
+
+
+def test_other_errors() -> None:
+    arguments = make((6, 4))
+    with pytest.raises(TypeError, match=r"weight: expected a floating dtype, got torch\.int64"):
+        fused_linear_dqn_loss(**{**arguments, "weight": arguments["weight"].long()})
+    with pytest.raises(TypeError, match=r"bias: expected a torch\.Tensor, got float"):
+        fused_linear_dqn_loss(**{**arguments, "bias": 0.0})
+    with pytest.raises(ValueError, match="next_weight: expected device cpu, as hidden, got meta"):
+        fused_linear_dqn_loss(**{**arguments, "next_weight": arguments["next_weight"].to("meta")})
+    with pytest.raises(ValueError, match="rewards: expected device cpu, as hidden, got meta"):
+        fused_linear_dqn_loss(**{**arguments, "rewards": arguments["rewards"].to("meta")})
+    arguments["actions"][4] = 41
+    with pytest.raises(IndexError, match=r"actions: expected values in \[0, 41\), got 41 in row 4$"):
+        fused_linear_dqn_loss(**arguments)
+
+
+def test_illegal_actions_where_nothing_looks(road: Road, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (dqn_fused.arguments, dqn_fused.reference):
+        monkeypatch.setattr(module, "looks_at_values", lambda device: False)
+    arguments = make((6, 4))
+    arguments["actions"][[1, 4]] = torch.tensor([41, -1])
+    arguments = {k: to_device(x, road.device) for k, x in arguments.items()}
+    learned = [arguments[k].requires_grad_() for k in ("hidden", "weight", "bias")]
+    for sparse in (False, True):
+        for create_graph in (False, not sparse):
+            loss, td = fused_linear_dqn_loss(
+                **arguments, reduction="sum", return_td_error=True, sparse_grad=sparse, backend=road.backend
+            )
+            assert loss.isnan()
+            assert td.isnan().tolist() == [False, True, False, False, True, False]
+            grads = [x.to_dense() for x in torch.autograd.grad(loss, learned, create_graph=create_graph)]
+            assert all(x.isfinite().all() for x in grads)
+            assert (grads[0][[1, 4]] == 0).all()
+
+
+def test_the_head_trains_with_sparse_adam() -> None:
+    layer = nn.Linear(4, 50)
+    arguments = make((6, 4), 50)
+    optimizer = torch.optim.SparseAdam(layer.parameters(), lr=0.1)
+    arguments |= {"next_weight": torch.zeros(50, 4), "next_bias": torch.zeros(50)}
+    losses = []
+    for _ in range(50):
+        loss = fused_linear_dqn_loss(**{**arguments, "weight": layer.weight, "bias": layer.bias}, sparse_grad=True)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.05 * losses[0]
+    assert np.isfinite(losses).all()
