@@ -4,7 +4,7 @@
 maximum or a sum of exponentials, which is taken tile by tile.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -85,26 +85,57 @@ def flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def next_values(head: Head, spec: LossSpec) -> Tensor:
+class Sweep(NamedTuple):
+    """One layer over all actions, reduced as it goes: the work of ``sweep``, which a backend may do by a kernel."""
+
+    hidden: Tensor  # (m, D)
+    weight: Tensor  # (A, D)
+    bias: Tensor | None  # (A,)
+    mask: Tensor | None  # (m, A), true where an action is legal
+    kind: str  # "max", "argmax" or "soft"
+    temperature: float
+
+
+def next_values(head: Head, spec: LossSpec, sweep: Callable[[Sweep], tuple[Tensor, Tensor | None]]) -> Tensor:
     """What each next state is worth, (m,), in the accumulation dtype; nothing of size (m, A) is held."""
-    m = head.next_hidden.shape[0]
-    parts = [_values_of_rows(head, spec, slice(start, start + TILE_ROWS)) for start in range(0, max(m, 1), TILE_ROWS)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _values_of_rows(head: Head, spec: LossSpec, some: slice) -> Tensor:
-    hidden, mask = head.next_hidden[some], head.next_action_mask
-    mask = None if mask is None else mask[some]
-    dtype = accumulation_dtype(hidden)
-    if head.next_hidden_online is not None:
-        best, index = _argmax(_tiles(head.next_hidden_online[some], head.weight, head.bias, mask))
-        value = taken_values(hidden, head.next_weight, head.next_bias, index)
-        value = torch.where(best.isnan(), torch.nan, value)
+    mask = head.next_action_mask
+    if head.next_hidden_online is None:
+        kind = "max" if spec.target == "max" else "soft"
+        best, _ = sweep(Sweep(head.next_hidden, head.next_weight, head.next_bias, mask, kind, spec.temperature))
+        value = best
     else:
-        tiles = _tiles(hidden, head.next_weight, head.next_bias, mask)
-        best = value = _max(tiles).to(dtype) if spec.target == "max" else _soft_value(tiles, spec.temperature, dtype)
+        best, index = sweep(Sweep(head.next_hidden_online, head.weight, head.bias, mask, "argmax", spec.temperature))
+        assert index is not None
+        value = taken_values(head.next_hidden, head.next_weight, head.next_bias, index)
+        value = torch.where(best.isnan(), torch.nan, value)
     # With a mask, -inf says that no action was legal.
     return value if mask is None else torch.where(best == -torch.inf, torch.nan, value)
+
+
+def sweep(work: Sweep) -> tuple[Tensor, Tensor | None]:
+    """Largest Q-value or soft value of each row, (m,), in the accumulation dtype, and the first index of the largest.
+
+    The products are the library's, of tiles of actions that are reduced while they are in the cache.
+    """
+    rows = range(0, max(work.hidden.shape[0], 1), TILE_ROWS)
+    parts = [_sweep_rows(work, slice(start, start + TILE_ROWS)) for start in rows]
+    value, index = parts[0]
+    if len(parts) > 1:
+        value = torch.cat([part[0] for part in parts])
+        index = None if index is None else torch.cat([part[1] for part in parts if part[1] is not None])
+    return value, index
+
+
+def _sweep_rows(work: Sweep, some: slice) -> tuple[Tensor, Tensor | None]:
+    hidden, mask = work.hidden[some], None if work.mask is None else work.mask[some]
+    dtype = accumulation_dtype(hidden)
+    tiles = _tiles(hidden, work.weight, work.bias, mask)
+    if work.kind == "soft":
+        return _soft_value(tiles, work.temperature, dtype), None
+    if work.kind == "max":
+        return _max(tiles).to(dtype), None
+    best, index = _argmax(tiles)
+    return best.to(dtype), index
 
 
 def _tiles(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None) -> Iterator[tuple[int, Tensor]]:

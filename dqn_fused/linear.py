@@ -86,15 +86,16 @@ def fused_linear_dqn_loss(
     head = Head(hidden, weight, bias, next_hidden, next_weight, next_bias, next_hidden_online, next_action_mask)
     samples = Batch(hidden, actions, rewards, next_hidden, terminated, gamma, non_final_mask, weights=weights)
     head, samples = check_head(head, samples, spec)
+    road = choose(backend, hidden.device, spec)
     with torch.no_grad():
-        value = next_values(head, spec)
+        value = next_values(head, spec, road.sweep)
     taken = TakenValues.apply(head.hidden, weight, bias, samples.actions, sparse_grad)
     # What is left is a loss of one action a sample.
     batch = samples._replace(q=taken.unsqueeze(1), actions=torch.zeros_like(samples.actions), next_q=value.unsqueeze(1))
     spec = spec._replace(target="max")
     if spec.reduction == "weighted_mean":
         batch, spec = normalise_weights(batch, spec)
-    result, td_error, _ = td_loss(batch, spec, choose(backend, batch.q.device, spec), batch.q)
+    result, td_error, _ = td_loss(batch, spec, road, batch.q)
     return (result, td_error.detach()) if return_td_error else result
 
 

@@ -5,7 +5,10 @@ from torch import Tensor
 
 from dqn_fused.arguments import Batch, LossSpec
 from dqn_fused.autograd import Saved, loss_gradient
+from dqn_fused.head import sweep
 from dqn_fused.reference import log_sum, loss_of_td_error, td_error
+
+__all__ = ["sweep"]
 
 CHECKS_CPU = False
 PARTLY = ""
