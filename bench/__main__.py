@@ -1,15 +1,15 @@
-"""``python -m bench``: the grid of sizes; ``demo``: the agent and its replay; ``update``: a whole update."""
+"""``python -m bench``: the grid of sizes; ``linear``: the linear head; ``demo``: the agent; ``update``: a whole update."""
 
 import argparse
 from pathlib import Path
 
-from bench import demo, grid, update
+from bench import demo, grid, linear, update
 from bench.variants import VARIANTS
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("what", nargs="?", choices=("grid", "demo", "update"), default="grid")
+    parser.add_argument("what", nargs="?", choices=("grid", "linear", "demo", "update"), default="grid")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the CSV (default: out)")
     parser.add_argument(
         "--seconds", type=float, default=1.0, help="of each provider at each size and variant (default: 1)"
@@ -24,6 +24,9 @@ def main() -> None:
         demo.run(args.plot, args.seed)
     elif args.what == "update":
         update.run()
+    elif args.what == "linear":
+        args.out.mkdir(parents=True, exist_ok=True)
+        linear.run(args.out, args.seconds)
     else:
         args.out.mkdir(parents=True, exist_ok=True)
         grid.run(args.out, args.seconds, args.variants)
