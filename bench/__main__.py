@@ -1,4 +1,4 @@
-"""``python -m bench``: the grid of sizes; ``linear``: the linear head; ``demo``: the agent; ``update``: a whole update."""
+"""``python -m bench``: the grid of sizes; ``linear``: the linear head; ``demo``: the agent; ``update``: an update."""
 
 import argparse
 from pathlib import Path
