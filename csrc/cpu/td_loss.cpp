@@ -92,7 +92,6 @@ std::vector<int64_t> first_next_rows(const Batch& b, int64_t blocks, int64_t blo
 // Fills td and loss; returns whether every action is legal and the mask has as many true entries as next_q has rows.
 template <class T>
 bool forward(Batch b, int64_t reduction, T* loss, T* td) {
-  using Loss = SquaredError<T>;
   const int64_t A = b.q.A;
   // A block depends on the shape alone, and its sum is added in its turn: any number of threads gives the same bits.
   const int64_t block_rows = std::max<int64_t>(1, BLOCK / A), blocks = ceil_div(b.n, block_rows);
@@ -119,7 +118,7 @@ bool forward(Batch b, int64_t reduction, T* loss, T* td) {
           all_legal.store(false, std::memory_order_relaxed);
         if (b.compacted) next_row += live;
         td[i] = error;
-        const T value = Loss::value(error);
+        const T value = loss_value(Options{}, error);
         if (reduction == NONE)
           loss[i] = value;
         else
@@ -152,7 +151,6 @@ void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t byt
 template <class T, class Out>
 void backward(const T* grad_loss, const T* td, const Column& actions, int64_t n, int64_t A, int64_t reduction,
               Out* grad_q) {
-  using Loss = SquaredError<T>;
   advise_huge_pages(grad_q, n * A * static_cast<int64_t>(sizeof(Out)));
   for_each_block(n * A, 1, [&](int64_t begin, int64_t end) {
     std::memset(static_cast<void*>(grad_q + begin), 0, (end - begin) * sizeof(Out));
@@ -162,7 +160,7 @@ void backward(const T* grad_loss, const T* td, const Column& actions, int64_t n,
       const int64_t here = i * A + action;
       if (here < begin || here >= end) continue;
       const T upstream = grad_loss == nullptr ? T(1) : grad_loss[reduction == NONE ? i : 0];
-      const T slope = upstream * Loss::slope(td[i]);
+      const T slope = upstream * loss_slope(Options{}, td[i]);
       grad_q[here] = static_cast<Out>(reduction == MEAN ? slope / static_cast<T>(n) : slope);
     }
   });
@@ -195,7 +193,7 @@ void checked_forward(const Batch& b, int64_t reduction, bool check, const Tensor
 std::tuple<Tensor, Tensor> td_loss(const Tensor& q, const Tensor& actions, const Tensor& rewards, const Tensor& next_q,
                                    const std::optional<Tensor>& terminated, const std::optional<Tensor>& non_final_mask,
                                    const std::optional<Tensor>& gammas, double gamma, int64_t reduction, bool check) {
-  const Batch b = batch(q, actions, rewards, next_q, terminated, non_final_mask, gammas, gamma);
+  const Batch b = batch(q, actions, rewards, &next_q, terminated, non_final_mask, gammas, gamma);
   const ScalarType type = accumulation_type(b.q.values.type);
   Tensor loss = empty_loss(reduction, b, type, q), td = empty({b.n}, type, q);
   if (type == ScalarType::Double)
@@ -207,7 +205,7 @@ std::tuple<Tensor, Tensor> td_loss(const Tensor& q, const Tensor& actions, const
 
 Tensor td_loss_backward(const Tensor& grad_loss, const Tensor& td, const Tensor& actions, int64_t A, ScalarType type,
                         int64_t reduction) {
-  const Column taken = taken_actions(grad_loss, td, actions, A, type, reduction);
+  const Column taken = saved(grad_loss, td, actions, A, type, reduction).actions;
   const int64_t n = td.numel();
   Tensor grad_q = empty({n, A}, type, td);
   if (type == ScalarType::Double)
@@ -224,7 +222,7 @@ std::tuple<Tensor, Tensor, Tensor> td_loss_and_grad(const Tensor& q, const Tenso
                                                     const std::optional<Tensor>& non_final_mask,
                                                     const std::optional<Tensor>& gammas, double gamma,
                                                     int64_t reduction, bool check) {
-  const Batch b = batch(q, actions, rewards, next_q, terminated, non_final_mask, gammas, gamma);
+  const Batch b = batch(q, actions, rewards, &next_q, terminated, non_final_mask, gammas, gamma);
   const ScalarType type = accumulation_type(b.q.values.type);
   Tensor loss = empty_loss(reduction, b, type, q), td = empty({b.n}, type, q);
   Tensor grad_q = empty({b.n, b.q.A}, b.q.values.type, q);
