@@ -62,7 +62,7 @@ struct Matrix {
   Column values;
   int64_t rows = 0, A = 0, inner = 0, stride_outer = 0, stride_inner = 0, stride_action = 0;
 
-  C10_HOST_DEVICE explicit operator bool() const { return values.data != nullptr; }
+  C10_HOST_DEVICE explicit operator bool() const { return A > 0; }
 
   C10_HOST_DEVICE int64_t offset(int64_t row) const {
     // A division costs more than the rest of a short row; most matrices have no outer dimension.

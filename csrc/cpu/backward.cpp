@@ -1,5 +1,6 @@
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #if __has_include(<sys/mman.h>)
@@ -28,6 +29,8 @@ void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t byt
 
 template <class T, class Out>
 struct Gradient {
+  static constexpr T NOT_A_NUMBER = std::numeric_limits<T>::quiet_NaN();
+
   const Saved& saved;
   const Options& options;
   const T *grad_loss, *td, *log_sum;
@@ -42,19 +45,21 @@ struct Gradient {
     return options.reduction == MEAN ? slope / static_cast<T>(saved.n) : slope;
   }
 
-  // Columns [first, first + n) of row i, the policy of the conservative term.
+  bool may_take(int64_t i, int64_t action) const { return !saved.legal || saved.legal.template at<bool>(i, action); }
+
+  // Columns [first, first + n) of row i: the policy of the conservative term.
   void write_policy(int64_t i, int64_t first, int64_t n, T coefficient) const {
     Out* const out = grad_q + i * saved.A + first;
-    if (std::isfinite(log_sum[i]))
-      return policy(row_of(saved.q, saved.legal, i, first, n), log_sum[i], coefficient, out);
-    std::fill(out, out + n, static_cast<Out>(std::numeric_limits<T>::quiet_NaN()));
+    if (std::isfinite(log_sum[i])) {
+      policy(row_of(saved.q, saved.legal, i, first, n), log_sum[i], coefficient, out);
+    } else {
+      for (int64_t j = 0; j < n; ++j) out[j] = static_cast<Out>(may_take(i, first + j) ? NOT_A_NUMBER : T(0));
+    }
   }
 
-  // And of the action taken; its place is selected, so that nothing is added to a rounded number.
   T policy_of(int64_t i, int64_t action) const {
-    if (!std::isfinite(log_sum[i])) return std::numeric_limits<T>::quiet_NaN();
-    if (saved.legal && !saved.legal.template at<bool>(i, action)) return 0;
-    return exponential(saved.q.template at<T>(i, action) - log_sum[i]);
+    if (!may_take(i, action)) return 0;
+    return std::isfinite(log_sum[i]) ? exponential(saved.q.template at<T>(i, action) - log_sum[i]) : NOT_A_NUMBER;
   }
 
   // By flat ranges, so that one long row is shared by the threads too.
