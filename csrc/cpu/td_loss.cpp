@@ -20,7 +20,7 @@ struct Outputs {
 template <class T>
 Outputs run(const Batch& b, const Options& options, const Tensor& q, bool check, bool with_grad) {
   const ScalarType type = accumulation_type(b.q.values.type);
-  Outputs out{empty_loss(options.reduction, b, type, q), empty({b.n}, type, q)};
+  Outputs out{empty_loss(options.reduction, b, type, q), empty({b.n}, type, q), {}, {}};
   if (options.cql) out.log_sum = empty({b.n}, type, q);
   if (with_grad) out.grad_q = empty({b.n, b.q.A}, b.q.values.type, q);
   const auto data = [](const Tensor& x) { return static_cast<T*>(x.mutable_data_ptr()); };

@@ -121,13 +121,22 @@ def _plain_arguments(batch: Batch, spec: LossSpec) -> tuple[object, ...]:
 
 
 def _arguments(batch: Batch, spec: LossSpec) -> tuple[object, ...]:
-    *plain, reduction, look = _plain_arguments(batch, spec)
-    matrices = batch.next_q_online, batch.next_action_mask, batch.target_q, batch.action_mask
-    if len(batch.shape) == 1 and any(x is not None and x.dim() != 2 for x in matrices):
+    (
+        q, actions, rewards, next_q, terminated, gamma, non_final_mask,
+        next_q_online, next_action_mask, weights, target_q, action_mask, shape,
+    ) = batch  # fmt: skip
+    loss, delta, reduction, target, temperature, alpha, clip, cql, cql_alpha = spec
+    if len(shape) == 1:
         # Elsewhere two leading dimensions may merge in one matrix and not in another, so the op takes both.
-        raise RuntimeError("expected all matrices to have two dimensions, as q")
+        for x in (next_q_online, next_action_mask, target_q, action_mask):
+            if x is not None and x.dim() != 2:
+                raise RuntimeError(f"expected matrices of two dimensions, as q, got {x.dim()}")
+    gammas = None
+    if isinstance(gamma, Tensor):
+        gammas, gamma = gamma, 0.0
+    look = arguments.looks_at_values(q.device)
     return (
-        *plain, batch.next_q_online, batch.next_action_mask, batch.weights, batch.target_q, batch.action_mask,
-        LOSSES[spec.loss], spec.delta, TARGETS[spec.target], spec.temperature, spec.alpha, spec.clip,
-        spec.cql, spec.cql_alpha, reduction, look,
+        q, actions, rewards, next_q, terminated, non_final_mask, gammas, gamma,
+        next_q_online, next_action_mask, weights, target_q, action_mask,
+        LOSSES[loss], delta, TARGETS[target], temperature, alpha, clip, cql, cql_alpha, REDUCTIONS[reduction], look,
     )  # fmt: skip
