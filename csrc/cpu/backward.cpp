@@ -70,14 +70,14 @@ struct Gradient {
     if (!dense) std::memset(static_cast<void*>(grad_q + begin), 0, (end - begin) * sizeof(Out));
     for (int64_t i = begin / A; i * A < end; ++i) {
       const int64_t from = std::max(begin, i * A), to = std::min(end, (i + 1) * A);
-      const int64_t action = saved.actions.at<int64_t>(i), here = i * A + action;
+      const int64_t action = saved.actions.at<int64_t>(i);
       const bool taken = legal(action, A);
       if (dense && taken) write_policy(i, from - i * A, to - from, scaled(i, alpha));
       if (dense && !taken) std::memset(static_cast<void*>(grad_q + from), 0, (to - from) * sizeof(Out));
-      if (!taken || here < from || here >= to) continue;
+      if (!taken || i * A + action < from || i * A + action >= to) continue;
       T slope = loss_slope(options, td[i]);
       if (dense) slope += alpha * (policy_of(i, action) - 1);
-      grad_q[here] = static_cast<Out>(scaled(i, slope));
+      grad_q[i * A + action] = static_cast<Out>(scaled(i, slope));
     }
   }
 };
