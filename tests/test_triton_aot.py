@@ -23,7 +23,9 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
 from dqn_fused._backends import triton_backend  # noqa: E402
-from dqn_fused.arguments import check_batch, check_loss  # noqa: E402
+from dqn_fused.arguments import Batch, check_batch, check_loss  # noqa: E402
+from dqn_fused.autograd import Saved  # noqa: E402
+from dqn_fused.targets import Munchausen, Soft  # noqa: E402
 
 pytestmark = [
     pytest.mark.aot,
@@ -109,24 +111,25 @@ def compiled(target: Target, monkeypatch: pytest.MonkeyPatch) -> Compiled:
     return kernels
 
 
-def launch(arguments: dict[str, Any], reduction: str = "mean") -> None:
+def launch(arguments: dict[str, Any], **options: Any) -> None:
     """Let the backend make its launches: forward, backward, and both in one."""
-    defaults = {"terminated": None, "gamma": 0.99, "non_final_mask": None}
-    batch, spec = check_batch(**{**defaults, **arguments}), check_loss("mse", reduction)
-    _, td_error = triton_backend.forward(batch, spec)
-    grad_loss = torch.ones_like(td_error) if reduction == "none" else torch.ones((), dtype=td_error.dtype)
-    q = arguments["q"]
-    triton_backend.backward(grad_loss, td_error, batch.actions, q.shape, q.dtype, spec)
+    spec = check_loss(**options)
+    batch = check_batch(Batch(**{"gamma": 0.99, **arguments}), spec)
+    _, td_error, log_sum = triton_backend.forward(batch, spec)
+    grad_loss = torch.ones_like(td_error) if spec.reduction == "none" else torch.ones((), dtype=td_error.dtype)
+    triton_backend.backward(grad_loss, Saved.of(batch, spec, td_error, log_sum), spec)
     triton_backend.loss_and_grad(batch, spec)
 
 
+NARROW = {"td_loss_fwd_kernel", "td_loss_bwd_kernel"}
+WIDE = {"row_fwd_kernel", *NARROW}
 CASES = {
-    "small": ({"shape": (128, 2)}, {"td_loss_fwd_kernel", "td_loss_bwd_kernel"}),
-    "atari": ({"shape": (512, 18)}, {"td_loss_fwd_kernel", "td_loss_bwd_kernel"}),
-    "many_rows": ({"shape": (16384, 18)}, {"td_loss_fwd_kernel", "sum_kernel", "td_loss_bwd_kernel"}),
-    "hundreds": ({"shape": (1024, 512)}, {"td_loss_fwd_kernel", "sum_kernel", "td_loss_bwd_kernel"}),
-    "large": ({"shape": (2048, 4099)}, {"td_loss_fwd_kernel", "sum_kernel", "td_loss_bwd_kernel"}),
-    "split": ({"shape": (3, 50257)}, {"row_max_fwd_kernel", "td_loss_fwd_kernel", "td_loss_bwd_kernel"}),
+    "small": ((128, 2), NARROW),
+    "atari": ((512, 18), NARROW),
+    "many_rows": ((16384, 18), {*NARROW, "sum_kernel"}),
+    "hundreds": ((1024, 512), WIDE),
+    "large": ((2048, 4099), WIDE),
+    "split": ((3, 50257), WIDE),
 }
 MISALIGNED = {
     "every_row": lambda: torch.randn(1025 * 512)[1:].narrow(0, 0, 1024 * 512).view(1024, 512),
@@ -134,23 +137,55 @@ MISALIGNED = {
     "time_slice": lambda: torch.randn(64, 17, 511)[:, 1:],
     "split": lambda: torch.randn(3, 50258)[:, 1:],
 }
-WIDE = {"hundreds": "td_loss_fwd_kernel", "large": "td_loss_fwd_kernel", "split": "row_max_fwd_kernel"}
+
+
+def family(variant: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[dict, dict]:
+    """Arguments and options of one member of the family, or of all of them at once."""
+    arguments, options = make(shape, dtype), {}
+    everything = variant == "everything"
+    if variant == "double" or everything:
+        arguments["next_q_online"] = torch.randn(shape).to(dtype)
+    if variant in ("double", "soft", "munchausen") or everything:
+        arguments["next_action_mask"] = torch.rand(shape) < 0.5
+    if variant in ("munchausen", "cql") or everything:
+        arguments["action_mask"] = torch.rand(shape) < 0.5
+    if variant in ("soft", "munchausen"):
+        options["target"] = Soft() if variant == "soft" else Munchausen()
+    if variant == "munchausen":
+        arguments["target_q"] = torch.randn(shape).to(dtype)
+    if variant == "cql" or everything:
+        options["cql_alpha"] = 0.5
+    if variant == "munchausen_cql":
+        arguments["target_q"] = torch.randn(shape).to(dtype)
+        arguments["action_mask"] = torch.rand(shape) < 0.5
+        options = {"target": Munchausen(), "cql_alpha": 0.5}
+    if everything or variant == "munchausen_cql":
+        arguments["weights"] = torch.rand(shape[:-1])
+        options["loss"] = "huber"
+    return arguments, options
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=dtype_id)
 @pytest.mark.parametrize("case", CASES)
 def test_machine_code(target: Target, compiled: Compiled, case: str, dtype: torch.dtype) -> None:
     """Both regimes in every dtype. 4,099 and 50,257 are odd: rows start at any alignment and are read 16 bytes wide."""
-    arguments, kernels = CASES[case]
-    launch(make(**arguments, dtype=dtype))
+    shape, kernels = CASES[case]
+    launch(make(shape, dtype))
     assert {name for name, _ in compiled} == kernels
-    for name, kernel in compiled:
-        check_resources(name, kernel, target)
-        check_instructions(name, kernel, target, float64=dtype is torch.float64)
-        if name == WIDE.get(case):
-            assert loads_128_bits(kernel, target), "next_q is not read 16 bytes at a time"
-        if name == "td_loss_bwd_kernel" and (dtype.itemsize >= 4 or target.name.startswith("sm_")):
-            assert stores_128_bits(kernel, target), "grad_q is not written 16 bytes at a time"
+    check(compiled, target, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=dtype_id)
+@pytest.mark.parametrize("case", ["small", "atari", "many_rows", "hundreds", "large", "split"])
+@pytest.mark.parametrize("variant", ["double", "soft", "munchausen", "cql", "everything", "munchausen_cql"])
+def test_machine_code_of_the_family(
+    target: Target, compiled: Compiled, variant: str, case: str, dtype: torch.dtype
+) -> None:
+    shape, kernels = CASES[case]
+    arguments, options = family(variant, shape, dtype)
+    launch(arguments, **options)
+    assert {name for name, _ in compiled} == kernels
+    check(compiled, target, dtype)
 
 
 @pytest.mark.parametrize("case", MISALIGNED)
@@ -159,17 +194,18 @@ def test_wide_loads_from_a_misaligned_tensor(target: Target, compiled: Compiled,
     next_q = MISALIGNED[case]()
     assert next_q.data_ptr() % 16
     launch({**make(next_q.shape), "next_q": next_q})
-    name = "row_max_fwd_kernel" if case == "split" else "td_loss_fwd_kernel"
-    assert all(loads_128_bits(kernel, target) for other, kernel in compiled if other == name)
+    assert all(loads_128_bits(kernel, target) for name, kernel in compiled if name == "row_fwd_kernel")
 
 
 def test_gamma_reaches_a_float64_kernel_in_memory(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """As an argument it would be float32. The interpreter cannot show it: there a float stays a Python float."""
     seen: list[Any] = []
     monkeypatch.setattr(triton_backend, "run", lambda kernel, programs, *args, **meta: seen.extend(args))
-    launch(make((9, 4), torch.float64))
+    arguments, options = family("munchausen_cql", (9, 4), torch.float64)
+    launch(arguments, **options)
     assert not any(isinstance(x, float) for x in seen)
-    assert any(isinstance(x, torch.Tensor) and x.dim() == 0 and x.item() == 0.99 for x in seen)
+    numbers = {x.item() for x in seen if isinstance(x, torch.Tensor) and x.dim() == 0}
+    assert numbers >= {0.99, 0.03, 1 / 0.03, 0.9, -1.0, 0.5, 1.0}
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
@@ -189,10 +225,21 @@ def test_variants_compile(target: Target, compiled: Compiled, variant: str, redu
         arguments["next_q"] = arguments["next_q"].to(torch.bfloat16)
     else:
         arguments["q"] = torch.randn(6, 5, 70)[:, 1:]
-    launch(arguments, reduction)
+    launch(arguments, reduction=reduction)
     for name, kernel in compiled:
         check_resources(name, kernel, target)
         check_instructions(name, kernel, target, float64=False)
+
+
+def check(compiled: Compiled, target: Target, dtype: torch.dtype) -> None:
+    """Hold every kernel against what is promised of it."""
+    for name, kernel in compiled:
+        check_resources(name, kernel, target)
+        check_instructions(name, kernel, target, float64=dtype is torch.float64)
+        if name == "row_fwd_kernel":
+            assert loads_128_bits(kernel, target), "rows are not read 16 bytes at a time"
+        if name == "td_loss_bwd_kernel" and (dtype.itemsize >= 4 or target.name.startswith("sm_")):
+            assert stores_128_bits(kernel, target), "grad_q is not written 16 bytes at a time"
 
 
 def check_resources(name: str, kernel: Any, target: Target) -> None:
