@@ -5,7 +5,7 @@ from statistics import median
 
 import torch
 
-from bench.providers import GAMMA, Batch, eager_loss, step
+from bench.providers import GAMMA, Arguments, eager_loss, step
 from bench.timing import interleaved
 from dqn_fused import fused_dqn_loss
 from examples.cartpole import Args, Run, plot, report, train
@@ -37,8 +37,14 @@ def compare(result: Run) -> None:
         )
 
 
-def replay_batch(result: Run, n: int) -> Batch:
+def replay_batch(result: Run, n: int) -> Arguments:
     sample = result.buffer.sample(n)
     with torch.no_grad():
         q, next_q = result.q_network(sample.obs), result.target_network(sample.next_obs)
-    return Batch(q.requires_grad_(), sample.actions, sample.rewards, next_q, sample.terminated)
+    return {
+        "q": q.requires_grad_(),
+        "actions": sample.actions,
+        "rewards": sample.rewards,
+        "next_q": next_q,
+        "terminated": sample.terminated,
+    }

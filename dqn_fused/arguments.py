@@ -117,7 +117,7 @@ def check_loss(
     return spec
 
 
-_PLAIN = {
+_PLAIN: dict[tuple[object, ...], LossSpec] = {
     (loss, 1.0, reduction, "max", 0.0, False): LossSpec(loss, 1.0, reduction)
     for loss in LOSSES
     for reduction in REDUCTIONS

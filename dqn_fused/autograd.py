@@ -62,13 +62,13 @@ class TDLoss(torch.autograd.Function):
         td_error, actions, weights, log_sum, q, mask = (*ctx.saved_tensors, None, None, None)[:6]
         # Traced by torch.compile, grad mode is on and grad_td_error zeros; PyTorch refuses a second order there.
         recorded = torch.is_grad_enabled() or grad_td_error is not None
-        recorded = recorded and not torch.compiler.is_compiling()
-        if grad_loss is None and not recorded:
+        saved = Saved(td_error, actions, weights, log_sum, q, mask, ctx.q_shape, ctx.q_dtype)
+        if recorded and not torch.compiler.is_compiling():
+            return _differentiable_backward(grad_loss, grad_td_error, saved, ctx.spec), None, None, None
+        if grad_loss is None:
             return None, None, None, None
-        rows_of_q = None if q is None or recorded else rows(q)
-        saved = Saved(td_error, actions, weights, log_sum, rows_of_q, mask, ctx.q_shape, ctx.q_dtype)
-        if recorded:
-            return _differentiable_backward(grad_loss, grad_td_error, saved._replace(q=q), ctx.spec), None, None, None
+        if q is not None:
+            saved = saved._replace(q=rows(q))
         return ctx.backend.backward(grad_loss.contiguous(), saved, ctx.spec), None, None, None
 
 
@@ -94,11 +94,14 @@ def loss_gradient(grad_loss: Tensor, saved: Saved, spec: LossSpec) -> Tensor:
     scale = scale.expand(td.shape) * spec.cql_alpha
     mask = None if saved.action_mask is None else saved.action_mask.reshape(saved.q.shape)
     policy = torch.softmax(legal_values(saved.q.to(dtype), mask), -1)
+    if mask is not None:
+        policy = torch.where(mask, policy, 0)  # where no action is legal, softmax is NaN
     legal = legal_actions(saved.actions, saved.q_shape[-1])[1]
     if legal is not None:
         policy = torch.where(legal.view(*td.shape, 1), policy, 0)
     policy = policy.view(saved.q_shape) * scale.unsqueeze(-1)
-    return (policy + scatter_taken(coefficient - scale, saved, dtype)).to(saved.q_dtype)
+    gradient = scatter_taken(coefficient - scale, saved, dtype) + policy
+    return gradient.to(saved.q_dtype).contiguous()
 
 
 def td_loss_slope(td: Tensor, spec: LossSpec) -> Tensor:

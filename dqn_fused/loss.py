@@ -132,7 +132,7 @@ def fused_td_loss(
 
     Args:
         q: (\\*N, A), and all other arguments, as in :func:`fused_dqn_loss`.
-        target: (\\*N) or (\\*N, 1), floating or integer: what ``q[a]`` is compared with. A constant, as everything but q.
+        target: (\\*N) or (\\*N, 1), floating or integer: what ``q[a]`` is compared with; a constant.
 
     Returns:
         The loss, or a tuple, as :func:`fused_dqn_loss`.

@@ -1,5 +1,6 @@
 """Every error the contract names, with its message, on every road; and nothing that broadcasts."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from conftest import Road
 from test_loss import compact, make
 
-from dqn_fused import FusedDQNLoss, fused_dqn_loss
+from dqn_fused import FusedDQNLoss, Munchausen, Soft, fused_dqn_loss, fused_td_loss
 from dqn_fused.reference import dqn_loss
 
 B, A = 6, 4
@@ -19,6 +20,7 @@ def zeros(*shape: int, dtype: torch.dtype = FLOAT) -> torch.Tensor:
     return torch.zeros(shape, dtype=dtype)
 
 
+MASK = torch.arange(B) < 2
 COMPACTED = "next_q: expected shape (M, 4) with non_final_mask, M being the number of its true entries, at most 6, got"
 
 SHAPE_ERRORS = {
@@ -53,8 +55,69 @@ SHAPE_ERRORS = {
         {"non_final_mask": zeros(B, dtype=BOOL), "terminated": None, "next_q": zeros(1, 2, A)},
         f"{COMPACTED} (1, 2, 4)",
     ),
-    "loss": ({"loss": "l1"}, "loss: expected one of 'mse', got 'l1'"),
-    "reduction": ({"reduction": "max"}, "reduction: expected one of 'mean', 'sum', 'none', got 'max'"),
+    "loss": ({"loss": "l1"}, "loss: expected one of 'mse', 'huber', 'smooth_l1', got 'l1'"),
+    "reduction": (
+        {"reduction": "max"},
+        "reduction: expected one of 'mean', 'sum', 'none', 'weighted_mean', got 'max'",
+    ),
+    "online narrow": ({"next_q_online": zeros(B, 3)}, "next_q_online: expected shape (6, 4), as q, got (6, 3)"),
+    "online 3-d": ({"next_q_online": zeros(2, 3, A)}, "next_q_online: expected shape (6, 4), as q, got (2, 3, 4)"),
+    "online beside a mask": (
+        {"non_final_mask": MASK, "terminated": None, "next_q": zeros(2, A), "next_q_online": zeros(B, A)},
+        "next_q_online: expected shape (2, 4), as next_q, got (6, 4)",
+    ),
+    "online and soft": (
+        {"next_q_online": zeros(B, A), "target": "soft"},
+        "next_q_online: expected None with target 'soft': double DQN chooses one action, the soft value averages over "
+        "all of them",
+    ),
+    "next mask narrow": (
+        {"next_action_mask": zeros(B, 3, dtype=BOOL)},
+        "next_action_mask: expected shape (6, 4), as q, got (6, 3)",
+    ),
+    "next mask of one row": (
+        {"next_action_mask": zeros(A, dtype=BOOL)},
+        "next_action_mask: expected shape (6, 4), as q, got (4,)",
+    ),
+    "next mask beside a mask": (
+        {
+            "non_final_mask": MASK,
+            "terminated": None,
+            "next_q": zeros(2, A),
+            "next_action_mask": zeros(B, A, dtype=BOOL),
+        },
+        "next_action_mask: expected shape (2, 4), as next_q, got (6, 4)",
+    ),
+    "weights square": ({"weights": zeros(B, B)}, "weights: expected shape (6,) or (6, 1), got (6, 6)"),
+    "weights 0-d": ({"weights": zeros()}, "weights: expected shape (6,) or (6, 1), got ()"),
+    "weights row": ({"weights": zeros(1, B)}, "weights: expected shape (6,) or (6, 1), got (1, 6)"),
+    "munchausen without target_q": (
+        {"target": "munchausen"},
+        "target_q: expected the target network's Q(s, .) with target 'munchausen', got None",
+    ),
+    "target_q narrow": (
+        {"target": "munchausen", "target_q": zeros(B, 3)},
+        "target_q: expected shape (6, 4), as q, got (6, 3)",
+    ),
+    "target_q without munchausen": (
+        {"target_q": zeros(B, A)},
+        "target_q: expected None with target 'max': only Munchausen reads it",
+    ),
+    "action_mask without a sum": (
+        {"action_mask": zeros(B, A, dtype=BOOL)},
+        "action_mask: expected None: without target='munchausen' or cql_alpha no sum over the actions of s is taken; "
+        "legal actions of the next state are next_action_mask",
+    ),
+    "action_mask narrow": (
+        {"action_mask": zeros(B, 3, dtype=BOOL), "cql_alpha": 1.0},
+        "action_mask: expected shape (6, 4), as q, got (6, 3)",
+    ),
+    "target": ({"target": "double"}, "target: expected one of 'max', 'soft', 'munchausen', got 'double'"),
+    "delta zero": ({"loss": "huber", "delta": 0.0}, "delta: expected a finite number above 0, got 0.0"),
+    "delta below zero": ({"loss": "smooth_l1", "delta": -1}, "delta: expected a finite number above 0, got -1.0"),
+    "delta infinite": ({"loss": "huber", "delta": math.inf}, "delta: expected a finite number above 0, got inf"),
+    "delta nan": ({"loss": "huber", "delta": math.nan}, "delta: expected a finite number above 0, got nan"),
+    "cql_alpha": ({"cql_alpha": math.nan}, "cql_alpha: expected a finite number, got nan"),
     "backend": ({"backend": "gpu"}, "backend: expected one of 'auto', "),
 }
 TYPE_ERRORS = {
@@ -86,6 +149,34 @@ TYPE_ERRORS = {
         {"non_final_mask": zeros(B, dtype=INT), "terminated": None},
         "non_final_mask: expected the bool dtype, got torch.int64",
     ),
+    "online list": ({"next_q_online": [[1.0]]}, "next_q_online: expected a torch.Tensor, got list"),
+    "online int": (
+        {"next_q_online": zeros(B, A, dtype=INT)},
+        "next_q_online: expected a floating dtype, got torch.int64",
+    ),
+    "next mask float": (
+        {"next_action_mask": zeros(B, A)},
+        "next_action_mask: expected the bool dtype, got torch.float32",
+    ),
+    "next mask uint8": (
+        {"next_action_mask": zeros(B, A, dtype=torch.uint8)},
+        "next_action_mask: expected the bool dtype, got torch.uint8",
+    ),
+    "action_mask int": (
+        {"action_mask": zeros(B, A, dtype=INT), "cql_alpha": 1.0},
+        "action_mask: expected the bool dtype, got torch.int64",
+    ),
+    "weights int": ({"weights": zeros(B, dtype=INT)}, "weights: expected a floating dtype, got torch.int64"),
+    "weights bool": ({"weights": zeros(B, dtype=BOOL)}, "weights: expected a floating dtype, got torch.bool"),
+    "weights number": ({"weights": 1.0}, "weights: expected a torch.Tensor, got float"),
+    "target_q bool": (
+        {"target": "munchausen", "target_q": zeros(B, A, dtype=BOOL)},
+        "target_q: expected a floating dtype, got torch.bool",
+    ),
+    "target number": ({"target": 0.5}, "target: expected a name, Soft or Munchausen, got float"),
+    "target tensor": ({"target": zeros(B)}, "target: expected a name, Soft or Munchausen, got Tensor"),
+    "delta tensor": ({"delta": zeros()}, "delta: expected a number, got Tensor"),
+    "cql_alpha tensor": ({"cql_alpha": zeros()}, "cql_alpha: expected a number, got Tensor"),
     "sparse": ({"next_q": zeros(B, A).to_sparse()}, "next_q: expected a dense tensor, got layout torch.sparse_coo"),
 }
 
@@ -122,11 +213,24 @@ def test_the_reference_raises_the_same() -> None:
         call(dqn_loss, {"backend": "triton"}, road)
 
 
-@pytest.mark.parametrize("name", ["actions", "rewards", "next_q", "terminated", "gamma", "non_final_mask"])
+EVERY = [
+    "actions", "rewards", "next_q", "terminated", "gamma", "non_final_mask",
+    "next_q_online", "next_action_mask", "weights", "target_q", "action_mask",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_another_device(road: Road, name: str) -> None:
     """meta is a device that exists everywhere."""
     arguments = make((B, A), device=road.device)
     arguments["gamma"] = torch.rand(B, device=road.device)
+    if name in ("target_q", "action_mask"):
+        if road == ("compiled", "cuda"):
+            pytest.skip("the compiled CUDA ops leave exponentials to Triton")
+        arguments |= {"target": "munchausen", "target_q": zeros(B, A).to(road.device)}
+    if name not in arguments and name != "non_final_mask":
+        shape, dtype = ((B,) if name == "weights" else (B, A)), (BOOL if "mask" in name else FLOAT)
+        arguments[name] = zeros(*shape, dtype=dtype)
     if name == "non_final_mask":
         arguments = compact(arguments)
     arguments[name] = arguments[name].to("meta")
@@ -167,6 +271,41 @@ def test_wrong_choices_are_refused_by_the_module() -> None:
         FusedDQNLoss(loss="l3")
     with pytest.raises(ValueError, match="reduction: expected one of"):
         FusedDQNLoss(reduction="product")
+    with pytest.raises(ValueError, match="delta: expected"):
+        FusedDQNLoss(loss="huber", delta=0.0)
+    with pytest.raises(ValueError, match="target: expected one of"):
+        FusedDQNLoss(target="double")
+    with pytest.raises(TypeError, match="cql_alpha: expected a number"):
+        FusedDQNLoss(cql_alpha="1")
+
+
+@pytest.mark.parametrize("wrong", [0, -1.0, math.inf, math.nan])
+def test_wrong_temperatures(wrong: float) -> None:
+    for target in (Soft, Munchausen):
+        with pytest.raises(ValueError, match="temperature: expected a finite number above 0"):
+            target(wrong)
+
+
+def test_wrong_constants_of_munchausen() -> None:
+    with pytest.raises(ValueError, match="alpha: expected a finite number"):
+        Munchausen(alpha=math.inf)
+    for clip in (0.1, math.nan):
+        with pytest.raises(ValueError, match="clip: expected a number of at most 0"):
+            Munchausen(clip=clip)
+    with pytest.raises(TypeError, match="temperature: expected a number, got str"):
+        Soft("0.1")
+    with pytest.raises(TypeError, match="alpha: expected a number, got Tensor"):
+        Munchausen(alpha=zeros())
+
+
+def test_the_target_of_fused_td_loss_is_named() -> None:
+    """What it compares with is the user's target, not a reward."""
+    with pytest.raises(ValueError, match=r"^target: expected shape \(6,\) or \(6, 1\), got \(6, 6\)$"):
+        fused_td_loss(zeros(B, A), zeros(B, dtype=INT), zeros(B, B))
+    with pytest.raises(TypeError, match=r"^target: expected a floating or integer dtype, got torch\.bool$"):
+        fused_td_loss(zeros(B, A), zeros(B, dtype=INT), zeros(B, dtype=BOOL))
+    with pytest.raises(ValueError, match=r"^action_mask: expected None"):
+        fused_td_loss(zeros(B, A), zeros(B, dtype=INT), zeros(B), action_mask=zeros(B, A, dtype=BOOL))
 
 
 def test_no_broadcast_is_ever_possible(road: Road) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import Road
 from oracle import oracle
+from test_family import on, skip_where_not_served, variant
 from test_loss import compact, make
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -208,6 +209,32 @@ def test_illegal_actions_where_nothing_looks(road: Road, A: int) -> None:
 
 
 @pytest.mark.usefixtures("blind")
+@pytest.mark.parametrize("name", ["double-mask-weights-huber", "munchausen-cql-masks-weights-huber"])
+@pytest.mark.parametrize("A", [4, 2500])
+def test_illegal_actions_in_the_family(road: Road, A: int, name: str) -> None:
+    """The conservative term gives every action a gradient, but none to a row whose own action is illegal."""
+    if "cql" in name:
+        skip_where_not_served(road)
+    arguments = variant(name, (6, A))
+    for row, action in {1: -1, 3: A, 4: 2**40}.items():
+        arguments["actions"][row] = action
+    expected = oracle(**arguments, reduction="sum")
+    arguments = on(road, arguments)
+    q = arguments["q"].requires_grad_()
+    for create_graph in (False, True):
+        loss, td_error = fused_dqn_loss(**arguments, reduction="sum", return_td_error=True, backend=road.backend)
+        (grad,) = torch.autograd.grad(loss, q, create_graph=create_graph)
+        assert loss.isnan()
+        assert td_error.isnan().tolist() == [False, True, False, True, True, False]
+        torch.testing.assert_close(
+            grad.detach().cpu().double(), torch.from_numpy(expected.grad_q), rtol=1e-4, atol=1e-5
+        )
+    if "cql" in name:
+        cql = fused_dqn_loss(**arguments, return_cql=True, backend=road.backend)[1]
+        assert cql.isnan().tolist() == [False, True, False, True, True, False]
+
+
+@pytest.mark.usefixtures("blind")
 @pytest.mark.parametrize("count", [0, 2, 4])
 def test_a_wrong_mask_where_nothing_looks(road: Road, count: int) -> None:
     arguments = make((6, 300), device=road.device)
@@ -225,13 +252,53 @@ def test_a_wrong_mask_where_nothing_looks(road: Road, count: int) -> None:
     assert (grad == 0).all()
 
 
+def test_everything_but_q_is_a_constant(road: Road) -> None:
+    """Call sites forget no_grad; what is left of their graph must neither be needed nor reached."""
+    skip_where_not_served(road)
+    for name in ("double-mask-weights-huber", "munchausen-cql-masks-weights-huber"):
+        arguments = on(road, variant(name, (7, 5)))
+        floats = [k for k, x in arguments.items() if isinstance(x, Tensor) and x.is_floating_point()]
+        for k in floats:
+            arguments[k].requires_grad_()
+        loss = fused_dqn_loss(**arguments, backend=road.backend)
+        loss.backward()
+        assert [k for k in floats if arguments[k].grad is not None] == ["q"]
+
+
+def test_a_penalty_on_the_gradient_of_the_conservative_term(road: Road) -> None:
+    """Second order with a dense Hessian: the softmax's own derivative, which a constant backward would lose."""
+    skip_where_not_served(road)
+    arguments = on(road, variant("cql-mask-weights", (4, 3), torch.float64))
+    q = arguments.pop("q").requires_grad_()
+    seconds = []
+    for loss in (
+        lambda q: fused_dqn_loss(q, **arguments, backend=road.backend),
+        lambda q: dqn_loss(q, **arguments),
+    ):
+        (grad,) = torch.autograd.grad(loss(q), q, create_graph=True)
+        (second,) = torch.autograd.grad(grad.square().sum(), q)
+        seconds.append(second)
+    torch.testing.assert_close(*seconds)
+
+
+@pytest.mark.parametrize("name", ["q", "weights"])
+def test_what_backward_reads_must_not_change(road: Road, name: str) -> None:
+    skip_where_not_served(road)
+    arguments = on(road, variant("cql-mask-weights", (7, 5)))
+    arguments["q"] = arguments["q"].requires_grad_().clone()
+    loss = fused_dqn_loss(**arguments, backend=road.backend)
+    arguments[name].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 class Allocations(TorchDispatchMode):
     """Elements of every new tensor that an operation returns. Tensors are kept, so that no address serves twice."""
 
     def __init__(self, known: dict[str, Tensor]) -> None:
         super().__init__()
         self.sizes: list[int] = []
-        self.seen = {x.untyped_storage().data_ptr(): x for x in known.values()}
+        self.seen = {x.untyped_storage().data_ptr(): x for x in known.values() if isinstance(x, Tensor)}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -251,7 +318,7 @@ def test_memory(road: Road, form: Any) -> None:
     with Allocations(arguments) as forward:
         loss = loss_of_q(road, arguments)(q)
     assert max(forward.sizes) <= 4 * n
-    assert sum(x.numel() for x in loss.grad_fn.saved_tensors) == 2 * n
+    assert sum(x.numel() for x in loss.grad_fn.saved_tensors if x is not None) == 2 * n
     next_q = weakref.ref(arguments["next_q"])
     with Allocations(arguments) as backward:
         (grad,) = torch.autograd.grad(loss, q)
@@ -261,3 +328,24 @@ def test_memory(road: Road, form: Any) -> None:
     gc.collect()
     assert next_q() is None, "the graph keeps next_q alive"
     assert loss.grad_fn is not None
+
+
+@pytest.mark.parametrize("name", ["double-mask-weights-huber", "munchausen-masks-huber", "cql-mask-weights"])
+def test_memory_of_the_family(road: Road, name: str) -> None:
+    """Masks, exponentials and a dense gradient, and still no (n, A) matrix but the gradient."""
+    if road.backend == "torch":
+        pytest.skip("its operations hold what eager code holds")
+    if name != "double-mask-weights-huber":
+        skip_where_not_served(road)
+    n, A = 16, 1000
+    arguments = on(road, variant(name, (n, A)))
+    q = arguments["q"].requires_grad_()
+    with Allocations(arguments) as forward:
+        loss = fused_dqn_loss(**arguments, backend=road.backend)
+    assert max(forward.sizes) <= 4 * n
+    saved = sum(x.numel() for x in loss.grad_fn.saved_tensors if x is not None and x is not q and x.numel() < n * A)
+    assert saved <= 4 * n
+    with Allocations(arguments) as backward:
+        (grad,) = torch.autograd.grad(loss, q)
+    assert sorted(backward.sizes)[-1] == grad.numel() == n * A
+    assert sum(size >= A for size in backward.sizes) == 1

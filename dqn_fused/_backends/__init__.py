@@ -9,7 +9,7 @@ A backend is a module with
 - ``refuses(device, spec) -> str | None``: why it cannot serve tensors there, or that loss;
 - ``forward(batch, spec) -> (loss, td_error, log_sum)``: loss (), or N for reduction="none"; td_error N; log_sum N if
   spec.cql, else None: logsumexp of q over the actions; accumulation dtype;
-- ``loss_and_grad(batch, spec) -> (loss, grad_q, td_error, log_sum)``: the same with the gradient of the sum of the losses;
+- ``loss_and_grad(batch, spec) -> (loss, grad_q, td_error, log_sum)``: and the gradient of the sum;
 - ``backward(grad_loss, saved, spec) -> grad_q``: saved is autograd.Saved; contiguous, every element written.
 
 Arguments are checked when they arrive here. Modules are imported when first asked for: Triton is heavy.
