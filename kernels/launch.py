@@ -3,8 +3,8 @@
 The figures are reasoned, not yet measured on a GPU. About 25 KiB of loads in flight a multiprocessor cover the latency
 of 4.8 TB/s (Little's law: 700 ns over 132 multiprocessors): four resident programs of 8 KiB. Larger tiles cost
 registers, read off the compiled kernels: beyond 16 elements a thread in the wide layout and 8 in the narrow one, where
-each element has a 64-bit address of its own, or 4 in float64 or where grad_q is written too, ptxas spills or halves the
-occupancy.
+each element has a 64-bit address of its own, ptxas spills or halves the occupancy. In a narrow one it does so beyond 4
+in float64 or with anything more than a maximum (grad_q, masks, double DQN, exponentials), beyond 2 with both.
 """
 
 from typing import NamedTuple
@@ -15,6 +15,7 @@ WIDE_TILE = 2048  # elements, whatever their size: they are widened to float32
 WIDE_TILE_LEAST_BYTES = 2048  # where rows are few: 16 a thread
 PER_THREAD = 8  # elements of a narrow tile
 SINGLE = 16_384  # padded elements up to which one program of 8 warps does it all, in 8 tiles, against a second launch
+ROW_COST = 4  # padded elements that a row counts for at least: action, reward, q[a] and so on are loaded once a row
 PROGRAMS_PER_SM = 4
 MAX_SPLITS = 128  # whose partial results are one narrow tile again
 BWD_BLOCK = 2048  # elements of grad_q that a program of 4 warps stores: 16 a thread
@@ -74,7 +75,7 @@ def forward(rows: int, columns: int, share: int) -> Forward:
     """One program for a small problem, else tiles of several rows; a share of the elements where each is dearer."""
     block = next_power_of_2(columns)
     per_warp = 32 * PER_THREAD // share
-    if rows * block <= SINGLE:
+    if rows * max(block, ROW_COST) <= SINGLE:
         tile_rows = max(1, min(next_power_of_2(rows), 8 * per_warp // block))
         tiles = next_power_of_2(cdiv(rows, tile_rows))  # a power of two: few variants to compile
         return Forward(tile_rows, block, tiles, 1, max(1, min(8, tile_rows * block // per_warp)))
