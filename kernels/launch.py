@@ -12,7 +12,7 @@ from typing import NamedTuple
 NARROW = 64  # up to so many actions a row is one tile of td_loss_fwd_kernel; above, row_fwd_kernel reduces it first
 WIDE_TILE_BYTES = 8192  # of a matrix that a program of 4 warps holds at once, in rows of up to
 WIDE_TILE = 2048  # elements, whatever their size: they are widened to float32
-WIDE_TILE_LEAST_BYTES = 2048  # where rows are few: 16 a thread
+WIDE_TILE_LEAST_BYTES = 4096  # where rows are few: 16 a thread, of which 4 wavefronts of CDNA have 256
 PER_THREAD = 8  # elements of a narrow tile
 SINGLE = 16_384  # padded elements up to which one program of 8 warps does it all, in 8 tiles, against a second launch
 ROW_COST = 4  # padded elements that a row counts for at least: action, reward, q[a] and so on are loaded once a row

@@ -63,7 +63,12 @@ def log_sum_exp(best, total, temperature, MASKED: tl.constexpr):
     return value
 
 
-@triton.jit(do_not_specialize=["n", "m", "next_splits", "policy_splits", "q_splits", "count"])
+@triton.jit(
+    do_not_specialize=[
+        "n", "m", "next_splits", "policy_splits", "q_splits", "count",
+        "q_inner", "next_inner", "online_inner", "next_mask_inner", "target_inner", "mask_inner",
+    ]
+)  # fmt: skip
 def td_loss_fwd_kernel(
     loss,  # (n,) with PER_ROW, else one sum a program: (programs,)
     td_error, log_sum,  # (n,), (n,) or None
@@ -269,7 +274,7 @@ def row_gradient(
     return action, scale * (td_loss_grad(td, margin, LOSS) - pull), scale * pull, sums
 
 
-@triton.jit(do_not_specialize=["n", "count"])
+@triton.jit(do_not_specialize=["n", "count", "q_inner", "mask_inner"])
 def td_loss_bwd_kernel(
     grad_q,  # (n, A), contiguous
     grad_loss, td_error, actions, weights,  # (), (n,) or None for ones, (n,), (n,), (n,) or None

@@ -216,9 +216,11 @@ def test_numbers_reach_a_float64_kernel_in_memory(target: Target, monkeypatch: p
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-@pytest.mark.parametrize("variant", ["mask", "gamma_scalar", "gamma_per_sample", "mixed_dtypes", "three_dimensions"])
+@pytest.mark.parametrize(
+    "variant", ["mask", "gamma_scalar", "gamma_per_sample", "mixed_dtypes", "three_dimensions", "strided"]
+)
 def test_variants_compile(target: Target, compiled: Compiled, variant: str, reduction: str) -> None:
-    arguments = make((6, 4, 70) if variant == "three_dimensions" else (24, 70))
+    arguments, options = make((6, 4, 70) if variant == "three_dimensions" else (24, 70)), {}
     if variant == "mask":
         arguments = compact(arguments)
     elif variant == "gamma_scalar":
@@ -230,9 +232,14 @@ def test_variants_compile(target: Target, compiled: Compiled, variant: str, redu
         arguments["rewards"] = arguments["rewards"].to(torch.int64)
         arguments["terminated"] = arguments["terminated"].float()
         arguments["next_q"] = arguments["next_q"].to(torch.bfloat16)
-    else:
+    elif variant == "three_dimensions":
         arguments["q"] = torch.randn(6, 5, 70)[:, 1:]
-    launch(arguments, reduction=reduction)
+    else:
+        arguments["next_q"] = torch.randn(70, 24).t()
+        arguments["q"] = torch.randn(24, 140)[:, ::2]
+        arguments["next_action_mask"] = arguments["action_mask"] = torch.ones(70, dtype=torch.bool).expand(24, 70)
+        options = {"target": Soft(), "cql_alpha": 0.5}
+    launch(arguments, reduction=reduction, **options)
     for name, kernel in compiled:
         check_resources(name, kernel, target)
         check_instructions(name, kernel, target, float64=False)
