@@ -18,7 +18,7 @@ SINGLE = 16_384  # padded elements up to which one program of 8 warps does it al
 ROW_COST = 4  # padded elements that a row counts for at least: action, reward, q[a] and so on are loaded once a row
 PROGRAMS_PER_SM = 4
 MAX_SPLITS = 128  # whose partial results are one narrow tile again
-BWD_BLOCK = 2048  # elements of grad_q that a program of 4 warps stores: 16 a thread
+BWD_BLOCK = 2048  # elements of grad_q that a program of 4 warps stores: 16 a thread, half of it if it reads q, too
 BWD_BLOCK_NARROW = 1024  # where each element finds its own row
 
 
@@ -83,9 +83,10 @@ def forward(rows: int, columns: int, share: int) -> Forward:
     return Forward(tile_rows, block, 1, cdiv(rows, tile_rows), 4)
 
 
-def backward(columns: int, itemsize: int) -> tuple[int, bool]:
+def backward(columns: int, itemsize: int, dense: bool) -> tuple[int, bool]:
     """Elements of a block, and whether a block touches at most two rows."""
     share = 1 if itemsize <= 4 else 2  # of the registers
-    if BWD_BLOCK // share <= columns:
-        return BWD_BLOCK // share, True
+    wide = BWD_BLOCK // share // (2 if dense else 1)  # 142 registers on gfx1100, were it not halved
+    if wide <= columns:
+        return wide, True
     return BWD_BLOCK_NARROW // share, False

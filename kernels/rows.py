@@ -39,15 +39,22 @@ def row_offset(row, strides):
 
 @triton.jit
 def load_legal(x, mask, offset, mask_offset, inside, ACC: tl.constexpr):
-    """Load the legal elements inside (None: all are), -inf for others: selected, whatever stands in an illegal one."""
+    """Load elements, -inf for those that are not inside (None: all are) or not legal, and which of them are legal.
+
+    They are selected, whatever stands in an illegal one.
+    """
     if inside is None:
         value = tl.load(x + offset).to(ACC)
     else:
         value = tl.load(x + offset, mask=inside, other=float("-inf")).to(ACC)
+    legal = tl.full([], 1, tl.int1)
     if mask is not None:
-        legal = tl.load(mask + mask_offset) if inside is None else tl.load(mask + mask_offset, mask=inside, other=0)
-        value = tl.where(legal != 0, value, float("-inf"))
-    return value
+        if inside is None:
+            legal = tl.load(mask + mask_offset) != 0
+        else:
+            legal = tl.load(mask + mask_offset, mask=inside, other=0) != 0
+        value = tl.where(legal, value, float("-inf"))
+    return value, legal
 
 
 @triton.jit
@@ -94,7 +101,7 @@ def reduce_tile(
     mask_offset = offset
     if mask is not None:
         mask_offset = row_offset(row, mask_strides)[:, None] + wide[None, :] * mask_strides[3]
-    value = load_legal(x, mask, offset, mask_offset, inside, ACC)
+    value, _ = load_legal(x, mask, offset, mask_offset, inside, ACC)
     if KIND == "argmax":
         best, aux = reduce_columns(value, column[None, :], inverse_temperature, KIND)
     else:
@@ -173,7 +180,7 @@ def row_fwd_kernel(
             mask_here = here
             if mask is not None:
                 mask_here = mask_offset[:, None] + lane.to(tl.int64)[None, :] * mask_stride_action
-        loaded = load_legal(x, mask, here, mask_here, inside, ACC)
+        loaded, _ = load_legal(x, mask, here, mask_here, inside, ACC)
         if KIND == "argmax":
             value, pairs = combine(value, pairs, loaded, column, scale, KIND)
         else:
@@ -188,7 +195,7 @@ def row_fwd_kernel(
         once = tl.where(split == 0, A, 0)  # by the first split only: a sum must not count them again
         inside = live[:, None] & (column < end) & (column < once)
         here = offset[:, None] + column
-        loaded = load_legal(x, mask, here, here, inside, ACC)
+        loaded, _ = load_legal(x, mask, here, here, inside, ACC)
         if KIND == "argmax":
             edges, edge_pairs = reduce_columns(loaded, column, scale, KIND)
         else:

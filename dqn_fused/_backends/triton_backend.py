@@ -14,7 +14,8 @@ from dqn_fused.arguments import Batch, LossSpec, accumulation_dtype
 from dqn_fused.autograd import Saved
 from dqn_fused.kernels import launch
 from dqn_fused.kernels.rows import row_fwd_kernel
-from dqn_fused.kernels.td_loss import sum_kernel, td_loss_bwd_kernel, td_loss_fwd_kernel
+from dqn_fused.kernels.td_loss import sum_kernel, td_loss_fwd_kernel
+from dqn_fused.kernels.td_loss_bwd import td_loss_bwd_kernel
 from dqn_fused.reference import loss_of_td_error
 
 INTERPRETED = not isinstance(td_loss_fwd_kernel, triton.runtime.JITFunction)
@@ -164,7 +165,7 @@ def _store_gradient(grad_q: Tensor, grad_loss: Tensor | None, saved: Saved, spec
     if n == 0:
         return
     q = None if saved.q is None else saved.q.resolve_neg()
-    block, wide = launch.backward(A, grad_q.element_size())
+    block, wide = launch.backward(A, grad_q.element_size(), dense=q is not None)
     with _on(td_error.device):
         run(
             td_loss_bwd_kernel, launch.cdiv(n * A, block),
