@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(THREADS) row_max_kernel(T* partial, Batch batc
 
 template <class T>
 __device__ T coefficient(T upstream, T td, int64_t count) {
-  return upstream * SquaredError<T>::slope(td) / static_cast<T>(count);
+  return upstream * loss_slope(Options{}, td) / static_cast<T>(count);
 }
 
 template <class T>
@@ -112,7 +112,6 @@ template <class T, class Stored>
 __global__ void __launch_bounds__(FORWARD_THREADS, 2)
     forward_kernel(T* loss, T* td, void* grad_q, Batch batch, const int64_t* rank, int lanes, int64_t block_rows,
                    int64_t reduction, int64_t divisor, int64_t count) {
-  using Loss = SquaredError<T>;
   const int lane = threadIdx.x % lanes, group = threadIdx.x / lanes, groups = FORWARD_THREADS / lanes;
   const int64_t A = batch.q.A, K = batch.next_q.A, first = blockIdx.x * block_rows;
   const int64_t stop = first + block_rows < batch.n ? first + block_rows : batch.n;
@@ -140,7 +139,7 @@ __global__ void __launch_bounds__(FORWARD_THREADS, 2)
     const T error = taken && known == live ? td_error<T>(batch, i, action, live, next_value) : nan<T>();
     if (lane == 0) {
       td[i] = error;
-      const T value = Loss::value(error);
+      const T value = loss_value(Options{}, error);
       if (reduction == NONE) {
         loss[i] = value;
       } else {

@@ -174,7 +174,7 @@ Outputs forward(const Batch& b, const Tensor& q, const std::optional<Tensor>& ma
 std::tuple<Tensor, Tensor> td_loss(const Tensor& q, const Tensor& actions, const Tensor& rewards, const Tensor& next_q,
                                    const std::optional<Tensor>& terminated, const std::optional<Tensor>& non_final_mask,
                                    const std::optional<Tensor>& gammas, double gamma, int64_t reduction, bool) {
-  const Batch b = batch(q, actions, rewards, next_q, terminated, non_final_mask, gammas, gamma);
+  const Batch b = batch(q, actions, rewards, &next_q, terminated, non_final_mask, gammas, gamma);
   Outputs out = forward(b, q, non_final_mask, reduction, false);
   return {std::move(out.loss), std::move(out.td)};
 }
@@ -184,24 +184,24 @@ std::tuple<Tensor, Tensor, Tensor> td_loss_and_grad(const Tensor& q, const Tenso
                                                     const std::optional<Tensor>& non_final_mask,
                                                     const std::optional<Tensor>& gammas, double gamma,
                                                     int64_t reduction, bool) {
-  const Batch b = batch(q, actions, rewards, next_q, terminated, non_final_mask, gammas, gamma);
+  const Batch b = batch(q, actions, rewards, &next_q, terminated, non_final_mask, gammas, gamma);
   Outputs out = forward(b, q, non_final_mask, reduction, true);
   return {std::move(out.loss), std::move(*out.grad_q), std::move(out.td)};
 }
 
 Tensor td_loss_backward(const Tensor& grad_loss, const Tensor& td, const Tensor& actions, int64_t A, ScalarType type,
                         int64_t reduction) {
-  const Column taken = taken_actions(grad_loss, td, actions, A, type, reduction);
+  const Saved given = saved(grad_loss, td, actions, A, type, reduction);
   const torch::stable::accelerator::DeviceGuard guard(td.get_device_index());
   const cudaStream_t stream = current_stream(td);
   const int64_t n = td.numel();
   Tensor grad_q = empty({n, A}, type, td);
   if (type == ScalarType::Double) {
     launch_backward(grad_q, static_cast<const double*>(grad_loss.const_data_ptr()),
-                    static_cast<const double*>(td.const_data_ptr()), taken, n, A, reduction, stream);
+                    static_cast<const double*>(td.const_data_ptr()), given.actions, n, A, reduction, stream);
   } else {
     launch_backward(grad_q, static_cast<const float*>(grad_loss.const_data_ptr()),
-                    static_cast<const float*>(td.const_data_ptr()), taken, n, A, reduction, stream);
+                    static_cast<const float*>(td.const_data_ptr()), given.actions, n, A, reduction, stream);
   }
   return grad_q;
 }
