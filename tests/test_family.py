@@ -407,9 +407,10 @@ def test_gradcheck_of_every_combination(road: Road, name: str) -> None:
     arguments = on(road, arguments)
     q = arguments.pop("q").requires_grad_()
     function = lambda q: fused_dqn_loss(q, **arguments, backend=road.backend)  # noqa: E731
-    assert torch.autograd.gradcheck(function, q)
+    interpreted = road.backend == "triton" and road.device == "cpu"  # 10 ms a launch
+    assert torch.autograd.gradcheck(function, q, fast_mode=interpreted)
     if "cql_alpha" in arguments or "loss" in arguments:
-        assert torch.autograd.gradgradcheck(function, q)
+        assert torch.autograd.gradgradcheck(function, q, fast_mode=interpreted)
 
 
 def family_of(road: Road, shape: tuple[int, ...] = (33, 19)) -> tuple[Arguments, Callable[..., tuple[Tensor, Tensor]]]:
