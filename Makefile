@@ -15,10 +15,16 @@ READY := install
 LINT :=
 endif
 
-.PHONY: test demo bench asan lint format pictures install clean
+.PHONY: test suite interpret demo bench asan lint format pictures install clean
 
+# Side by side: a process of either uses one core most of the time.
 test: $(READY) $(LINT)
+	$(MAKE) --no-print-directory -j2 --output-sync=target suite interpret
+
+suite: $(READY)
 	$(PY) -m pytest
+
+interpret: $(READY)
 	TRITON_INTERPRET=1 $(PY) -m pytest -m interpret
 
 demo: $(READY)

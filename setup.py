@@ -16,8 +16,11 @@ from typing import Any
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 
-SOURCES = {"cpu": ["csrc/cpu/td_loss.cpp", "csrc/cpu/row_max.cpp"], "cuda": ["csrc/cuda/td_loss.cu"]}
-HEADERS = ["csrc/td_loss.h", "csrc/tensors.h", "csrc/cpu/row_max.h", "csrc/cuda/kernels.cuh"]
+SOURCES = {
+    "cpu": [f"csrc/cpu/{name}.cpp" for name in ("td_loss", "forward", "backward", "rows")],
+    "cuda": ["csrc/cuda/td_loss.cu"],
+}
+HEADERS = sorted(str(path) for suffix in ("h", "cuh") for path in Path("csrc").rglob(f"*.{suffix}"))
 GPUS = ("8.0", "8.6", "9.0", "10.0", "12.0")
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10 and every later one
 RETRY = "pip install --no-build-isolation . tries again"

@@ -57,27 +57,48 @@ struct Column {
   }
 };
 
-// Q-values: (rows, A) or (outer, inner, A), of any strides.
+// Q-values, or which actions are legal: (rows, A) or (outer, inner, A), of any strides.
 struct Matrix {
   Column values;
-  int64_t rows, A, inner, stride_outer, stride_inner, stride_action;
+  int64_t rows = 0, A = 0, inner = 0, stride_outer = 0, stride_inner = 0, stride_action = 0;
+
+  C10_HOST_DEVICE explicit operator bool() const { return A > 0; }
 
   C10_HOST_DEVICE int64_t offset(int64_t row) const {
     // A division costs more than the rest of a short row; most matrices have no outer dimension.
     return row < inner ? row * stride_inner : row / inner * stride_outer + row % inner * stride_inner;
   }
+
+  template <class T>
+  C10_HOST_DEVICE T at(int64_t row, int64_t action) const {
+    return values.at<T>(offset(row) + action * stride_action);
+  }
+};
+
+// The numbers are those of dqn_fused/_ops.py.
+enum Reduction : int64_t { NONE = 0, MEAN = 1, SUM = 2 };
+enum Loss : int64_t { MSE = 0, HUBER = 1, SMOOTH_L1 = 2 };
+enum Target : int64_t { MAX = 0, SOFT = 1, MUNCHAUSEN = 2 };
+
+// What is computed of a batch: arguments.LossSpec. Every branch on it always goes the same way.
+struct Options {
+  int64_t reduction = MEAN, loss = MSE, target = MAX;
+  double delta = 1, temperature = 1, alpha = 0, clip = 0, cql_alpha = 0;
+  bool cql = false;
 };
 
 // A batch of n transitions. final is terminated, or with `compacted` the mask of the rows that are not final
-// and whose next values next_q holds, in order. discount is a number where its column is empty.
+// and whose next values next_q, next_online and next_legal hold, in order. discount is a number where its column is
+// empty. What is not given is empty; without next_q the rewards are the target.
 struct Batch {
-  Matrix q, next_q;
-  Column actions, rewards, final, discounts;
-  int64_t n;
-  double discount;
-  bool compacted;
+  Matrix q, next_q, next_online, next_legal, target_q, legal;
+  Column actions, rewards, final, discounts, weights;
+  int64_t n = 0;
+  double discount = 0;
+  bool compacted = false;
 
-  C10_HOST_DEVICE bool live(int64_t i) const { return !final || final.at<bool>(i) == compacted; }
+  // Whether anything is bootstrapped.
+  C10_HOST_DEVICE bool live(int64_t i) const { return next_q && (!final || final.at<bool>(i) == compacted); }
 
   template <class T>
   C10_HOST_DEVICE T gamma(int64_t i) const {
@@ -93,21 +114,31 @@ C10_HOST_DEVICE T nan_max(T a, T b) {
   return a > b || a != a ? a : b;
 }
 
-// q[i, a_i] - y_i. Selected, not multiplied: what stands in a terminated row's next_q never reaches the target.
+// q[i, a_i] - y_i, with Munchausen's bonus, which a terminated row gets too. Selected, not multiplied: what stands in a
+// terminated row's next_q never reaches the target.
 template <class T>
-C10_HOST_DEVICE T td_error(const Batch& batch, int64_t i, int64_t action, bool live, T next_value) {
-  const T taken = batch.q.values.at<T>(batch.q.offset(i) + action * batch.q.stride_action);
-  const T reward = batch.rewards.at<T>(i);
-  return taken - (live ? reward + batch.gamma<T>(i) * next_value : reward);
+C10_HOST_DEVICE T td_error(const Batch& batch, int64_t i, int64_t action, bool live, T next_value, T bonus = 0) {
+  const T reward = batch.rewards.at<T>(i) + bonus;
+  return batch.q.at<T>(i, action) - (live ? reward + batch.gamma<T>(i) * next_value : reward);
 }
 
-// Another loss is another struct of these two functions.
+// The loss of a TD error; NaN stays NaN.
 template <class T>
-struct SquaredError {
-  C10_HOST_DEVICE static T value(T td) { return td * td; }
-  C10_HOST_DEVICE static T slope(T td) { return 2 * td; }
-};
+C10_HOST_DEVICE T loss_value(const Options& options, T td) {
+  if (options.loss == MSE) return td * td;
+  const T delta = static_cast<T>(options.delta), size = td < 0 ? -td : td;
+  if (options.loss == HUBER) return size < delta ? T(0.5) * td * td : delta * (size - T(0.5) * delta);
+  return size < delta ? T(0.5) * td * td / delta : size - T(0.5) * delta;
+}
 
-enum Reduction : int64_t { NONE = 0, MEAN = 1, SUM = 2 };
+// Its derivative: finite for an infinite TD error, but of the squared error.
+template <class T>
+C10_HOST_DEVICE T loss_slope(const Options& options, T td) {
+  if (options.loss == MSE) return 2 * td;
+  const T delta = static_cast<T>(options.delta), most = options.loss == HUBER ? delta : T(1);
+  if (td >= delta) return td > 0 ? most : T(0);  // delta may be 0, where the slope of |td| is
+  if (td <= -delta) return -most;
+  return options.loss == HUBER ? td : td / delta;
+}
 
 }  // namespace dqn_fused

@@ -55,17 +55,27 @@ inline Column column(const char* name, const Tensor& x, int64_t n, const Place& 
   return {x.const_data_ptr(), x.scalar_type(), stride[0]};
 }
 
-// (rows, A) or (outer, inner, A).
-inline Matrix matrix(const char* name, const Tensor& x, const Place& place) {
+// (rows, A) or (outer, inner, A) of floats, or of flags.
+inline Matrix matrix(const char* name, const Tensor& x, const Place& place, bool flags = false) {
   const auto size = x.sizes(), stride = x.strides();
   const Column values{x.const_data_ptr(), x.scalar_type()};
-  fits(place.holds(x) && floating(values.type) && (size.size() == 2 || size.size() == 3) && size[size.size() - 1] > 0,
+  fits(place.holds(x) && (flags ? values.type == ScalarType::Bool : floating(values.type)) &&
+           (size.size() == 2 || size.size() == 3) && size[size.size() - 1] > 0,
        name);
   if (size.size() == 2) return {values, size[0], size[1], size[0], 0, stride[0], stride[1]};
   return {values, size[0] * size[1], size[2], size[1], stride[0], stride[1], stride[2]};
 }
 
-inline Batch batch(const Tensor& q, const Tensor& actions, const Tensor& rewards, const Tensor& next_q,
+// One that goes with another, if it is given; `allowed` says whether the options have a use for it.
+inline Matrix beside(const Matrix& other, const char* name, const std::optional<Tensor>& x, const Place& place,
+                     bool flags, bool allowed) {
+  if (!x) return {};
+  const Matrix found = matrix(name, *x, place, flags);
+  fits(allowed && found.rows == other.rows && found.A == other.A, name);
+  return found;
+}
+
+inline Batch batch(const Tensor& q, const Tensor& actions, const Tensor& rewards, const Tensor* next_q,
                    const std::optional<Tensor>& terminated, const std::optional<Tensor>& non_final_mask,
                    const std::optional<Tensor>& gammas, double gamma) {
   const Place place(q);
@@ -76,7 +86,12 @@ inline Batch batch(const Tensor& q, const Tensor& actions, const Tensor& rewards
   fits(integer(b.actions.type), "actions");
   b.rewards = column("rewards", rewards, b.n, place);
   fits(integer(b.rewards.type) || floating(b.rewards.type), "rewards");
-  b.next_q = matrix("next_q", next_q, place);
+  b.discount = gamma;
+  if (next_q == nullptr) {
+    fits(!terminated && !non_final_mask && !gammas, "next_q");
+    return b;
+  }
+  b.next_q = matrix("next_q", *next_q, place);
   b.compacted = non_final_mask.has_value();
   fits(b.next_q.A == b.q.A && (b.compacted ? b.next_q.rows <= b.n : b.next_q.rows == b.n), "next_q");
   if (b.compacted) {
@@ -95,22 +110,65 @@ inline Batch batch(const Tensor& q, const Tensor& actions, const Tensor& rewards
     }
     fits(floating(b.discounts.type), "gamma");
   }
-  b.discount = gamma;
   return b;
 }
 
-// What td_loss_backward is given.
-inline Column taken_actions(const Tensor& grad_loss, const Tensor& td, const Tensor& actions, int64_t A,
-                            ScalarType type, int64_t reduction) {
+// What the plain loss has none of. Where a matrix is no use, it is not ignored but refused, as by check_batch.
+inline void extend(Batch& b, const Options& options, const Tensor& q, const std::optional<Tensor>& next_q_online,
+                   const std::optional<Tensor>& next_action_mask, const std::optional<Tensor>& weights,
+                   const std::optional<Tensor>& target_q, const std::optional<Tensor>& action_mask) {
+  const Place place(q);
+  const bool next = static_cast<bool>(b.next_q), munchausen = options.target == MUNCHAUSEN;
+  b.next_online = beside(b.next_q, "next_q_online", next_q_online, place, false, next && options.target == MAX);
+  b.next_legal = beside(b.next_q, "next_action_mask", next_action_mask, place, true, next);
+  b.target_q = beside(b.q, "target_q", target_q, place, false, munchausen);
+  fits(munchausen == static_cast<bool>(b.target_q), "target_q");
+  b.legal = beside(b.q, "action_mask", action_mask, place, true, munchausen || options.cql);
+  if (weights) {
+    b.weights = column("weights", *weights, b.n, place);
+    fits(floating(b.weights.type), "weights");
+  }
+}
+
+// What a backward is given. With the conservative term q and log_sum, and its mask if there was one.
+struct Saved {
+  Column actions, weights;
+  Matrix q, legal;
+  int64_t n = 0, A = 0;
+};
+
+inline Saved saved(const Tensor& grad_loss, const Tensor& td, const Tensor& actions, int64_t A, ScalarType type,
+                   int64_t reduction) {
   const Place place(td);
-  const int64_t n = td.numel();
-  const Column b = column("actions", actions, n, place);
-  fits(integer(b.type), "actions");
+  Saved s;
+  s.n = td.numel();
+  s.A = A;
+  s.actions = column("actions", actions, s.n, place);
+  fits(integer(s.actions.type), "actions");
   fits(A > 0 && floating(type) && td.scalar_type() == accumulation_type(type) && td.is_contiguous(), "td_error");
   fits(place.holds(grad_loss) && grad_loss.scalar_type() == td.scalar_type() && grad_loss.is_contiguous() &&
-           grad_loss.numel() == (reduction == NONE ? n : 1),
+           grad_loss.numel() == (reduction == NONE ? s.n : 1),
        "grad_loss");
-  return b;
+  return s;
+}
+
+inline void extend(Saved& s, const Options& options, const Tensor& td, ScalarType type,
+                   const std::optional<Tensor>& weights, const std::optional<Tensor>& log_sum,
+                   const std::optional<Tensor>& q, const std::optional<Tensor>& action_mask) {
+  const Place place(td);
+  if (weights) {
+    s.weights = column("weights", *weights, s.n, place);
+    fits(floating(s.weights.type), "weights");
+  }
+  const bool dense = options.cql_alpha != 0;
+  fits(dense == q.has_value() && dense == log_sum.has_value() && (dense || !action_mask), "q");
+  if (!dense) return;
+  s.q = matrix("q", *q, place);
+  fits(s.q.rows == s.n && s.q.A == s.A && s.q.values.type == type, "q");
+  s.legal = beside(s.q, "action_mask", action_mask, place, true, true);
+  fits(place.holds(*log_sum) && log_sum->scalar_type() == td.scalar_type() && log_sum->is_contiguous() &&
+           log_sum->numel() == s.n,
+       "log_sum");
 }
 
 // The shim itself: torch::stable::empty looks the operator up by name, 1 us a tensor.

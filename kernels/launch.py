@@ -3,40 +3,43 @@
 The figures are reasoned, not yet measured on a GPU. About 25 KiB of loads in flight a multiprocessor cover the latency
 of 4.8 TB/s (Little's law: 700 ns over 132 multiprocessors): four resident programs of 8 KiB. Larger tiles cost
 registers, read off the compiled kernels: beyond 16 elements a thread in the wide layout and 8 in the narrow one, where
-each element has a 64-bit address of its own, or 4 in float64 or where grad_q is written too, ptxas spills or halves the
-occupancy.
+each element has a 64-bit address of its own, ptxas spills or halves the occupancy. In a narrow one it does so beyond 4
+in float64 or with anything more than a maximum (grad_q, masks, double DQN, exponentials), beyond 2 with both.
 """
 
 from typing import NamedTuple
 
-NARROW = 64  # up to so many actions a row is one tile, read element by element; above, 16 bytes at a time
-WIDE_TILE_BYTES = 8192  # of next_q that a program of 4 warps holds at once, in rows of up to
+NARROW = 64  # up to so many actions a row is one tile of td_loss_fwd_kernel; above, row_fwd_kernel reduces it first
+WIDE_TILE_BYTES = 8192  # of a matrix that a program of 4 warps holds at once, in rows of up to
 WIDE_TILE = 2048  # elements, whatever their size: they are widened to float32
-PER_THREAD, PER_THREAD_WITH_GRAD = 8, 4  # elements of a narrow tile
+WIDE_TILE_LEAST_BYTES = 4096  # where rows are few: 16 a thread, of which 4 wavefronts of CDNA have 256
+PER_THREAD = 8  # elements of a narrow tile
 SINGLE = 16_384  # padded elements up to which one program of 8 warps does it all, in 8 tiles, against a second launch
-STRIDED_TILE = 4096  # columns up to which a strided row, such as the partial maxima of a split, is one tile
+ROW_COST = 4  # padded elements that a row counts for at least: action, reward, q[a] and so on are loaded once a row
 PROGRAMS_PER_SM = 4
-BWD_BLOCK = 2048  # elements of grad_q that a program of 4 warps stores: 16 a thread
+MAX_SPLITS = 128  # whose partial results are one narrow tile again
+BWD_BLOCK = 2048  # elements of grad_q that a program of 4 warps stores: 16 a thread, half of it if it reads q, too
 BWD_BLOCK_NARROW = 1024  # where each element finds its own row
+
+
+class Rows(NamedTuple):
+    """Launch of ``row_fwd_kernel``, 4 warps a program."""
+
+    rows: int  # of a tile, which a program holds at once
+    block: int  # columns of a tile
+    splits: int
+    chunk: int  # columns of a split, a multiple of block
+    programs: int
 
 
 class Forward(NamedTuple):
     """Launch of ``td_loss_fwd_kernel``."""
 
-    layout: str  # of row_max: "narrow", "wide" or "strided"
     rows: int  # of a tile, which a program holds at once
-    block: int  # columns of a tile
+    block: int  # columns of a tile, which hold a row
     tiles: int  # that a program works through
     programs: int
     num_warps: int
-
-
-class Split(NamedTuple):
-    """Launch of ``row_max_fwd_kernel``."""
-
-    block: int  # columns that a program of 4 warps holds at once
-    splits: int
-    chunk: int  # columns of a split, a multiple of block
 
 
 def cdiv(a: int, b: int) -> int:
@@ -49,42 +52,41 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(0, (n - 1).bit_length())
 
 
-def wide_tile(itemsize: int) -> int:
-    """Elements of next_q that a program holds at once in the wide layout."""
-    return min(WIDE_TILE, WIDE_TILE_BYTES // itemsize)
-
-
-def forward(rows: int, columns: int, itemsize: int, unit_stride: bool, with_grad: bool = False) -> Forward:
-    """One program for a small problem, else tiles of several rows at few columns and of one row at many."""
-    width = next_power_of_2(columns)
-    if unit_stride and columns > NARROW:
-        tile = wide_tile(itemsize)
-        block = min(width, tile)
-        return Forward("wide", tile // block, block, 1, cdiv(rows, tile // block), 4)
-    per_warp = 32 * (PER_THREAD_WITH_GRAD if with_grad or itemsize > 4 else PER_THREAD)
-    if width <= STRIDED_TILE and rows * width <= SINGLE:
-        tile_rows = max(1, min(next_power_of_2(rows), 8 * per_warp // width))
-        tiles = next_power_of_2(cdiv(rows, tile_rows))  # a power of two: few variants to compile
-        return Forward("narrow", tile_rows, width, tiles, 1, max(1, min(8, tile_rows * width // per_warp)))
-    block = min(width, NARROW)
-    tile_rows = 4 * per_warp // block
-    return Forward("narrow" if columns <= block else "strided", tile_rows, block, 1, cdiv(rows, tile_rows), 4)
-
-
-def split(rows: int, columns: int, itemsize: int, unit_stride: bool, sms: int) -> Split | None:
-    """Split of the columns where the rows alone do not fill the device; None where they do."""
-    block = wide_tile(itemsize)
-    blocks = cdiv(columns, block)
-    splits = min(blocks, cdiv(PROGRAMS_PER_SM * sms, max(rows, 1)))
-    if not unit_stride or rows == 0 or splits == 1:
-        return None
+def rows(rows: int, columns: int, itemsize: int, wide: bool, sms: int) -> Rows:
+    """Several rows a program at a few hundred columns; splits of a row where the rows do not fill the device."""
+    enough = PROGRAMS_PER_SM * sms
+    if wide:
+        tile = min(WIDE_TILE, WIDE_TILE_BYTES // itemsize)
+        block = min(next_power_of_2(columns), tile)
+        if rows * block < tile * enough:
+            tile = WIDE_TILE_LEAST_BYTES // itemsize
+        tile_rows = max(1, tile // block)
+    else:
+        block = NARROW
+        tile_rows = 4 * 32 * PER_THREAD * 4 // max(itemsize, 4) // block
+    blocks, row_tiles = cdiv(columns, block), cdiv(rows, tile_rows)
+    splits = min(blocks, cdiv(enough, max(row_tiles, 1)), MAX_SPLITS)
     chunk = cdiv(blocks, splits) * block
-    return Split(block, cdiv(columns, chunk), chunk)
+    splits = cdiv(columns, chunk)
+    return Rows(tile_rows, block, splits, chunk, row_tiles * splits)
 
 
-def backward(columns: int, itemsize: int) -> tuple[int, bool]:
+def forward(rows: int, columns: int, share: int) -> Forward:
+    """One program for a small problem, else tiles of several rows; a share of the elements where each is dearer."""
+    block = next_power_of_2(columns)
+    per_warp = 32 * PER_THREAD // share
+    if rows * max(block, ROW_COST) <= SINGLE:
+        tile_rows = max(1, min(next_power_of_2(rows), 8 * per_warp // block))
+        tiles = next_power_of_2(cdiv(rows, tile_rows))  # a power of two: few variants to compile
+        return Forward(tile_rows, block, tiles, 1, max(1, min(8, tile_rows * block // per_warp)))
+    tile_rows = 4 * per_warp // block
+    return Forward(tile_rows, block, 1, cdiv(rows, tile_rows), 4)
+
+
+def backward(columns: int, itemsize: int, dense: bool) -> tuple[int, bool]:
     """Elements of a block, and whether a block touches at most two rows."""
     share = 1 if itemsize <= 4 else 2  # of the registers
-    if BWD_BLOCK // share <= columns:
-        return BWD_BLOCK // share, True
+    wide = BWD_BLOCK // share // (2 if dense else 1)  # 142 registers on gfx1100, were it not halved
+    if wide <= columns:
+        return wide, True
     return BWD_BLOCK_NARROW // share, False

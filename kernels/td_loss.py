@@ -1,29 +1,38 @@
-"""Triton kernels: row maximum, TD loss forward, its backward, and a fixed-order sum.
+"""Triton kernels: TD loss forward, and a fixed-order sum.
 
-Shapes in the comments: n samples, m rows of next_q, A actions. What the loss is stands in td_loss and td_loss_grad, its
-target in the forward kernel; everything else is addressing.
+Shapes in the comments: n samples, m rows of the next states, A actions. What the loss of a sample is stands in
+td_loss and td_loss_grad, what a row of actions is worth in rows.py; here they meet.
 """
 
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def nan_max(a, b):
-    """Elementwise maximum in which NaN wins, as in torch.max (tl.max drops it)."""
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+from .rows import load_legal, reduce_partials, reduce_tile, row_offset, scalar
 
 
 @triton.jit
-def td_loss(td):
-    """Loss of a TD error: mean squared error without the factor 1/2."""
-    return td * td
+def td_loss(td, delta, LOSS: tl.constexpr):
+    """Loss of a TD error: mean squared error without the factor 1/2, huber or smooth_l1."""
+    if LOSS == "mse":
+        value = td * td
+    elif LOSS == "huber":
+        value = tl.where(tl.abs(td) < delta, 0.5 * td * td, delta * (tl.abs(td) - 0.5 * delta))
+    else:
+        value = tl.where(tl.abs(td) < delta, 0.5 * td * td / delta, tl.abs(td) - 0.5 * delta)
+    return value
 
 
 @triton.jit
-def td_loss_grad(td):
-    """Derivative of td_loss by the TD error."""
-    return 2.0 * td
+def td_loss_grad(td, delta, LOSS: tl.constexpr):
+    """Derivative of td_loss by the TD error. NaN compares with nothing and so stays."""
+    if LOSS == "mse":
+        slope = 2.0 * td
+    elif LOSS == "huber":
+        slope = tl.where(td > delta, delta, tl.where(td < -delta, -delta, td))
+    else:
+        inner = tl.where(td == 0, 0.0, td / delta)  # delta = 0 is l1
+        slope = tl.where(td > delta, 1.0, tl.where(td < -delta, -1.0, inner))
+    return slope
 
 
 @triton.jit
@@ -34,101 +43,88 @@ def legal_action(action, A):
 
 
 @triton.jit
-def row_offset(row, inner, stride_outer, stride_inner):
-    """Offset of each row in an (n, A) tensor, where inner is None, or in an (outer, inner, A) one."""
-    # int64 before the multiplication: the last row of a large matrix lies behind 2^31 elements.
-    if inner is None:
-        offset = row.to(tl.int64) * stride_inner
-    else:
-        offset = (row // inner).to(tl.int64) * stride_outer + (row % inner).to(tl.int64) * stride_inner
-    return offset
+def sample_scale(grad_loss, weights, row, inside, count, PER_ROW: tl.constexpr, ACC: tl.constexpr):
+    """Derivative of the result by the unweighted loss of each sample; grad_loss is (), (n,) or None for ones."""
+    scale = tl.full([], 1.0, ACC)
+    if grad_loss is not None:
+        scale = tl.load(grad_loss + row, mask=inside, other=0.0) if PER_ROW else tl.load(grad_loss)
+    scale = scale / count.to(ACC)
+    if weights is not None:
+        scale = scale * tl.load(weights + row, mask=inside, other=0.0).to(ACC)
+    return scale
 
 
 @triton.jit
-def row_max(
-    next_q, offset, live, start, stop, A, stride_action,
-    LAYOUT: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Maximum of each live row over the columns [start, stop), -inf where there is none.
-
-    LAYOUT is "narrow" (one block holds the row), "wide" (unit column stride) or "strided". In a wide layout columns
-    are counted from the row's first 16-byte boundary, so that rows of any width are read 16 bytes at a time; the up to
-    VEC - 1 columns before and behind that body are read one by one. The pointer next_q lies on such a boundary; where
-    the tensor does not begin there, the caller has moved the pointer back and added as much to offset.
-    """
-    if LAYOUT == "narrow":
-        lane = tl.arange(0, BLOCK).to(tl.int64)
-        mask = live[:, None] & (lane < A)[None, :]
-        x = tl.load(next_q + offset[:, None] + lane[None, :] * stride_action, mask=mask, other=float("-inf"))
-        value = tl.reduce(x.to(ACC), 1, nan_max)
-    elif LAYOUT == "wide":
-        best = tl.full([ROWS, BLOCK], float("-inf"), ACC)  # [rows, columns]
-        body = (offset + (VEC - 1)) // VEC * VEC  # [rows]
-        vectors = (offset + A - body) // VEC
-        for column in range(start, stop, BLOCK):
-            lane = column + tl.arange(0, BLOCK)
-            # Compared by vector, not by element: a mask that is constant over 16 bytes keeps the load whole.
-            mask = live[:, None] & ((lane // VEC)[None, :] < vectors[:, None])
-            x = tl.load(next_q + body[:, None] + lane[None, :], mask=mask, other=float("-inf"))
-            best = nan_max(best, x.to(ACC))
-        lane = tl.arange(0, 2 * VEC)
-        tail = body + vectors * VEC - offset
-        column = tl.where(lane[None, :] < VEC, lane[None, :], tail[:, None] + (lane[None, :] - VEC))
-        stop_edge = tl.where(lane[None, :] < VEC, (body - offset)[:, None], A)
-        mask = live[:, None] & (column < stop_edge)
-        x = tl.load(next_q + offset[:, None] + column, mask=mask, other=float("-inf"))
-        value = nan_max(tl.reduce(best, 1, nan_max), tl.reduce(x.to(ACC), 1, nan_max))
-    else:
-        best = tl.full([ROWS, BLOCK], float("-inf"), ACC)
-        for column in range(start, stop, BLOCK):
-            lane = (column + tl.arange(0, BLOCK)).to(tl.int64)
-            mask = live[:, None] & (lane < A)[None, :]
-            x = tl.load(next_q + offset[:, None] + lane[None, :] * stride_action, mask=mask, other=float("-inf"))
-            best = nan_max(best, x.to(ACC))
-        value = tl.reduce(best, 1, nan_max)
+def log_sum_exp(best, total, temperature, MASKED: tl.constexpr):
+    """Soft value of a row; NaN where no action is legal."""
+    value = best + temperature * tl.log(total)
+    if MASKED:
+        value = tl.where(best == float("-inf"), float("nan"), value)
     return value
 
 
-@triton.jit(do_not_specialize=["m", "inner", "shift", "splits", "chunk"])
-def row_max_fwd_kernel(
-    partial,  # (splits, m)
-    next_q, terminated,  # (m, A), (m,) or None
-    m, A, inner, stride_outer, stride_inner, stride_action, shift,
-    splits, chunk,  # columns of a split, a multiple of BLOCK
-    VEC: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Maxima of column ranges, for few rows of many actions: one program a row and split."""
-    split = tl.program_id(0) % splits
-    row = tl.program_id(0) // splits + tl.arange(0, 1)
-    live = row < m
-    if terminated is not None:
-        live = live & (tl.load(terminated + row, mask=live, other=1) == 0)
-    offset = row_offset(row, inner, stride_outer, stride_inner) + shift
-    # Spelt as a multiple of BLOCK, so that the compiler sees the alignment of the columns.
-    start = split * (chunk // BLOCK) * BLOCK
-    stop = tl.minimum(start + chunk, A)
-    value = row_max(next_q, offset, live, start, stop, A, stride_action, "wide", VEC, 1, BLOCK, ACC)
-    tl.store(partial + split * m + row, value, mask=row < m)
+@triton.jit
+def policy_gradient(x, sums, scale, legal):
+    """Derivative of the conservative term, scale * softmax(x): NaN where the sum is infinite, 0 where not legal."""
+    sums = tl.where(tl.abs(sums) == float("inf"), float("nan"), sums)
+    return tl.where(legal, tl.exp(x - sums) * scale, 0.0)
 
 
-@triton.jit(do_not_specialize=["n", "m", "q_inner", "next_inner", "next_shift", "count"])
+@triton.jit(
+    do_not_specialize=[
+        "n", "m", "next_splits", "policy_splits", "q_splits", "count",
+        "q_inner", "next_inner", "online_inner", "next_mask_inner", "target_inner", "mask_inner",
+    ]
+)  # fmt: skip
 def td_loss_fwd_kernel(
     loss,  # (n,) with PER_ROW, else one sum a program: (programs,)
-    td_error,  # (n,)
-    grad_q,  # (n, A), contiguous, or None; only where next_q is narrow and K is A
-    q, actions, rewards,  # (n, A), (n,), (n,)
-    next_q,  # (n, K), or (m, K) with rank; K is A, or the splits of row_max_fwd_kernel
+    td_error, log_sum,  # (n,), (n,) or None
+    grad_q,  # (n, A), contiguous, or None; only with NARROW
+    q, actions, rewards, weights,  # (n, A), (n,), (n,), (n,) or None
+    next_q, next_q_online, next_action_mask,  # (n, A), or (m, A) with rank; or None
     final, rank,  # (n,) or None: 1 = terminated; with rank, the running count of non-final rows: 1 = not terminated
+    target_q, action_mask,  # (n, A) or None
+    next_best, next_aux,  # without NARROW what row_fwd_kernel left: (splits, m)
+    policy_best, policy_aux,  # of target_q, (splits, n)
+    q_best, q_aux,  # (splits, n)
     gamma,  # number, () or (n,)
-    n, m, A, K,
+    delta, cql_alpha, temperature, inverse_temperature, alpha, clip,  # numbers; None where they mean nothing
+    n, m, A, next_splits, policy_splits, q_splits,
     q_inner, q_stride_outer, q_stride_inner, q_stride_action,
-    next_inner, next_stride_outer, next_stride_inner, next_stride_action, next_shift,
+    next_inner, next_stride_outer, next_stride_inner, next_stride_action,
+    online_inner, online_stride_outer, online_stride_inner, online_stride_action,
+    next_mask_inner, next_mask_stride_outer, next_mask_stride_inner, next_mask_stride_action,
+    target_inner, target_stride_outer, target_stride_inner, target_stride_action,
+    mask_inner, mask_stride_outer, mask_stride_inner, mask_stride_action,
     count,  # the sum is divided by it: n for the mean
-    GAMMA: tl.constexpr, PER_ROW: tl.constexpr,
-    LAYOUT: tl.constexpr, VEC: tl.constexpr,
-    TILES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+    LOSS: tl.constexpr, VALUE: tl.constexpr,  # VALUE: of the next state, a KIND of rows.py, or None without next_q
+    GAMMA: tl.constexpr, PER_ROW: tl.constexpr, NARROW: tl.constexpr,
+    TILES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ACC: tl.constexpr, CHOICE_ACC: tl.constexpr,  # of the arithmetic, and of the comparison of next_q_online
 ):  # fmt: skip
-    """TD error, loss and, if asked for, gradient of TILES * ROWS rows; one program is the loss in one launch."""
+    """TD error, loss and, if asked for, gradient of TILES * ROWS rows; one program is the loss in one launch.
+
+    A block holds a row of A actions with NARROW, else the splits of a row that row_fwd_kernel has reduced.
+    """
+    q_strides = (q_inner, q_stride_outer, q_stride_inner, q_stride_action)
+    next_strides = (next_inner, next_stride_outer, next_stride_inner, next_stride_action)
+    online_strides = (online_inner, online_stride_outer, online_stride_inner, online_stride_action)
+    next_mask_strides = (next_mask_inner, next_mask_stride_outer, next_mask_stride_inner, next_mask_stride_action)
+    target_strides = (target_inner, target_stride_outer, target_stride_inner, target_stride_action)
+    mask_strides = (mask_inner, mask_stride_outer, mask_stride_inner, mask_stride_action)
+    margin = 0.0
+    if LOSS != "mse":
+        margin = scalar(delta, ACC)
+    if temperature is not None:
+        soft = scalar(temperature, ACC)
+        scale = scalar(inverse_temperature, ACC)
+    else:
+        soft = 1.0
+        scale = 1.0
+    pull = 0.0
+    if cql_alpha is not None:
+        pull = scalar(cql_alpha, ACC)
+
     total = tl.zeros([ROWS], ACC)
     # Hoisted out of the loop, its many small invariants would spill.
     for tile in tl.range(0, TILES, disable_licm=True):
@@ -137,45 +133,117 @@ def td_loss_fwd_kernel(
         inside = row < n
 
         action = legal_action(tl.load(actions + row, mask=inside, other=0), A)
-        legal = action >= 0
-        q_offset = row_offset(row, q_inner, q_stride_outer, q_stride_inner)
-        q_offset += action.to(tl.int64) * q_stride_action
-        taken = tl.load(q + q_offset, mask=inside & legal, other=0.0).to(ACC)
+        legal = inside & (action >= 0)
+        taken = tl.load(q + row_offset(row, q_strides) + action.to(tl.int64) * q_stride_action, mask=legal, other=0.0)
+        taken = taken.to(ACC)
         target = tl.load(rewards + row, mask=inside, other=0).to(ACC)
 
-        live = inside
-        next_row = row
-        if rank is not None:
-            live = live & (tl.load(final + row, mask=inside, other=0) != 0)
-            next_row = tl.load(rank + row, mask=inside, other=1).to(tl.int32) - 1
-        elif final is not None:
-            live = live & (tl.load(final + row, mask=inside, other=1) == 0)
-        next_offset = row_offset(next_row, next_inner, next_stride_outer, next_stride_inner) + next_shift
-        value = row_max(
-            next_q, next_offset, live & (next_row < m), 0, K, K, next_stride_action, LAYOUT, VEC, ROWS, BLOCK, ACC
-        )
-        if GAMMA == "number":
-            discount = tl.full([ROWS], gamma, ACC)
-        elif GAMMA == "scalar":
-            discount = tl.load(gamma).to(ACC)
-        else:
-            discount = tl.load(gamma + row, mask=inside, other=0.0).to(ACC)
-        # Selected, not multiplied: what stands in a terminated row's next_q never reaches the target.
-        target = tl.where(live, target + discount * value, target)
+        if target_q is not None:
+            if NARROW:
+                best, aux = reduce_tile(
+                    target_q, target_strides, action_mask, mask_strides, row, inside, A, scale, "sum_exp", BLOCK, ACC
+                )
+            else:
+                best, aux = reduce_partials(
+                    policy_best, policy_aux, policy_splits, n, row, inside, scale, "sum_exp", BLOCK, ACC
+                )
+            log_policy = tl.load(
+                target_q + row_offset(row, target_strides) + action.to(tl.int64) * target_stride_action,
+                mask=legal, other=0.0,
+            ).to(ACC)  # fmt: skip
+            if action_mask is not None:
+                allowed = tl.load(
+                    action_mask + row_offset(row, mask_strides) + action.to(tl.int64) * mask_stride_action,
+                    mask=legal, other=0,
+                )  # fmt: skip
+                log_policy = tl.where(allowed != 0, log_policy, float("-inf"))
+            log_policy -= log_sum_exp(best, aux, soft, action_mask is not None)
+            low = scalar(clip, ACC)
+            log_policy = tl.where(log_policy < low, low, tl.where(log_policy > 0, 0.0, log_policy))  # NaN stays
+            target += scalar(alpha, ACC) * log_policy
+
+        if VALUE is not None:
+            live = inside
+            next_row = row
+            if rank is not None:
+                live = live & (tl.load(final + row, mask=inside, other=0) != 0)
+                next_row = tl.load(rank + row, mask=inside, other=1).to(tl.int32) - 1
+            elif final is not None:
+                live = live & (tl.load(final + row, mask=inside, other=1) == 0)
+            there = live & (next_row < m)
+            if not NARROW:
+                best, aux = reduce_partials(
+                    next_best, next_aux, next_splits, m, next_row, there, scale, VALUE, BLOCK, CHOICE_ACC
+                )
+            elif VALUE == "argmax":
+                best, aux = reduce_tile(
+                    next_q_online, online_strides, next_action_mask, next_mask_strides,
+                    next_row, there, A, scale, VALUE, BLOCK, CHOICE_ACC,
+                )  # fmt: skip
+            else:
+                best, aux = reduce_tile(
+                    next_q, next_strides, next_action_mask, next_mask_strides,
+                    next_row, there, A, scale, VALUE, BLOCK, ACC,
+                )  # fmt: skip
+            if VALUE == "sum_exp":
+                value = log_sum_exp(best, aux, soft, next_action_mask is not None)
+            else:
+                value = best.to(ACC)
+                if VALUE == "argmax":
+                    value = tl.load(
+                        next_q + row_offset(next_row, next_strides) + aux.to(tl.int64) * next_stride_action,
+                        mask=there & (aux < A), other=float("nan"),
+                    ).to(ACC)  # fmt: skip
+                if next_action_mask is not None:
+                    value = tl.where(best == float("-inf"), float("nan"), value)
+            if GAMMA == "number":
+                discount = scalar(gamma, ACC)
+            elif GAMMA == "scalar":
+                discount = tl.load(gamma).to(ACC)
+            else:
+                discount = tl.load(gamma + row, mask=inside, other=0.0).to(ACC)
+            # Selected, not multiplied: what stands in a terminated row's next_q never reaches the target.
+            target = tl.where(live, target + discount * value, target)
 
         td = tl.where(legal, taken - target, float("nan"))
         tl.store(td_error + row, td, mask=inside)
+        sample = td_loss(td, margin, LOSS)
+        if log_sum is not None:
+            if NARROW:
+                best, aux = reduce_tile(
+                    q, q_strides, action_mask, mask_strides, row, inside, A, 1.0, "sum_exp", BLOCK, ACC
+                )
+            else:
+                best, aux = reduce_partials(q_best, q_aux, q_splits, n, row, inside, 1.0, "sum_exp", BLOCK, ACC)
+            sums = log_sum_exp(best, aux, 1.0, action_mask is not None)
+            tl.store(log_sum + row, sums, mask=inside)
+            if cql_alpha is not None:
+                sample += pull * (sums - taken)
+        if weights is not None:
+            sample *= tl.load(weights + row, mask=inside, other=0.0).to(ACC)
         if PER_ROW:
-            tl.store(loss + row, td_loss(td), mask=inside)
+            tl.store(loss + row, sample, mask=inside)
         else:
-            total += tl.where(inside, td_loss(td), 0.0)
+            total += tl.where(inside, sample, 0.0)
+
         if grad_q is not None:
             column = tl.arange(0, BLOCK)
-            gradient = (td_loss_grad(td) / count.to(ACC)).to(grad_q.dtype.element_ty)
-            gradient = tl.where(column[None, :] == action[:, None], gradient[:, None], 0.0)  # [rows, columns]
+            here = inside[:, None] & (column < A)[None, :]
+            upstream = sample_scale(None, weights, row, inside, count, PER_ROW, ACC)
+            at_action = upstream * (td_loss_grad(td, margin, LOSS) - pull)
+            gradient = tl.where(column[None, :] == action[:, None], at_action[:, None], 0.0)  # [rows, columns]
+            if cql_alpha is not None:
+                offset = row_offset(row, q_strides)[:, None] + column.to(tl.int64)[None, :] * q_stride_action
+                mask_offset = offset
+                if action_mask is not None:
+                    mask_offset = row_offset(row, mask_strides)[:, None]
+                    mask_offset += column.to(tl.int64)[None, :] * mask_stride_action
+                x, allowed = load_legal(q, action_mask, offset, mask_offset, here, ACC)
+                push = tl.where(legal, upstream * pull, 0.0)
+                gradient += policy_gradient(x, sums[:, None], push[:, None], legal[:, None] & allowed)
             block = grad_q + tl.full([], start, tl.int64) * A  # int64 once a block, int32 within it
             offset = (tl.arange(0, ROWS) * A)[:, None] + column[None, :]
-            tl.store(block + offset, gradient, mask=inside[:, None] & (column < A)[None, :])
+            tl.store(block + offset, gradient.to(grad_q.dtype.element_ty), mask=here)
     if not PER_ROW:
         tl.store(loss + tl.program_id(0), tl.sum(total, 0) / count.to(ACC))
 
@@ -188,57 +256,3 @@ def sum_kernel(loss, partial, n, BLOCK: tl.constexpr, ACC: tl.constexpr):
         i = start + tl.arange(0, BLOCK)
         total += tl.load(partial + i, mask=i < n, other=0.0)
     tl.store(loss, tl.sum(total, 0))
-
-
-@triton.jit
-def upstream_times_grad(grad_loss, td_error, row, inside, count, PER_ROW: tl.constexpr):
-    """Derivative of the loss by the Q-value of the action taken in each row; grad_loss is (), (n,) or None for ones."""
-    td = tl.load(td_error + row, mask=inside, other=0.0)
-    gradient = td_loss_grad(td) / count.to(td.dtype)
-    if grad_loss is not None:
-        if PER_ROW:
-            gradient *= tl.load(grad_loss + row, mask=inside, other=0.0)
-        else:
-            gradient *= tl.load(grad_loss)
-    return gradient
-
-
-@triton.jit
-def row_gradient(row, start, column, grad_loss, td_error, actions, n, A, count, PER_ROW: tl.constexpr):
-    """Gradient of one row whose columns begin at start, 0 wherever column is not its action taken."""
-    inside = row < n
-    action = legal_action(tl.load(actions + row, mask=inside, other=-1), A)
-    gradient = upstream_times_grad(grad_loss, td_error, row, inside, count, PER_ROW)
-    return tl.where((column - start == action) & (action >= 0), gradient, 0.0)
-
-
-@triton.jit(do_not_specialize=["n", "count"])
-def td_loss_bwd_kernel(
-    grad_q,  # (n, A), contiguous
-    grad_loss, td_error, actions,  # (), (n,) or None for ones, (n,), (n,)
-    n, A, count,
-    PER_ROW: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One dense store of where(column == action, gradient, 0), over grad_q as a flat array: every store is aligned.
-
-    With WIDE (A >= BLOCK) a block touches at most two rows, whose actions and gradients are scalars.
-    """
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    first = start // A
-    column = (start - first * A).to(tl.int32) + tl.arange(0, BLOCK)  # columns, counted from the first row's start
-    if WIDE:
-        value = row_gradient(first, 0, column, grad_loss, td_error, actions, n, A, count, PER_ROW)
-        value += row_gradient(first + 1, A, column, grad_loss, td_error, actions, n, A, count, PER_ROW)
-    else:
-        row = first + column // A
-        inside = row < n
-        action = legal_action(tl.load(actions + row, mask=inside, other=-1), A)
-        gradient = upstream_times_grad(grad_loss, td_error, row, inside, count, PER_ROW)
-        value = tl.where(column % A == action, gradient, 0.0)
-    value = value.to(grad_q.dtype.element_ty)
-    size = n.to(tl.int64) * A
-    here = start + tl.arange(0, BLOCK)
-    if start + BLOCK <= size:
-        tl.store(grad_q + here, value)
-    else:
-        tl.store(grad_q + here, value, mask=here < size)

@@ -1,5 +1,6 @@
 """The compiled ops by themselves, what their inputs may be, and torch.compile over the whole road."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import Road
+from test_family import VARIANTS, compacted, variant
 from test_loss import REDUCTIONS, compact, make
 from torch import Tensor, nn
 
 from dqn_fused import backends, fused_dqn_loss, fused_dqn_loss_and_grad
+from dqn_fused.arguments import Batch, LossSpec, check_loss
 
 built = pytest.mark.skipif(
     not backends()["compiled"].available, reason=f"compiled ops: {backends()['compiled'].reason}"
@@ -25,6 +28,20 @@ def op_arguments(arguments: dict[str, Any], reduction: str = "mean", check: bool
     gammas, gamma = (gamma, 0.0) if isinstance(gamma, Tensor) else (None, gamma)
     columns = (a.get("terminated"), a.get("non_final_mask"), gammas)
     return (a["q"], a["actions"], a["rewards"], a["next_q"], *columns, gamma, CODES[reduction], check)
+
+
+def general_arguments(arguments: dict[str, Any], reduction: str = "mean", check: bool = True) -> tuple[Any, ...]:
+    """Arguments of the general ops, from those of fused_dqn_loss."""
+    from dqn_fused._backends import compiled_backend
+
+    batch, spec = described(arguments, reduction)
+    return (*compiled_backend._arguments(batch, spec)[:-1], check)
+
+
+def described(arguments: dict[str, Any], reduction: str) -> tuple[Batch, LossSpec]:
+    options = {k: arguments[k] for k in ("loss", "delta", "target", "cql_alpha") if k in arguments}
+    batch = Batch(**{k: x for k, x in arguments.items() if k in Batch._fields and k not in options})
+    return batch, check_loss(**options, reduction=reduction)
 
 
 def three_dimensional() -> dict[str, Any]:
@@ -64,10 +81,58 @@ def test_opcheck(case: str, reduction: str) -> None:
 
 
 @built
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_opcheck_of_the_family(name: str, reduction: str) -> None:
+    from dqn_fused import _ops
+
+    arguments = variant(name, (7, 3))
+    given = general_arguments(arguments, reduction)
+    torch.library.opcheck(_ops.general_td_loss, given)
+    torch.library.opcheck(_ops.general_td_loss, general_arguments(compacted(arguments), reduction))
+    torch.library.opcheck(_ops.general_td_loss_and_grad, given)
+    loss, td, log_sum = _ops.general_td_loss(*given)
+    spec, q = described(arguments, reduction)[1], arguments["q"]
+    dense = (log_sum, q, arguments.get("action_mask")) if spec.cql_alpha else (None, None, None)
+    codes = (_ops.LOSSES[spec.loss], spec.delta, spec.cql_alpha, _ops.REDUCTIONS[reduction])
+    torch.library.opcheck(
+        _ops.general_td_loss_backward,
+        (torch.ones_like(loss), td, arguments["actions"], arguments.get("weights"), *dense, 3, q.dtype, *codes),
+    )
+
+
+@built
+def test_the_general_ops_give_the_bits_of_the_plain_ones() -> None:
+    from dqn_fused import _ops
+
+    for arguments in (make((40, 70)), make((3, 5000), torch.float64), compact(make((7, 3), torch.bfloat16))):
+        for reduction in REDUCTIONS:
+            expected = _ops.td_loss_and_grad(*op_arguments(arguments, reduction))
+            *got, log_sum = _ops.general_td_loss_and_grad(*general_arguments({"gamma": 0.99} | arguments, reduction))
+            assert log_sum.shape == (0,)
+            for x, y in zip(got, expected, strict=True):
+                assert torch.equal(x, y)
+
+
+@built
 @pytest.mark.parametrize("form", [dict, compact], ids=["terminated", "mask"])
 @pytest.mark.parametrize("shape", [(2000, 17), (64, 5000), (1, 300_000), (3, 200_000)])
 def test_the_same_bits_with_any_number_of_threads(shape: tuple[int, int], form: Callable[..., dict[str, Any]]) -> None:
-    arguments = form({**make(shape), "terminated": torch.arange(shape[0]) % 3 == 1})
+    same_bits(form({**make(shape), "terminated": torch.arange(shape[0]) % 3 == 1}))
+
+
+@built
+@pytest.mark.parametrize("name", ["double-mask", "munchausen-cql-masks-weights-huber"])
+@pytest.mark.parametrize("shape", [(2000, 17), (1, 100_000), (3, 70_001)])
+def test_the_same_bits_of_the_family(shape: tuple[int, int], name: str) -> None:
+    arguments = {**variant(name, shape), "terminated": torch.arange(shape[0]) % 3 == 1}
+    result = same_bits(arguments)
+    for x, y in zip(result, fused_dqn_loss_and_grad(**arguments, return_td_error=True, backend="torch"), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
+    same_bits(compacted(arguments))
+
+
+def same_bits(arguments: dict[str, Any]) -> tuple[Tensor, ...]:
     before = torch.get_num_threads()
     results = []
     try:
@@ -78,6 +143,7 @@ def test_the_same_bits_with_any_number_of_threads(shape: tuple[int, int], form: 
         torch.set_num_threads(before)
     for result in results[1:]:
         assert all(torch.equal(x, y) for x, y in zip(result, results[0], strict=True))
+    return results[0]
 
 
 @built
@@ -97,6 +163,54 @@ def test_row_maximum_of_every_length(dtype: torch.dtype) -> None:
         assert torch.equal(td.nan_to_num(77), -next_q.amax(1).to(td.dtype).nan_to_num(77) + (td.isnan() * 154))
 
 
+@built
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_first_maximum_of_every_length(dtype: torch.dtype) -> None:
+    """The first of the legal ones, in each lane, at the borders of a block and behind them, of any stride."""
+    for A in [*range(1, 70), 1023, 1024, 1025, 2047, 2049]:
+        next_q = torch.arange(8 * A).view(8, A).double()
+        online = torch.randint(-2, 3, (8, A)).to(dtype)
+        online[0] = -0.0
+        online[0, A // 2] = 0.0
+        online[1] = -torch.inf
+        online[2, -1] = torch.nan
+        online[3, -1] = torch.inf
+        mask = torch.rand(8, A) < 0.5
+        mask[4] = False
+        mask[5, -1] = True
+        zeros = torch.zeros(8)
+        for illegal in (None, mask, mask.t().contiguous().t()):
+            best, index = (online if illegal is None else online.masked_fill(~illegal, -torch.inf)).max(1)
+            expected = next_q.gather(1, index.unsqueeze(1)).squeeze(1)
+            expected[best.isnan()] = torch.nan
+            if illegal is not None:
+                expected[best == -torch.inf] = torch.nan
+            for layout in (online, online.t().contiguous().t()):
+                _, td = fused_dqn_loss(
+                    torch.zeros(8, A, dtype=torch.float64), zeros.int(), zeros, next_q, gamma=1.0,
+                    next_q_online=layout, next_action_mask=illegal, return_td_error=True, backend="compiled",
+                )  # fmt: skip
+                torch.testing.assert_close(td, -expected, rtol=0, atol=0, equal_nan=True)
+
+
+@built
+def test_error_of_the_exponential() -> None:
+    """With log_sum 0 and td 0 the conservative gradient is exp(q): 1 ulp of float32 over the whole range."""
+    from dqn_fused import _ops
+
+    def exponential(x: Tensor) -> Tensor:
+        q = torch.cat([x, torch.zeros(1)]).unsqueeze(0)
+        one, zero, action = torch.ones(()), torch.zeros(1), torch.tensor([q.shape[1] - 1])
+        rest = (None, q.shape[1], q.dtype, 0, 1.0, 1.0, _ops.REDUCTIONS["sum"])
+        return _ops.general_td_loss_backward(one, zero, action, None, zero, q, *rest)[0, :-1]
+
+    x = torch.cat([torch.linspace(-87, 0, 1_000_001), -torch.logspace(-30, 0, 1001)])
+    exact = x.double().exp()
+    ulp = torch.ldexp(torch.ones_like(exact), exact.frexp().exponent - 24)
+    assert ((exponential(x).double() - exact).abs() / ulp).max() < 1.02
+    assert exponential(torch.tensor([0.0, -0.0, -88.0, -1e4, -3e38, -torch.inf])).tolist() == [1, 1, 0, 0, 0, 0]
+
+
 def test_a_library_that_is_not_there_or_does_not_load(tmp_path: Path) -> None:
     from dqn_fused._backends import compiled_backend
 
@@ -106,8 +220,18 @@ def test_a_library_that_is_not_there_or_does_not_load(tmp_path: Path) -> None:
     assert f"the cuda library does not fit torch {torch.__version__}: " in reason
     assert "DQN_FUSED_BUILD=cuda" in reason
     for reason, device in zip(compiled_backend._REASONS.values(), ("cpu", "cuda"), strict=True):
-        assert compiled_backend.refuses(torch.device(device)) == reason
-    assert "expected tensors on cpu or cuda" in str(compiled_backend.refuses(torch.device("meta")))
+        assert compiled_backend.refuses(torch.device(device), LossSpec()) == reason
+    assert "expected tensors on cpu or cuda" in str(compiled_backend.refuses(torch.device("meta"), LossSpec()))
+
+
+@pytest.mark.parametrize("options", [{"target": "soft"}, {"target": "munchausen"}, {"cql_alpha": 1.0}])
+def test_exponentials_are_not_for_cuda(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from dqn_fused._backends import compiled_backend
+
+    monkeypatch.setattr(compiled_backend, "_REASONS", {"cpu": None, "cuda": None})
+    assert "no soft or Munchausen target" in str(compiled_backend.refuses(torch.device("cuda"), check_loss(**options)))
+    assert compiled_backend.refuses(torch.device("cuda"), check_loss("huber")) is None
+    assert compiled_backend.refuses(torch.device("cpu"), check_loss(**options)) is None
 
 
 BROKEN = {
@@ -146,6 +270,72 @@ def test_broken_inputs_are_refused_by_the_op_too(shape: tuple[int, int], broken:
     for function in (fused_dqn_loss, fused_dqn_loss_and_grad):
         with pytest.raises((ValueError, TypeError, IndexError)):
             function(**arguments, backend="compiled")
+
+
+def everything(shape: tuple[int, int]) -> dict[str, Any]:
+    return variant("munchausen-cql-masks-weights-huber", shape) | {"gamma": 0.9}
+
+
+def double(shape: tuple[int, int]) -> dict[str, Any]:
+    return variant("double-mask-weights-huber", shape) | {"gamma": 0.9}
+
+
+BROKEN_FAMILY = {
+    "online_short": (double, lambda a: {**a, "next_q_online": a["next_q_online"][1:]}),
+    "online_narrow": (double, lambda a: {**a, "next_q_online": a["next_q_online"][:, 1:]}),
+    "online_integer": (double, lambda a: {**a, "next_q_online": a["next_q_online"].int()}),
+    "online_three_dimensional": (double, lambda a: {**a, "next_q_online": a["next_q_online"].unsqueeze(0)}),
+    "online_with_a_soft_target": (double, lambda a: {**a, "target": "soft"}),
+    "online_of_all_rows": (double, lambda a: {**compacted(a), "next_q_online": a["next_q_online"]}),
+    "next_mask_of_all_rows": (double, lambda a: {**compacted(a), "next_action_mask": a["next_action_mask"]}),
+    "next_mask_of_floats": (double, lambda a: {**a, "next_action_mask": a["next_q"]}),
+    "next_mask_of_bytes": (double, lambda a: {**a, "next_action_mask": a["next_action_mask"].byte()}),
+    "next_mask_transposed": (double, lambda a: {**a, "next_action_mask": a["next_action_mask"].t()}),
+    "weights_integer": (double, lambda a: {**a, "weights": a["weights"].int()}),
+    "weights_short": (double, lambda a: {**a, "weights": a["weights"][1:]}),
+    "weights_transposed": (double, lambda a: {**a, "weights": a["weights"].unsqueeze(0)}),
+    "mask_without_a_sum": (double, lambda a: {**a, "action_mask": a["next_action_mask"]}),
+    "target_q_without_munchausen": (double, lambda a: {**a, "target_q": a["next_q"]}),
+    "no_target_q": (everything, lambda a: {**a, "target_q": None}),
+    "target_q_short": (everything, lambda a: {**a, "target_q": a["target_q"][1:]}),
+    "mask_short": (everything, lambda a: {**a, "action_mask": a["action_mask"][1:]}),
+    "mask_of_a_number_per_sample": (everything, lambda a: {**a, "action_mask": a["terminated"]}),
+    "action_too_large": (everything, lambda a: {**a, "actions": a["actions"].fill_(2**63 - 1)}),
+    "mask_too_full": (double, lambda a: {**compacted(a), "non_final_mask": torch.ones_like(a["terminated"])}),
+}  # fmt: skip
+
+
+@built
+@pytest.mark.parametrize("broken", BROKEN_FAMILY)
+@pytest.mark.parametrize("shape", [(9, 4), (3, 5000)], ids=["small", "large"])
+def test_broken_inputs_of_the_family_are_refused_by_the_op_too(shape: tuple[int, int], broken: str) -> None:
+    from dqn_fused import _ops
+
+    whole, change = BROKEN_FAMILY[broken]
+    arguments = change({**whole(shape), "terminated": torch.arange(shape[0]) == 1})
+    for op in (_ops.general_td_loss, _ops.general_td_loss_and_grad):
+        with pytest.raises(RuntimeError):
+            op(*general_arguments(arguments))
+    for function in (fused_dqn_loss, fused_dqn_loss_and_grad):
+        with pytest.raises((ValueError, TypeError, IndexError)) as expected:
+            function(**arguments, backend="torch")
+        with pytest.raises(expected.type, match=re.escape(str(expected.value))):
+            function(**arguments, backend="compiled")
+
+
+@built
+def test_unchecked_values_stay_inside_in_the_family() -> None:
+    from dqn_fused import _ops
+
+    arguments = everything((9, 4)) | {"terminated": torch.zeros(9, dtype=torch.bool)}
+    arguments["actions"][2], arguments["actions"][5] = -1, 2**63 - 1
+    loss, grad, td, log_sum = _ops.general_td_loss_and_grad(*general_arguments(arguments, "none", check=False))
+    bad = torch.isin(torch.arange(9), torch.tensor([2, 5]))
+    assert torch.equal(td.isnan(), bad)
+    assert torch.equal(loss.isnan(), bad)
+    assert log_sum.isfinite().all()
+    assert (grad[bad] == 0).all()
+    assert (grad[~bad] != 0).any(1).all()
 
 
 @built
@@ -228,6 +418,26 @@ def test_torch_compile(backend: str, form: Callable[..., dict[str, Any]], reduct
     torch._dynamo.reset()
     for got, expected in zip(run(torch.compile(step, fullgraph=True)), run(step), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
+
+
+@built
+@pytest.mark.parametrize("name", ["double-mask-weights-huber", "munchausen-cql-masks-weights-huber"])
+def test_torch_compile_of_the_family(name: str) -> None:
+    def step(arguments: dict[str, Any]) -> tuple[Tensor, ...]:
+        return fused_dqn_loss(**arguments, return_td_error=True, backend="compiled")
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True)
+    for shape in ((8, 3), (11, 5)):  # the second time with symbolic sizes
+        results = []
+        for function in (compiled, step):
+            arguments = variant(name, shape)
+            arguments["q"].requires_grad_()
+            loss, td = function(arguments)
+            loss.backward()
+            results.append((loss.detach(), td, arguments["q"].grad))
+        for got, expected in zip(*results, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
 
 
 @built

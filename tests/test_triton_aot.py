@@ -23,7 +23,9 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
 from dqn_fused._backends import triton_backend  # noqa: E402
-from dqn_fused.arguments import check_batch, check_loss  # noqa: E402
+from dqn_fused.arguments import FLOATS, Batch, check_batch, check_loss  # noqa: E402
+from dqn_fused.autograd import Saved  # noqa: E402
+from dqn_fused.targets import Munchausen, Soft  # noqa: E402
 
 pytestmark = [
     pytest.mark.aot,
@@ -109,24 +111,25 @@ def compiled(target: Target, monkeypatch: pytest.MonkeyPatch) -> Compiled:
     return kernels
 
 
-def launch(arguments: dict[str, Any], reduction: str = "mean") -> None:
+def launch(arguments: dict[str, Any], **options: Any) -> None:
     """Let the backend make its launches: forward, backward, and both in one."""
-    defaults = {"terminated": None, "gamma": 0.99, "non_final_mask": None}
-    batch, spec = check_batch(**{**defaults, **arguments}), check_loss("mse", reduction)
-    _, td_error = triton_backend.forward(batch, spec)
-    grad_loss = torch.ones_like(td_error) if reduction == "none" else torch.ones((), dtype=td_error.dtype)
-    q = arguments["q"]
-    triton_backend.backward(grad_loss, td_error, batch.actions, q.shape, q.dtype, spec)
+    spec = check_loss(**options)
+    batch = check_batch(Batch(**{"gamma": 0.99, **arguments}), spec)
+    _, td_error, log_sum = triton_backend.forward(batch, spec)
+    grad_loss = torch.ones_like(td_error) if spec.reduction == "none" else torch.ones((), dtype=td_error.dtype)
+    triton_backend.backward(grad_loss, Saved.of(batch, spec, td_error, log_sum), spec)
     triton_backend.loss_and_grad(batch, spec)
 
 
+NARROW = {"td_loss_fwd_kernel", "td_loss_bwd_kernel"}
+WIDE = {"row_fwd_kernel", *NARROW}
 CASES = {
-    "small": ({"shape": (128, 2)}, {"td_loss_fwd_kernel", "td_loss_bwd_kernel"}),
-    "atari": ({"shape": (512, 18)}, {"td_loss_fwd_kernel", "td_loss_bwd_kernel"}),
-    "many_rows": ({"shape": (16384, 18)}, {"td_loss_fwd_kernel", "sum_kernel", "td_loss_bwd_kernel"}),
-    "hundreds": ({"shape": (1024, 512)}, {"td_loss_fwd_kernel", "sum_kernel", "td_loss_bwd_kernel"}),
-    "large": ({"shape": (2048, 4099)}, {"td_loss_fwd_kernel", "sum_kernel", "td_loss_bwd_kernel"}),
-    "split": ({"shape": (3, 50257)}, {"row_max_fwd_kernel", "td_loss_fwd_kernel", "td_loss_bwd_kernel"}),
+    "small": ((128, 2), NARROW),
+    "atari": ((512, 18), NARROW),
+    "many_rows": ((16384, 18), {*NARROW, "sum_kernel"}),
+    "hundreds": ((1024, 512), WIDE),
+    "large": ((2048, 4099), WIDE),
+    "split": ((3, 50257), WIDE),
 }
 MISALIGNED = {
     "every_row": lambda: torch.randn(1025 * 512)[1:].narrow(0, 0, 1024 * 512).view(1024, 512),
@@ -134,23 +137,62 @@ MISALIGNED = {
     "time_slice": lambda: torch.randn(64, 17, 511)[:, 1:],
     "split": lambda: torch.randn(3, 50258)[:, 1:],
 }
-WIDE = {"hundreds": "td_loss_fwd_kernel", "large": "td_loss_fwd_kernel", "split": "row_max_fwd_kernel"}
+
+
+def family(variant: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments and options of a loss; the last two ask for everything that goes together."""
+    arguments, options = make(shape, dtype), {}
+
+    def matrix() -> torch.Tensor:
+        return torch.randn(shape).to(dtype)
+
+    legal = torch.rand(shape) < 0.5
+    if variant != "cql":
+        arguments["next_action_mask"] = legal
+    if variant.startswith("double"):
+        arguments["next_q_online"] = matrix()
+    if variant == "soft":
+        options["target"] = Soft()
+    if variant.startswith("munchausen"):
+        options["target"], arguments["target_q"], arguments["action_mask"] = Munchausen(), matrix(), legal
+    if "cql" in variant:
+        options["cql_alpha"], arguments["action_mask"] = 0.5, legal
+    if "weights" in variant:
+        options["loss"], arguments["weights"] = "huber", torch.rand(shape[:-1])
+    return arguments, options
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=dtype_id)
 @pytest.mark.parametrize("case", CASES)
 def test_machine_code(target: Target, compiled: Compiled, case: str, dtype: torch.dtype) -> None:
     """Both regimes in every dtype. 4,099 and 50,257 are odd: rows start at any alignment and are read 16 bytes wide."""
-    arguments, kernels = CASES[case]
-    launch(make(**arguments, dtype=dtype))
+    shape, kernels = CASES[case]
+    launch(make(shape, dtype))
     assert {name for name, _ in compiled} == kernels
-    for name, kernel in compiled:
-        check_resources(name, kernel, target)
-        check_instructions(name, kernel, target, float64=dtype is torch.float64)
-        if name == WIDE.get(case):
-            assert loads_128_bits(kernel, target), "next_q is not read 16 bytes at a time"
-        if name == "td_loss_bwd_kernel" and (dtype.itemsize >= 4 or target.name.startswith("sm_")):
-            assert stores_128_bits(kernel, target), "grad_q is not written 16 bytes at a time"
+    check(compiled, target, dtype)
+
+
+FAMILY = [
+    ("double", "atari", torch.bfloat16),
+    ("double", "split", torch.bfloat16),
+    ("soft", "hundreds", torch.float32),
+    ("cql", "large", torch.float32),
+    ("double_cql_weights", "atari", torch.float32),
+    ("double_cql_weights", "many_rows", torch.bfloat16),
+    ("munchausen_cql_weights", "atari", torch.float64),
+    ("munchausen_cql_weights", "hundreds", torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize(("variant", "case", "dtype"), FAMILY, ids=lambda x: dtype_id(x) if x in FLOATS else x)
+def test_machine_code_of_the_family(
+    target: Target, compiled: Compiled, variant: str, case: str, dtype: torch.dtype
+) -> None:
+    shape, kernels = CASES[case]
+    arguments, options = family(variant, shape, dtype)
+    launch(arguments, **options)
+    assert {name for name, _ in compiled} == kernels
+    check(compiled, target, dtype)
 
 
 @pytest.mark.parametrize("case", MISALIGNED)
@@ -159,23 +201,26 @@ def test_wide_loads_from_a_misaligned_tensor(target: Target, compiled: Compiled,
     next_q = MISALIGNED[case]()
     assert next_q.data_ptr() % 16
     launch({**make(next_q.shape), "next_q": next_q})
-    name = "row_max_fwd_kernel" if case == "split" else "td_loss_fwd_kernel"
-    assert all(loads_128_bits(kernel, target) for other, kernel in compiled if other == name)
+    assert all(loads_128_bits(kernel, target) for name, kernel in compiled if name == "row_fwd_kernel")
 
 
-def test_gamma_reaches_a_float64_kernel_in_memory(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers_reach_a_float64_kernel_in_memory(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """As an argument it would be float32. The interpreter cannot show it: there a float stays a Python float."""
     seen: list[Any] = []
     monkeypatch.setattr(triton_backend, "run", lambda kernel, programs, *args, **meta: seen.extend(args))
-    launch(make((9, 4), torch.float64))
+    arguments, options = family("munchausen_cql_weights", (9, 4), torch.float64)
+    launch(arguments, **options)
     assert not any(isinstance(x, float) for x in seen)
-    assert any(isinstance(x, torch.Tensor) and x.dim() == 0 and x.item() == 0.99 for x in seen)
+    numbers = {x.item() for x in seen if isinstance(x, torch.Tensor) and x.dim() == 0}
+    assert numbers >= {0.99, 0.03, 1 / 0.03, 0.9, -1.0, 0.5, 1.0}
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-@pytest.mark.parametrize("variant", ["mask", "gamma_scalar", "gamma_per_sample", "mixed_dtypes", "three_dimensions"])
+@pytest.mark.parametrize(
+    "variant", ["mask", "gamma_scalar", "gamma_per_sample", "mixed_dtypes", "three_dimensions", "strided"]
+)
 def test_variants_compile(target: Target, compiled: Compiled, variant: str, reduction: str) -> None:
-    arguments = make((6, 4, 70) if variant == "three_dimensions" else (24, 70))
+    arguments, options = make((6, 4, 70) if variant == "three_dimensions" else (24, 70)), {}
     if variant == "mask":
         arguments = compact(arguments)
     elif variant == "gamma_scalar":
@@ -187,12 +232,28 @@ def test_variants_compile(target: Target, compiled: Compiled, variant: str, redu
         arguments["rewards"] = arguments["rewards"].to(torch.int64)
         arguments["terminated"] = arguments["terminated"].float()
         arguments["next_q"] = arguments["next_q"].to(torch.bfloat16)
-    else:
+    elif variant == "three_dimensions":
         arguments["q"] = torch.randn(6, 5, 70)[:, 1:]
-    launch(arguments, reduction)
+    else:
+        arguments["next_q"] = torch.randn(70, 24).t()
+        arguments["q"] = torch.randn(24, 140)[:, ::2]
+        arguments["next_action_mask"] = arguments["action_mask"] = torch.ones(70, dtype=torch.bool).expand(24, 70)
+        options = {"target": Soft(), "cql_alpha": 0.5}
+    launch(arguments, reduction=reduction, **options)
     for name, kernel in compiled:
         check_resources(name, kernel, target)
         check_instructions(name, kernel, target, float64=False)
+
+
+def check(compiled: Compiled, target: Target, dtype: torch.dtype) -> None:
+    """Hold every kernel against what is promised of it."""
+    for name, kernel in compiled:
+        check_resources(name, kernel, target)
+        check_instructions(name, kernel, target, float64=dtype is torch.float64)
+        if name == "row_fwd_kernel":
+            assert loads_128_bits(kernel, target), "rows are not read 16 bytes at a time"
+        if name == "td_loss_bwd_kernel" and (dtype.itemsize >= 4 or target.name.startswith("sm_")):
+            assert stores_128_bits(kernel, target), "grad_q is not written 16 bytes at a time"
 
 
 def check_resources(name: str, kernel: Any, target: Target) -> None:

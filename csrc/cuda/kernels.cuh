@@ -1,10 +1,12 @@
-// The kernels on CUDA: row maximum, TD loss forward, its backward, and a fixed-order sum.
+// The kernels on CUDA: the best action of a row, TD loss forward, its backward, and a fixed-order sum.
 
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <limits>
+#include <type_traits>
 
 #include "../td_loss.h"
 
@@ -31,14 +33,55 @@ struct alignas(16) Vector {
   Stored values[SIZE];
 };
 
-// Maximum over `lanes` neighbouring lanes, a power of two; every lane has the result.
-template <class T>
-__device__ T lanes_max(T x, int lanes) {
-  for (int distance = lanes / 2; distance > 0; distance /= 2) {
-    x = nan_max(x, __shfl_xor_sync(0xffffffff, x, distance));
+// Loaded at once with the elements they belong to, where they are aligned.
+template <int SIZE>
+struct alignas(SIZE) Flags {
+  uint8_t values[SIZE];
+};
+
+// The dtype in which elements are compared, which holds each of them as it is.
+template <class Stored>
+using Wide = std::conditional_t<std::is_same_v<Stored, double>, double, float>;
+
+// The largest element, NaN if there is one, and where it comes first; NOWHERE as long as all are -inf.
+template <class W>
+struct Best {
+  static constexpr int64_t NOWHERE = std::numeric_limits<int64_t>::max();
+  W value = -infinity<W>();
+  int64_t index = NOWHERE;
+
+  // In the order of the columns.
+  __device__ void look(W x, int64_t j) {
+    if (x > value || (x != x && value == value)) {
+      value = x;
+      index = j;
+    }
   }
-  return x;
-}
+
+  // What neighbouring lanes have found, a power of two of them; every lane has the result.
+  template <bool INDEXED>
+  __device__ void combine(int lanes) {
+    for (int distance = lanes / 2; distance > 0; distance /= 2) {
+      const W x = __shfl_xor_sync(0xffffffff, value, distance);
+      if (INDEXED) {
+        const int64_t j = __shfl_xor_sync(0xffffffff, index, distance);
+        if (x > value || (x != x && value == value) || (x == value && j < index)) {
+          value = x;
+          index = j;
+        }
+      } else {
+        value = nan_max(value, x);
+      }
+    }
+  }
+};
+
+// Whose largest element is wanted, of the legal ones. index holds the columns of those that are the best of a range
+// already, as values does, and is null where they are all there.
+struct Choice {
+  Matrix values, legal;
+  const int64_t* index = nullptr;
+};
 
 // Sum over FORWARD_THREADS in a fixed order, on thread 0.
 template <class T>
@@ -54,17 +97,21 @@ __device__ T block_sum(T x) {
   return sum;
 }
 
-// partial[row, split]: the maximum of a range of columns, for a warp. Rows that are not live are left out.
-template <class T, class Stored>
-__global__ void __launch_bounds__(THREADS) row_max_kernel(T* partial, Batch batch, int64_t splits, int64_t chunk) {
+// best[row, split] and index[row, split]: the best action of a range of columns, by a warp. Rows that are not live are
+// left out. index is null unless INDEXED; choice.index is not looked at.
+template <class Stored, bool MASKED, bool INDEXED>
+__global__ void __launch_bounds__(THREADS)
+    row_best_kernel(Wide<Stored>* best, int64_t* index, Batch batch, Choice choice, int64_t splits, int64_t chunk) {
+  using W = Wide<Stored>;
   const int64_t warp = (static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x) / WARP;
   const int lane = threadIdx.x % WARP;
   const int64_t row = warp / splits, split = warp % splits;
-  if (row >= batch.next_q.rows || (!batch.compacted && !batch.live(row))) return;
+  if (row >= choice.values.rows || (!batch.compacted && !batch.live(row))) return;
 
-  const Stored* const start = static_cast<const Stored*>(batch.next_q.values.data) + batch.next_q.offset(row);
-  const int64_t first = split * chunk, left = batch.next_q.A - first;
-  const Stored* const x = start + first;
+  const int64_t first = split * chunk, left = choice.values.A - first;
+  const Stored* const x = static_cast<const Stored*>(choice.values.values.data) + choice.values.offset(row) + first;
+  const uint8_t* legal = nullptr;
+  if (MASKED) legal = static_cast<const uint8_t*>(choice.legal.values.data) + choice.legal.offset(row) + first;
   const int64_t n = left < chunk ? left : chunk;
   // Elements before the first 16-byte boundary and behind the last are read one by one.
   constexpr int SIZE = Vector<Stored>::SIZE;
@@ -72,23 +119,52 @@ __global__ void __launch_bounds__(THREADS) row_max_kernel(T* partial, Batch batc
   const int64_t head = misaligned == 0 ? 0 : (SIZE - misaligned < n ? SIZE - misaligned : n);
   const int64_t vectors = (n - head) / SIZE, tail = head + vectors * SIZE;
 
-  T best = -infinity<T>();
-  if (lane < head) best = static_cast<T>(x[lane]);
-  if (lane < n - tail) best = nan_max(best, static_cast<T>(x[tail + lane]));
+  Best<W> found;
+  const auto look = [&](int64_t j) {
+    if (!MASKED || legal[j] != 0) found.look(static_cast<W>(x[j]), j);
+  };
+  if (lane < head) look(lane);
   const Vector<Stored>* const body = reinterpret_cast<const Vector<Stored>*>(x + head);
+  const bool aligned = MASKED && reinterpret_cast<uintptr_t>(legal + head) % SIZE == 0;
 #pragma unroll 4
   for (int64_t v = lane; v < vectors; v += WARP) {
     const Vector<Stored> vector = body[v];
+    const int64_t here = head + v * SIZE;
+    W values[SIZE];
+    W largest = -infinity<W>();
+    Flags<SIZE> flags;
+    if (MASKED) {
+      if (aligned) {
+        flags = *reinterpret_cast<const Flags<SIZE>*>(legal + here);
+      } else {
 #pragma unroll
-    for (int k = 0; k < SIZE; ++k) best = nan_max(best, static_cast<T>(vector.values[k]));
+        for (int k = 0; k < SIZE; ++k) flags.values[k] = legal[here + k];
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < SIZE; ++k) {
+      values[k] = !MASKED || flags.values[k] != 0 ? static_cast<W>(vector.values[k]) : -infinity<W>();
+      largest = nan_max(largest, values[k]);
+    }
+    if (!INDEXED) {
+      found.value = nan_max(found.value, largest);
+    } else if (!(largest <= found.value)) {  // seldom, after the first vectors
+#pragma unroll
+      for (int k = 0; k < SIZE; ++k) found.look(values[k], here + k);
+    }
   }
-  best = lanes_max(best, WARP);
-  if (lane == 0) partial[warp] = best;
+  if (lane < n - tail) look(tail + lane);
+  found.template combine<INDEXED>(WARP);
+  if (lane != 0) return;
+  best[warp] = found.value;
+  if (INDEXED) index[warp] = first + (found.index == Best<W>::NOWHERE ? 0 : found.index);
 }
 
 template <class T>
-__device__ T coefficient(T upstream, T td, int64_t count) {
-  return upstream * SquaredError<T>::slope(td) / static_cast<T>(count);
+__device__ T coefficient(const Options& options, const Column& weights, int64_t i, T upstream, T td, int64_t count) {
+  T slope = upstream * loss_slope(options, td);
+  if (weights) slope *= weights.at<T>(i);
+  return slope / static_cast<T>(count);
 }
 
 template <class T>
@@ -107,14 +183,15 @@ __device__ void store(void* data, ScalarType type, int64_t i, T x) {
 }
 
 // A row is taken by `lanes` neighbouring lanes, a block takes block_rows rows. loss is (n,) where the reduction is
-// NONE, else one sum a block, divided by divisor. grad_q is null, or (n, A), contiguous.
-template <class T, class Stored>
+// NONE, else one sum a block, divided by divisor. grad_q is null, or (n, A), contiguous. INDEXED: the action that
+// choice finds is valued in next_q.
+template <class T, class Stored, bool INDEXED>
 __global__ void __launch_bounds__(FORWARD_THREADS, 2)
-    forward_kernel(T* loss, T* td, void* grad_q, Batch batch, const int64_t* rank, int lanes, int64_t block_rows,
-                   int64_t reduction, int64_t divisor, int64_t count) {
-  using Loss = SquaredError<T>;
+    forward_kernel(T* loss, T* td, void* grad_q, Batch batch, Options options, Choice choice, const int64_t* rank,
+                   int lanes, int64_t block_rows, int64_t divisor, int64_t count) {
+  using W = Wide<Stored>;
   const int lane = threadIdx.x % lanes, group = threadIdx.x / lanes, groups = FORWARD_THREADS / lanes;
-  const int64_t A = batch.q.A, K = batch.next_q.A, first = blockIdx.x * block_rows;
+  const int64_t A = batch.q.A, K = choice.values.A, first = blockIdx.x * block_rows;
   const int64_t stop = first + block_rows < batch.n ? first + block_rows : batch.n;
   T sum = 0;
   // Every lane makes every round: the shuffles below need them all.
@@ -124,37 +201,55 @@ __global__ void __launch_bounds__(FORWARD_THREADS, 2)
     const bool live = inside && batch.live(i);
     const int64_t next_row = live && rank != nullptr ? rank[i] - 1 : i;
     const bool known = live && next_row < batch.next_q.rows;
-    T next_value = -infinity<T>();
+    Best<W> best;
     if (known) {
-      const Stored* const x = static_cast<const Stored*>(batch.next_q.values.data) + batch.next_q.offset(next_row);
+      const Stored* const x = static_cast<const Stored*>(choice.values.values.data) + choice.values.offset(next_row);
+      const uint8_t* legal_ones = nullptr;
+      if (choice.legal) {
+        legal_ones = static_cast<const uint8_t*>(choice.legal.values.data) + choice.legal.offset(next_row);
+      }
 #pragma unroll 4
       for (int64_t j = lane; j < K; j += lanes) {
-        next_value = nan_max(next_value, static_cast<T>(x[j * batch.next_q.stride_action]));
+        if (legal_ones != nullptr && legal_ones[j * choice.legal.stride_action] == 0) continue;
+        const W value = static_cast<W>(x[j * choice.values.stride_action]);
+        if (INDEXED) {
+          best.look(value, j);
+        } else {
+          best.value = nan_max(best.value, value);
+        }
       }
     }
-    next_value = lanes_max(next_value, lanes);
+    best.template combine<INDEXED>(lanes);
     if (!inside) continue;
 
+    T next_value = static_cast<T>(best.value);
+    if (batch.next_legal && best.value == -infinity<W>()) {
+      next_value = nan<T>();
+    } else if (INDEXED && known && best.value == best.value) {
+      const int64_t j = best.index == Best<W>::NOWHERE ? 0 : best.index;
+      next_value = batch.next_q.at<T>(next_row, choice.index == nullptr ? j : choice.index[next_row * K + j]);
+    }
     const int64_t action = batch.actions.at<int64_t>(i);
     const bool taken = legal(action, A);
     const T error = taken && known == live ? td_error<T>(batch, i, action, live, next_value) : nan<T>();
     if (lane == 0) {
       td[i] = error;
-      const T value = Loss::value(error);
-      if (reduction == NONE) {
+      T value = loss_value(options, error);
+      if (batch.weights) value *= batch.weights.at<T>(i);
+      if (options.reduction == NONE) {
         loss[i] = value;
       } else {
         sum += value;
       }
     }
     if (grad_q != nullptr) {
-      const T slope = coefficient(T(1), error, count);
+      const T slope = coefficient(options, batch.weights, i, T(1), error, count);
       for (int64_t j = lane; j < A; j += lanes) {
         store(grad_q, batch.q.values.type, i * A + j, j == action ? slope : T(0));
       }
     }
   }
-  if (reduction == NONE) return;
+  if (options.reduction == NONE) return;
   sum = block_sum(sum);
   if (threadIdx.x == 0) loss[blockIdx.x] = sum / static_cast<T>(divisor);
 }
@@ -171,9 +266,9 @@ __global__ void __launch_bounds__(FORWARD_THREADS, 2) sum_kernel(T* loss, const 
 // One dense store of where(column == action, coefficient, 0) over grad_q as a flat array of `size` elements: every
 // store is aligned, whatever A is. grad_loss is empty for ones.
 template <class T, class Stored>
-__global__ void __launch_bounds__(THREADS)
-    backward_kernel(Stored* grad_q, const T* grad_loss, const T* td, Column actions, int64_t A, int64_t size,
-                    bool per_row, int64_t count) {
+__global__ void __launch_bounds__(THREADS, 4)  // left alone, ptxas spills
+    backward_kernel(Stored* grad_q, const T* grad_loss, const T* td, Column actions, Column weights, Options options,
+                    int64_t A, int64_t size, int64_t count) {
   constexpr int SIZE = Vector<Stored>::SIZE;
   const int64_t start = static_cast<int64_t>(blockIdx.x) * (THREADS * SIZE);
   const int64_t here = start + threadIdx.x * SIZE;
@@ -197,8 +292,8 @@ __global__ void __launch_bounds__(THREADS)
   for (int k = 0; k < SIZE; ++k) {
     T value = 0;
     if (column == action && here + k < size) {
-      const T upstream = grad_loss == nullptr ? T(1) : grad_loss[per_row ? row : 0];
-      value = coefficient(upstream, td[row], count);
+      const T upstream = grad_loss == nullptr ? T(1) : grad_loss[options.reduction == NONE ? row : 0];
+      value = coefficient(options, weights, row, upstream, td[row], count);
     }
     vector.values[k] = static_cast<Stored>(value);
     if (++column == A) {

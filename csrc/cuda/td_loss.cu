@@ -1,12 +1,11 @@
-// The ops on CUDA. Their schemas are in dqn_fused/_ops.py; nothing here synchronises or looks at a value on the host.
+// CUDA's part of the ops; nothing here synchronises or looks at a value on the host.
 //
 // Small (few actions, or columns that are not contiguous): forward_kernel does everything, and one block of it is the
-// whole launch. Large: row_max_kernel reads next_q 16 bytes at a time, a warp for each row and range of columns, and
-// forward_kernel finishes its (rows, splits) maxima; backward_kernel stores the gradient 16 bytes at a time.
+// whole launch. Large: row_best_kernel reads Q-values 16 bytes at a time, a warp for each row and range of columns, and
+// forward_kernel finishes its (rows, splits) answers; backward_kernel stores the gradient 16 bytes at a time.
 
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -14,10 +13,9 @@
 #include <array>
 #include <limits>
 #include <optional>
-#include <tuple>
 #include <type_traits>
 
-#include "../tensors.h"
+#include "../ops.h"
 #include "kernels.cuh"
 
 namespace dqn_fused::cuda {
@@ -45,24 +43,21 @@ unsigned grid(int64_t blocks) {
   return static_cast<unsigned>(blocks);
 }
 
-template <class T, class Stored>
-void launch_row_max(const Tensor& partial, const Batch& b, int64_t splits, int64_t chunk, cudaStream_t stream) {
-  const int64_t blocks = ceil_div(b.next_q.rows * splits, THREADS / WARP);
-  row_max_kernel<T, Stored>
-      <<<grid(blocks), THREADS, 0, stream>>>(static_cast<T*>(partial.mutable_data_ptr()), b, splits, chunk);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+template <class T>
+T* data(const Maybe& x) {
+  return x ? static_cast<T*>(x->mutable_data_ptr()) : nullptr;
 }
 
 template <class T>
-void launch_backward(const Tensor& grad_q, const T* grad_loss, const T* td, const Column& actions, int64_t n, int64_t A,
-                     int64_t reduction, cudaStream_t stream) {
-  const int64_t size = n * A, count = reduction == MEAN ? n : 1;
+void launch_backward(const Tensor& grad_q, const T* grad_loss, const T* td, const Saved& saved, const Options& options,
+                     cudaStream_t stream) {
+  const int64_t size = saved.n * saved.A, count = options.reduction == MEAN ? saved.n : 1;
   if (size == 0) return;
   const auto launch = [&](auto* out) {
     using Stored = std::remove_pointer_t<decltype(out)>;
     const int64_t blocks = ceil_div(size, THREADS * Vector<Stored>::SIZE);
-    backward_kernel<T, Stored>
-        <<<grid(blocks), THREADS, 0, stream>>>(out, grad_loss, td, actions, A, size, reduction == NONE, count);
+    backward_kernel<T, Stored><<<grid(blocks), THREADS, 0, stream>>>(out, grad_loss, td, saved.actions, saved.weights,
+                                                                     options, saved.A, size, count);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   };
   void* const out = grad_q.mutable_data_ptr();
@@ -103,54 +98,77 @@ Tensor running_count(const Tensor& mask) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-struct Outputs {
-  Tensor loss, td;
-  std::optional<Tensor> grad_q;
+// The best actions of ranges of columns, (rows, splits), to be chosen from in turn.
+struct RowBest {
+  Tensor best;
+  Maybe index;
+
+  RowBest(const Batch& b, const Choice& choice, const Tensor& like, cudaStream_t stream) {
+    const int64_t rows = choice.values.rows, A = choice.values.A;
+    const int64_t most = std::min(ceil_div(A, MIN_CHUNK), ceil_div(WARPS, rows));
+    const int64_t chunk = ceil_div(ceil_div(A, most), MIN_CHUNK) * MIN_CHUNK, splits = ceil_div(A, chunk);
+    best = empty({rows, splits}, accumulation_type(choice.values.values.type), like);
+    if (b.next_online) index = empty({rows, splits}, ScalarType::Long, like);
+    const unsigned blocks = grid(ceil_div(rows * splits, THREADS / WARP));
+    dispatch(choice.values.values.type, [&](auto* stored) {
+      using Stored = std::remove_pointer_t<decltype(stored)>;
+      auto* const kernel =
+          index          ? choice.legal ? row_best_kernel<Stored, true, true> : row_best_kernel<Stored, false, true>
+          : choice.legal ? row_best_kernel<Stored, true, false>
+                         : row_best_kernel<Stored, false, false>;
+      kernel<<<blocks, THREADS, 0, stream>>>(static_cast<Wide<Stored>*>(best.mutable_data_ptr()), data<int64_t>(index),
+                                             b, choice, splits, chunk);
+      STD_CUDA_KERNEL_LAUNCH_CHECK();
+    });
+  }
+
+  Choice choice() const {
+    const Place place(best);
+    return {matrix("next_q", best, place), {}, data<int64_t>(index)};
+  }
 };
 
 template <class T>
-Outputs forward(Batch b, const Tensor& q, const std::optional<Tensor>& mask, int64_t reduction, bool with_grad,
+Outputs forward(const Batch& b, const Options& options, const Tensor& q, const Maybe& mask, bool with_grad,
                 ScalarType type) {
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const cudaStream_t stream = current_stream(q);
-  Outputs out{empty_loss(reduction, b, type, q), empty({b.n}, type, q), std::nullopt};
+  Outputs out{empty_loss(options.reduction, b, type, q), empty({b.n}, type, q), {}, {}};
   if (with_grad) out.grad_q = empty({b.n, b.q.A}, b.q.values.type, q);
-  std::optional<Tensor> rank, row_maxima, sums;
+  Maybe rank, sums;
   if (b.compacted) rank = running_count(*mask);
   T* const td = static_cast<T*>(out.td.mutable_data_ptr());
 
-  const bool wide = b.next_q.stride_action == 1 && b.next_q.A > NARROW;
-  if (wide && b.next_q.rows > 0) {
-    const int64_t rows = b.next_q.rows, A = b.next_q.A;
-    const int64_t most = std::min(ceil_div(A, MIN_CHUNK), ceil_div(WARPS, rows));
-    const int64_t chunk = ceil_div(ceil_div(A, most), MIN_CHUNK) * MIN_CHUNK, splits = ceil_div(A, chunk);
-    row_maxima = empty({rows, splits}, type, q);
-    dispatch(b.next_q.values.type, [&](auto* stored) {
-      launch_row_max<T, std::remove_pointer_t<decltype(stored)>>(*row_maxima, b, splits, chunk, stream);
-    });
-    b.next_q = matrix("next_q", *row_maxima, Place(q));
+  Choice choice{b.next_online ? b.next_online : b.next_q, b.next_legal};
+  std::optional<RowBest> row_best;
+  const bool contiguous = choice.values.stride_action == 1 && (!choice.legal || choice.legal.stride_action == 1);
+  if (contiguous && choice.values.A > NARROW && choice.values.rows > 0) {
+    row_best.emplace(b, choice, q, stream);
+    choice = row_best->choice();
   }
 
+  const int64_t K = choice.values.A;
   int lanes = 1;
-  while (lanes < WARP && lanes * LANE_COLUMNS < b.next_q.A) lanes *= 2;
+  while (lanes < WARP && lanes * LANE_COLUMNS < K) lanes *= 2;
   const int64_t groups = FORWARD_THREADS / lanes;
-  const bool single = b.n <= groups * SINGLE_ROUNDS && b.next_q.A <= SINGLE_COLUMNS;
+  const bool single = b.n <= groups * SINGLE_ROUNDS && K <= SINGLE_COLUMNS;
   const int64_t block_rows = groups * (single ? SINGLE_ROUNDS : ROUNDS);
   const int64_t blocks = std::max<int64_t>(1, ceil_div(b.n, block_rows));
-  const int64_t count = reduction == MEAN ? b.n : 1;
+  const int64_t count = options.reduction == MEAN ? b.n : 1;
   T* loss = static_cast<T*>(out.loss.mutable_data_ptr());
-  if (reduction != NONE && blocks > 1) {
+  if (options.reduction != NONE && blocks > 1) {
     sums = empty({blocks}, type, q);
-    loss = static_cast<T*>(sums->mutable_data_ptr());
+    loss = data<T>(sums);
   }
   // Wide rows of the gradient are left to the dense store of backward_kernel.
   const bool fused_grad = with_grad && b.q.A <= NARROW;
-  if (b.n > 0 || reduction != NONE) {
-    dispatch(b.next_q.values.type, [&](auto* stored) {
-      forward_kernel<T, std::remove_pointer_t<decltype(stored)>><<<grid(blocks), FORWARD_THREADS, 0, stream>>>(
-          loss, td, fused_grad ? out.grad_q->mutable_data_ptr() : nullptr, b,
-          rank ? static_cast<const int64_t*>(rank->const_data_ptr()) : nullptr, lanes, block_rows, reduction,
-          blocks > 1 ? 1 : count, count);
+  if (b.n > 0 || options.reduction != NONE) {
+    dispatch(choice.values.values.type, [&](auto* stored) {
+      using Stored = std::remove_pointer_t<decltype(stored)>;
+      auto* const kernel = b.next_online ? forward_kernel<T, Stored, true> : forward_kernel<T, Stored, false>;
+      kernel<<<grid(blocks), FORWARD_THREADS, 0, stream>>>(
+          loss, td, fused_grad ? out.grad_q->mutable_data_ptr() : nullptr, b, options, choice, data<int64_t>(rank),
+          lanes, block_rows, blocks > 1 ? 1 : count, count);
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     });
   }
@@ -159,59 +177,47 @@ Outputs forward(Batch b, const Tensor& q, const std::optional<Tensor>& mask, int
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
   if (with_grad && !fused_grad) {
-    launch_backward<T>(*out.grad_q, nullptr, td, b.actions, b.n, b.q.A, reduction, stream);
+    const Saved saved{b.actions, b.weights, {}, {}, b.n, b.q.A};
+    launch_backward<T>(*out.grad_q, nullptr, td, saved, options, stream);
   }
   return out;
 }
 
-Outputs forward(const Batch& b, const Tensor& q, const std::optional<Tensor>& mask, int64_t reduction, bool with_grad) {
-  const ScalarType type = accumulation_type(b.q.values.type);
-  return type == ScalarType::Double ? forward<double>(b, q, mask, reduction, with_grad, type)
-                                    : forward<float>(b, q, mask, reduction, with_grad, type);
+// The kernels have no exponentials: the Triton ones do.
+void serves(const Options& options) {
+  STD_TORCH_CHECK(options.target == MAX && !options.cql && options.cql_alpha == 0,
+                  "on CUDA there is no soft or Munchausen target and no conservative term");
 }
 
-// check is the CPU's: looking at a value would cost a synchronisation.
-std::tuple<Tensor, Tensor> td_loss(const Tensor& q, const Tensor& actions, const Tensor& rewards, const Tensor& next_q,
-                                   const std::optional<Tensor>& terminated, const std::optional<Tensor>& non_final_mask,
-                                   const std::optional<Tensor>& gammas, double gamma, int64_t reduction, bool) {
-  const Batch b = batch(q, actions, rewards, next_q, terminated, non_final_mask, gammas, gamma);
-  Outputs out = forward(b, q, non_final_mask, reduction, false);
-  return {std::move(out.loss), std::move(out.td)};
-}
-
-std::tuple<Tensor, Tensor, Tensor> td_loss_and_grad(const Tensor& q, const Tensor& actions, const Tensor& rewards,
-                                                    const Tensor& next_q, const std::optional<Tensor>& terminated,
-                                                    const std::optional<Tensor>& non_final_mask,
-                                                    const std::optional<Tensor>& gammas, double gamma,
-                                                    int64_t reduction, bool) {
-  const Batch b = batch(q, actions, rewards, next_q, terminated, non_final_mask, gammas, gamma);
-  Outputs out = forward(b, q, non_final_mask, reduction, true);
-  return {std::move(out.loss), std::move(*out.grad_q), std::move(out.td)};
-}
-
-Tensor td_loss_backward(const Tensor& grad_loss, const Tensor& td, const Tensor& actions, int64_t A, ScalarType type,
-                        int64_t reduction) {
-  const Column taken = taken_actions(grad_loss, td, actions, A, type, reduction);
-  const torch::stable::accelerator::DeviceGuard guard(td.get_device_index());
-  const cudaStream_t stream = current_stream(td);
-  const int64_t n = td.numel();
-  Tensor grad_q = empty({n, A}, type, td);
-  if (type == ScalarType::Double) {
-    launch_backward(grad_q, static_cast<const double*>(grad_loss.const_data_ptr()),
-                    static_cast<const double*>(td.const_data_ptr()), taken, n, A, reduction, stream);
-  } else {
-    launch_backward(grad_q, static_cast<const float*>(grad_loss.const_data_ptr()),
-                    static_cast<const float*>(td.const_data_ptr()), taken, n, A, reduction, stream);
+struct Cuda {
+  // check is the CPU's: looking at a value would cost a synchronisation.
+  static Outputs run(const Batch& b, const Options& options, const Tensor& q, const Maybe& non_final_mask, bool,
+                     bool with_grad) {
+    serves(options);
+    const ScalarType type = accumulation_type(b.q.values.type);
+    return type == ScalarType::Double ? forward<double>(b, options, q, non_final_mask, with_grad, type)
+                                      : forward<float>(b, options, q, non_final_mask, with_grad, type);
   }
-  return grad_q;
-}
+
+  static Tensor gradient(const Saved& saved, const Options& options, const Tensor& grad_loss, const Tensor& td,
+                         const Maybe&, ScalarType type) {
+    serves(options);
+    const torch::stable::accelerator::DeviceGuard guard(td.get_device_index());
+    const cudaStream_t stream = current_stream(td);
+    Tensor grad_q = empty({saved.n, saved.A}, type, td);
+    if (type == ScalarType::Double) {
+      launch_backward(grad_q, static_cast<const double*>(grad_loss.const_data_ptr()),
+                      static_cast<const double*>(td.const_data_ptr()), saved, options, stream);
+    } else {
+      launch_backward(grad_q, static_cast<const float*>(grad_loss.const_data_ptr()),
+                      static_cast<const float*>(td.const_data_ptr()), saved, options, stream);
+    }
+    return grad_q;
+  }
+};
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(dqn_fused, CUDA, m) {
-  m.impl("td_loss", TORCH_BOX(&td_loss));
-  m.impl("td_loss_backward", TORCH_BOX(&td_loss_backward));
-  m.impl("td_loss_and_grad", TORCH_BOX(&td_loss_and_grad));
-}
+STABLE_TORCH_LIBRARY_IMPL(dqn_fused, CUDA, m) { Ops<Cuda>::implement(m); }
 
 }  // namespace dqn_fused::cuda

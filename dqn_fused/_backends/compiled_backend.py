@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dqn_fused import arguments
-from dqn_fused._ops import REDUCTIONS, td_loss, td_loss_and_grad, td_loss_backward
+from dqn_fused import _ops, arguments
+from dqn_fused._ops import LOSSES, REDUCTIONS, TARGETS
 from dqn_fused.arguments import Batch, LossSpec
+from dqn_fused.autograd import Saved
 
 CHECKS_CPU = True  # on CUDA a look at the values would cost a synchronisation
 
@@ -39,33 +40,52 @@ def unavailable() -> str | None:
 
 
 def refuses(device: torch.device, spec: LossSpec) -> str | None:
-    """Serve the devices whose library is loaded."""
-    return _REASONS.get(device.type, f"expected tensors on cpu or cuda, got {device}")
+    """Serve the devices whose library is loaded; on CUDA no log-sum-exp."""
+    reason = _REASONS.get(device.type, f"expected tensors on cpu or cuda, got {device}")
+    if reason is None and device.type == "cuda" and spec.exponentials:
+        return "on CUDA it has no soft or Munchausen target and no conservative term; triton and torch have"
+    return reason
 
 
-def forward(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor]:
-    """Return (loss, td_error)."""
-    loss, td_error = _call(td_loss, batch, spec)
-    if len(batch.shape) == 1:  # 1 us of comparing shapes
-        return loss, td_error
-    return _shaped(loss, batch.shape if spec.reduction == "none" else loss.shape), _shaped(td_error, batch.shape)
+def forward(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return (loss, td_error, log_sum)."""
+    if _plain(batch, spec):
+        loss, td_error = _ops.td_loss(*_plain_arguments(batch, spec))
+        log_sum = None
+    else:
+        loss, td_error, log_sum = _ops.general_td_loss(*_arguments(batch, spec))
+    shape = batch.shape
+    if len(shape) != 1:  # 1 us of comparing shapes
+        loss, td_error = _shaped(loss, shape if spec.reduction == "none" else loss.shape), _shaped(td_error, shape)
+    return loss, td_error, _shaped_log_sum(log_sum, batch, spec)
 
 
-def backward(
-    grad_loss: Tensor, td_error: Tensor, actions: Tensor, q_shape: torch.Size, q_dtype: torch.dtype, spec: LossSpec
-) -> Tensor:
+def backward(grad_loss: Tensor, saved: Saved, spec: LossSpec) -> Tensor:
     """Return grad_q."""
-    grad_q = td_loss_backward(grad_loss, td_error, actions, q_shape[-1], q_dtype, REDUCTIONS[spec.reduction])
+    td_error, actions, weights, log_sum, q, action_mask, q_shape, q_dtype = saved
+    A, reduction = q_shape[-1], REDUCTIONS[spec.reduction]
+    if spec.loss == "mse" and weights is None and q is None:
+        grad_q = _ops.td_loss_backward(grad_loss, td_error, actions, A, q_dtype, reduction)
+    else:
+        grad_q = _ops.general_td_loss_backward(
+            grad_loss, td_error, actions, weights, log_sum, q, action_mask, A, q_dtype,
+            LOSSES[spec.loss], spec.delta, spec.cql_alpha, reduction,
+        )  # fmt: skip
     return _shaped(grad_q, q_shape)
 
 
-def loss_and_grad(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (loss, grad_q, td_error)."""
-    loss, grad_q, td_error = _call(td_loss_and_grad, batch, spec)
-    if len(batch.shape) == 1:
-        return loss, grad_q, td_error
-    loss = _shaped(loss, batch.shape if spec.reduction == "none" else loss.shape)
-    return loss, _shaped(grad_q, (*batch.shape, grad_q.shape[-1])), _shaped(td_error, batch.shape)
+def loss_and_grad(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return (loss, grad_q, td_error, log_sum)."""
+    if _plain(batch, spec):
+        loss, grad_q, td_error = _ops.td_loss_and_grad(*_plain_arguments(batch, spec))
+        log_sum = None
+    else:
+        loss, grad_q, td_error, log_sum = _ops.general_td_loss_and_grad(*_arguments(batch, spec))
+    shape = batch.shape
+    if len(shape) != 1:
+        loss, td_error = _shaped(loss, shape if spec.reduction == "none" else loss.shape), _shaped(td_error, shape)
+        grad_q = _shaped(grad_q, (*shape, grad_q.shape[-1]))
+    return loss, grad_q, td_error, _shaped_log_sum(log_sum, batch, spec)
 
 
 def _shaped(x: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
@@ -73,10 +93,50 @@ def _shaped(x: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
     return x if x.shape == shape else torch.ops.aten._unsafe_view.default(x, shape)
 
 
-def _call(op: torch._ops.OpOverload, batch: Batch, spec: LossSpec) -> tuple[Tensor, ...]:
-    q, actions, rewards, next_q, terminated, gamma, non_final_mask, _ = batch
+def _shaped_log_sum(log_sum: Tensor | None, batch: Batch, spec: LossSpec) -> Tensor | None:
+    if log_sum is None or not spec.cql:
+        return None
+    return log_sum if len(batch.shape) == 1 else _shaped(log_sum, batch.shape)
+
+
+def _plain(batch: Batch, spec: LossSpec) -> bool:
+    """Whether the ops of the plain loss will do, whose calls are cheaper."""
+    _, _, _, next_q, _, _, _, next_q_online, next_action_mask, weights, target_q, action_mask, _ = batch
+    return (
+        next_q_online is next_action_mask is weights is target_q is action_mask is None
+        and next_q is not None
+        and spec.loss == "mse"
+        and spec.target == "max"
+        and not spec.cql
+    )
+
+
+def _plain_arguments(batch: Batch, spec: LossSpec) -> tuple[object, ...]:
+    q, actions, rewards, next_q, terminated, gamma, non_final_mask, *_ = batch
     gammas = None
     if isinstance(gamma, Tensor):
         gammas, gamma = gamma, 0.0
     look = arguments.looks_at_values(q.device)
-    return op(q, actions, rewards, next_q, terminated, non_final_mask, gammas, gamma, REDUCTIONS[spec.reduction], look)
+    return q, actions, rewards, next_q, terminated, non_final_mask, gammas, gamma, REDUCTIONS[spec.reduction], look
+
+
+def _arguments(batch: Batch, spec: LossSpec) -> tuple[object, ...]:
+    (
+        q, actions, rewards, next_q, terminated, gamma, non_final_mask,
+        next_q_online, next_action_mask, weights, target_q, action_mask, shape,
+    ) = batch  # fmt: skip
+    loss, delta, reduction, target, temperature, alpha, clip, cql, cql_alpha = spec
+    if len(shape) == 1:
+        # Elsewhere two leading dimensions may merge in one matrix and not in another, so the op takes both.
+        for x in (next_q_online, next_action_mask, target_q, action_mask):
+            if x is not None and x.dim() != 2:
+                raise RuntimeError(f"expected matrices of two dimensions, as q, got {x.dim()}")
+    gammas = None
+    if isinstance(gamma, Tensor):
+        gammas, gamma = gamma, 0.0
+    look = arguments.looks_at_values(q.device)
+    return (
+        q, actions, rewards, next_q, terminated, non_final_mask, gammas, gamma,
+        next_q_online, next_action_mask, weights, target_q, action_mask,
+        LOSSES[loss], delta, TARGETS[target], temperature, alpha, clip, cql, cql_alpha, REDUCTIONS[reduction], look,
+    )  # fmt: skip

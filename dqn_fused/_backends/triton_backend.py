@@ -3,7 +3,7 @@
 import re
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -11,8 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from dqn_fused.arguments import Batch, LossSpec, accumulation_dtype
+from dqn_fused.autograd import Saved
 from dqn_fused.kernels import launch
-from dqn_fused.kernels.td_loss import row_max_fwd_kernel, sum_kernel, td_loss_bwd_kernel, td_loss_fwd_kernel
+from dqn_fused.kernels.rows import row_fwd_kernel
+from dqn_fused.kernels.td_loss import sum_kernel, td_loss_fwd_kernel
+from dqn_fused.kernels.td_loss_bwd import td_loss_bwd_kernel
 from dqn_fused.reference import loss_of_td_error
 
 INTERPRETED = not isinstance(td_loss_fwd_kernel, triton.runtime.JITFunction)
@@ -39,96 +42,137 @@ def unavailable() -> str | None:
 
 
 def refuses(device: torch.device, spec: LossSpec) -> str | None:
-    """Serve CUDA tensors, and CPU tensors in the interpreter."""
+    """Serve every loss on CUDA tensors, and on CPU tensors in the interpreter."""
     expected = "cpu" if INTERPRETED else "cuda"
     return None if device.type == expected else f"expected tensors on {expected}, got {device}"
 
 
-def forward(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor]:
-    """Return (loss, td_error): one launch for a small batch, a second one where several programs share the work."""
-    loss, td_error, _ = _forward(batch, spec, None)
-    return loss, td_error
+def forward(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return (loss, td_error, log_sum).
+
+    Up to 64 actions: one launch for a small batch, a second one where several programs share the work. Above, the rows
+    of each matrix whose every action counts are reduced first, in a launch of their own.
+    """
+    return _forward(batch, spec, None)
 
 
-def backward(
-    grad_loss: Tensor, td_error: Tensor, actions: Tensor, q_shape: torch.Size, q_dtype: torch.dtype, spec: LossSpec
-) -> Tensor:
+def backward(grad_loss: Tensor, saved: Saved, spec: LossSpec) -> Tensor:
     """Return grad_q in one launch."""
-    grad_q = torch.empty(q_shape, dtype=q_dtype, device=td_error.device)
-    _store_gradient(grad_q, grad_loss, td_error, actions, spec)
+    grad_q = torch.empty(saved.q_shape, dtype=saved.q_dtype, device=saved.td_error.device)
+    _store_gradient(grad_q, grad_loss, saved, spec)
     return grad_q
 
 
-def loss_and_grad(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (loss, grad_q, td_error): up to 64 actions the forward launch writes grad_q too, above one more does."""
+def loss_and_grad(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return (loss, grad_q, td_error, log_sum): up to 64 actions the forward launch writes grad_q, above one more."""
     q = batch.q
-    grad_q = torch.empty((*batch.shape, q.shape[-1]), dtype=q.dtype, device=q.device)
-    loss, td_error, stored = _forward(batch, spec, grad_q)
-    if not stored:
-        _store_gradient(grad_q, None, td_error, batch.actions, spec)
-    return loss, grad_q, td_error
+    A = q.shape[-1]
+    grad_q = torch.empty((*batch.shape, A), dtype=q.dtype, device=q.device)
+    narrow = A <= launch.NARROW
+    loss, td_error, log_sum = _forward(batch, spec, grad_q if narrow else None)
+    if not narrow:
+        _store_gradient(grad_q, None, Saved.of(batch, spec, td_error, log_sum), spec)
+    return loss, grad_q, td_error, log_sum
 
 
-def _forward(batch: Batch, spec: LossSpec, grad_q: Tensor | None) -> tuple[Tensor, Tensor, bool]:
-    """Loss, TD errors, and whether grad_q is filled."""
+class Partial(NamedTuple):
+    """What row_fwd_kernel has left of the rows of a matrix."""
+
+    best: Tensor | None = None  # (splits, m)
+    aux: Tensor | None = None
+    splits: int = 1
+
+
+def _forward(batch: Batch, spec: LossSpec, grad_q: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Loss, TD errors and sums of the conservative term; grad_q is filled if given."""
     # A pointer does not carry the lazy minus sign of conj().imag; per-sample tensors lost it when made contiguous.
-    q, next_q, device = batch.q.resolve_neg(), batch.next_q.resolve_neg(), batch.q.device
-    dtype = accumulation_dtype(q)
-    acc = _ACC[dtype]
+    q, next_q, online, target_q = (
+        None if x is None else x.resolve_neg() for x in (batch.q, batch.next_q, batch.next_q_online, batch.target_q)
+    )
+    assert q is not None
+    device, dtype = q.device, accumulation_dtype(q)
     n, A = batch.actions.numel(), q.shape[-1]
     td_error = torch.empty(batch.shape, dtype=dtype, device=device)
+    log_sum = torch.empty(batch.shape, dtype=dtype, device=device) if spec.cql else None
     if n == 0:
-        return loss_of_td_error(td_error, spec), td_error, True
+        return loss_of_td_error(td_error, log_sum, batch, spec), td_error, log_sum
+    m = 0 if next_q is None else next_q.shape[:-1].numel()
+    next_mask, mask = batch.next_action_mask, batch.action_mask
     rank, final = None, batch.terminated
     if batch.non_final_mask is not None:
         rank, final = batch.non_final_mask.cumsum(0), batch.non_final_mask
-    gamma, gamma_kind = batch.gamma, "number"
-    if isinstance(gamma, Tensor):
-        gamma_kind = "scalar" if gamma.dim() == 0 else "per_sample"
-    elif dtype is torch.float64:  # a float argument reaches a kernel as float32
-        gamma, gamma_kind = torch.full((), gamma, dtype=dtype, device=device), "scalar"
+    value, choice, choice_dtype = "max" if spec.target == "max" else "sum_exp", next_q, dtype
+    if online is not None:
+        value, choice = "argmax", online
+        choice_dtype = accumulation_dtype(online)  # rounded, values that differ would be equals
 
-    per_row = spec.reduction == "none"
     with _on(device):
-        m = next_q.shape[:-1].numel()
-        split = launch.split(m, A, next_q.element_size(), next_q.stride(-1) == 1, _sms(device))
-        next_q, shift = _from_boundary(next_q)
-        if split is not None:
-            next_q, shift = _split_row_max(next_q, shift, None if rank is not None else final, split, dtype), 0
-        K = next_q.shape[-1]
-        with_grad = grad_q is not None and split is None
-        plan = launch.forward(n, K, next_q.element_size(), next_q.stride(-1) == 1, with_grad)
-        stores_grad = with_grad and plan.layout == "narrow"
+        gamma, gamma_kind = batch.gamma, "scalar"
+        if not isinstance(gamma, Tensor):
+            gamma, gamma_kind = _number(gamma, dtype, device), "number"
+        elif gamma.dim() != 0:
+            gamma_kind = "per_sample"
+        temperature = inverse = alpha = clip = None
+        if spec.target != "max":
+            temperature = _number(spec.temperature, dtype, device)
+            inverse = _number(min(1 / spec.temperature, torch.finfo(dtype).max), dtype, device)
+        if spec.target == "munchausen":
+            alpha, clip = _number(spec.alpha, dtype, device), _number(spec.clip, dtype, device)
+
+        narrow = A <= launch.NARROW
+        next_partial = policy_partial = q_partial = Partial()
+        if not narrow:
+            if choice is not None:
+                skip = None if rank is not None else final
+                next_partial = _reduce_rows(choice, next_mask, skip, value, inverse, choice_dtype)
+            if target_q is not None:
+                policy_partial = _reduce_rows(target_q, mask, None, "sum_exp", inverse, dtype)
+            if spec.cql:
+                q_partial = _reduce_rows(q, mask, None, "sum_exp", _number(1.0, dtype, device), dtype)
+        splits = [partial.splits for partial in (next_partial, policy_partial, q_partial)]
+        doubles = any(x is not None and x.element_size() > 4 for x in (q, choice, target_q))
+        more = grad_q is not None or value != "max" or spec.cql or next_mask is not None
+        plan = launch.forward(n, A if narrow else max(splits), (2 if doubles else 1) * (2 if more else 1))
+        per_row = spec.reduction == "none"
         loss = torch.empty(
             batch.shape if per_row else () if plan.programs == 1 else plan.programs, dtype=dtype, device=device
         )
         run(
             td_loss_fwd_kernel, plan.programs,
-            loss, td_error, grad_q if stores_grad else None,
-            q, batch.actions, batch.rewards, next_q, final, rank, gamma,
-            n, m, A, K, *_row_strides(q), *_row_strides(next_q), shift, _count(n, spec),
-            GAMMA=gamma_kind, PER_ROW=per_row, LAYOUT=plan.layout, VEC=16 // next_q.element_size(),
-            TILES=plan.tiles, ROWS=plan.rows, BLOCK=plan.block, ACC=acc, num_warps=plan.num_warps,
+            loss, td_error, log_sum, grad_q,
+            q, batch.actions, batch.rewards, batch.weights,
+            next_q, online, next_mask, final, rank, target_q, mask,
+            next_partial.best, next_partial.aux, policy_partial.best, policy_partial.aux, q_partial.best, q_partial.aux,
+            gamma, *_numbers(spec, dtype, device), temperature, inverse, alpha, clip,
+            n, m, A, *splits,
+            *_row_strides(q), *_row_strides(next_q), *_row_strides(online), *_row_strides(next_mask),
+            *_row_strides(target_q), *_row_strides(mask),
+            _count(n, spec),
+            LOSS=spec.loss, VALUE=None if next_q is None else value, GAMMA=gamma_kind,
+            PER_ROW=per_row, NARROW=narrow,
+            TILES=plan.tiles, ROWS=plan.rows, BLOCK=plan.block,
+            ACC=_ACC[dtype], CHOICE_ACC=_ACC[choice_dtype], num_warps=plan.num_warps,
         )  # fmt: skip
         if not per_row and plan.programs > 1:
             partial, loss = loss, torch.empty((), dtype=dtype, device=device)
-            run(sum_kernel, 1, loss, partial, plan.programs, BLOCK=SUM_BLOCK, ACC=acc, num_warps=4)
-    return loss, td_error, stores_grad
+            run(sum_kernel, 1, loss, partial, plan.programs, BLOCK=SUM_BLOCK, ACC=_ACC[dtype], num_warps=4)
+    return loss, td_error, log_sum
 
 
-def _store_gradient(
-    grad_q: Tensor, grad_loss: Tensor | None, td_error: Tensor, actions: Tensor, spec: LossSpec
-) -> None:
+def _store_gradient(grad_q: Tensor, grad_loss: Tensor | None, saved: Saved, spec: LossSpec) -> None:
     """Write grad_q; grad_loss None stands for ones."""
-    n, A = actions.numel(), grad_q.shape[-1]
+    n, A, td_error = saved.actions.numel(), saved.q_shape[-1], saved.td_error
     if n == 0:
         return
-    block, wide = launch.backward(A, grad_q.element_size())
+    q = None if saved.q is None else saved.q.resolve_neg()
+    block, wide = launch.backward(A, grad_q.element_size(), dense=q is not None)
     with _on(td_error.device):
         run(
             td_loss_bwd_kernel, launch.cdiv(n * A, block),
-            grad_q, grad_loss, td_error, actions, n, A, _count(n, spec),
-            PER_ROW=spec.reduction == "none", WIDE=wide, BLOCK=block, num_warps=4,
+            grad_q, grad_loss, td_error, saved.actions, saved.weights, saved.log_sum, q, saved.action_mask,
+            *_numbers(spec, td_error.dtype, td_error.device),
+            n, A, _count(n, spec), *_strides_unless_flat(q), *_strides_unless_flat(saved.action_mask),
+            LOSS=spec.loss, PER_ROW=spec.reduction == "none", WIDE=wide, BLOCK=block, num_warps=4,
         )  # fmt: skip
 
 
@@ -136,41 +180,78 @@ def _count(n: int, spec: LossSpec) -> int:
     return n if spec.reduction == "mean" else 1
 
 
+def _number(x: float, dtype: torch.dtype, device: torch.device) -> float | Tensor:
+    """A number as a kernel takes it: a float argument arrives as float32, so for float64 arithmetic it is in memory."""
+    return torch.full((), x, dtype=dtype, device=device) if dtype is torch.float64 else x
+
+
+def _numbers(
+    spec: LossSpec, dtype: torch.dtype, device: torch.device
+) -> tuple[float | Tensor | None, float | Tensor | None]:
+    """(delta, cql_alpha), None where they mean nothing."""
+    delta = None if spec.loss == "mse" else _number(spec.delta, dtype, device)
+    return delta, _number(spec.cql_alpha, dtype, device) if spec.dense_gradient else None
+
+
 def run(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
     """Launch a kernel on a one-dimensional grid: grid.y ends at 65,535."""
     kernel[(programs,)](*args, **meta)
 
 
-def _split_row_max(
-    next_q: Tensor, shift: int, terminated: Tensor | None, split: launch.Split, dtype: torch.dtype
-) -> Tensor:
-    """Maxima of column ranges, as an (m, splits) matrix whose rows the forward kernel then finishes."""
-    m = next_q.shape[:-1].numel()
-    partial = torch.empty((split.splits, m), dtype=dtype, device=next_q.device)
-    run(
-        row_max_fwd_kernel, m * split.splits,
-        partial, next_q, terminated, m, next_q.shape[-1], *_row_strides(next_q), shift, split.splits, split.chunk,
-        VEC=16 // next_q.element_size(), BLOCK=split.block, ACC=_ACC[dtype], num_warps=4,
-    )  # fmt: skip
-    return partial.t()
+def _reduce_rows(
+    x: Tensor, mask: Tensor | None, terminated: Tensor | None, kind: str, inverse: Any, dtype: torch.dtype
+) -> Partial:
+    """Reduce the rows of x that are not terminated over the actions that are legal."""
+    m, A = x.shape[:-1].numel(), x.shape[-1]
+    x, mask, shift, wide = _from_boundary(x, mask)
+    plan = launch.rows(m, A, x.element_size(), wide, _sms(x.device))
+    best = torch.empty((plan.splits, m), dtype=dtype, device=x.device)
+    aux = None
+    if kind != "max":
+        aux = torch.empty_like(best, dtype=torch.int32 if kind == "argmax" else dtype)
+    if m:
+        run(
+            row_fwd_kernel, plan.programs,
+            best, aux, x, mask, terminated, inverse,
+            m, A, *_row_strides(x), shift, *_row_strides(None if wide else mask), plan.splits, plan.chunk,
+            KIND=kind, WIDE=wide, VEC=16 // x.element_size(), ROWS=plan.rows, BLOCK=plan.block, ACC=_ACC[dtype],
+            num_warps=4,
+        )  # fmt: skip
+    return Partial(best, aux, plan.splits)
 
 
-def _from_boundary(x: Tensor) -> tuple[Tensor, int]:
-    """View that starts at the 16-byte boundary at or before x's first element, and how many elements that is before.
+def _from_boundary(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, int, bool]:
+    """Views of x and its mask that start at the 16-byte boundary at or before x's first element, how many elements
+    that is before, and whether they can be read 16 bytes at a time: the mask must lie as x does.
 
     A kernel is compiled for 16-byte loads only where its pointer is a multiple of 16: x[:, 1:] is not.
     """
+    if x.stride(-1) != 1 or (mask is not None and mask.stride() != x.stride()):
+        return x, mask, 0, False
     shift = x.data_ptr() % 16 // x.element_size()
-    if shift == 0 or x.storage_offset() < shift:
-        return x, 0
-    return x.as_strided(x.shape, x.stride(), x.storage_offset() - shift), shift
+    if shift == 0 or any(y is not None and y.storage_offset() < shift for y in (x, mask)):
+        return x, mask, 0, True
+    return _moved_back(x, shift), None if mask is None else _moved_back(mask, shift), shift, True
 
 
-def _row_strides(x: Tensor) -> tuple[int | None, int | None, int, int]:
+def _moved_back(x: Tensor, shift: int) -> Tensor:
+    return x.as_strided(x.shape, x.stride(), x.storage_offset() - shift)
+
+
+Strides = tuple[int | None, int | None, int | None, int | None]
+
+
+def _row_strides(x: Tensor | None) -> Strides:
     """(inner, stride_outer, stride_inner, stride_action) of an (n, A) or (outer, inner, A) tensor."""
+    if x is None:
+        return None, None, None, None
     if x.dim() == 2:
         return None, None, x.stride(0), x.stride(1)
     return x.shape[1], x.stride(0), x.stride(1), x.stride(2)
+
+
+def _strides_unless_flat(x: Tensor | None) -> Strides:
+    return _row_strides(None if x is None or x.is_contiguous() else x)
 
 
 @cache

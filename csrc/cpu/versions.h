@@ -1,0 +1,51 @@
+// One function compiled for several vector instruction sets; the processor chooses at the first call.
+
+#pragma once
+
+namespace dqn_fused::cpu {
+
+// What a version calls must be inlined into it: by itself it would be compiled for any processor.
+#define DQN_FUSED_INLINE __attribute__((always_inline)) inline
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define DQN_FUSED_MULTIVERSION 1
+#endif
+
+template <class Op, class Signature = decltype(Op::run)>
+struct Versions;
+
+template <class Op, class Result, class... Arguments>
+struct Versions<Op, Result(Arguments...)> {
+  using Function = Result (*)(Arguments...);
+
+  static Result baseline(Arguments... arguments) { return Op::run(arguments...); }
+
+#ifdef DQN_FUSED_MULTIVERSION
+  __attribute__((target("avx2,fma"))) static Result avx2(Arguments... arguments) { return Op::run(arguments...); }
+
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) static Result avx512(Arguments... arguments) {
+    return Op::run(arguments...);
+  }
+#endif
+
+  static Function best() {
+#ifdef DQN_FUSED_MULTIVERSION
+    // Asked by hand, not by target_clones: an ifunc resolver runs before a sanitizer does, and musl has none.
+    const bool fma = __builtin_cpu_supports("fma");
+    if (fma && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+      return avx512;
+    if (fma && __builtin_cpu_supports("avx2")) return avx2;
+#endif
+    return baseline;
+  }
+};
+
+// The best version of Op::run.
+template <class Op>
+typename Versions<Op>::Function fastest() {
+  static const auto best = Versions<Op>::best();
+  return best;
+}
+
+}  // namespace dqn_fused::cpu
