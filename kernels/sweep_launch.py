@@ -10,11 +10,20 @@ from typing import NamedTuple
 
 from .launch import cdiv, next_power_of_2
 
-COLUMNS = 128
-STEP_BYTES = 128  # of features of a row multiplied at once: 8 loads of 16 bytes, the widest row a swizzle knows
-# Rows that a tile is rounded up to, and the programs of it that a multiprocessor holds. Up to 16 rows the weight is
-# read at the rate of the memory whatever the tensor cores do, and its 16 KiB a stage are what is in flight.
-TILE_ROWS = {16: 4, 64: 3, 128: 2}
+# By what multiplies: the most rows of a tile, its columns, and the bytes of features of a row that are multiplied at
+# once. 128 bytes are the widest row that a swizzle of shared memory knows; the units of a lane, with or without tensor
+# cores, have the operands of a step in registers beside the tile, where more of either spills.
+TILES = {
+    "nvidia": (128, 128, 128),  # tensor cores
+    "mfma": (128, 128, 128),  # tensor cores of 64 lanes
+    "wmma": (64, 64, 64),  # tensor cores of 32 lanes
+    "fma": (64, 64, 64),  # none, 128 lanes of NVIDIA's
+    "valu": (32, 64, 64),  # none, 32 lanes of AMD's
+    "interpreter": (16, 32, 256),  # small, so that small tests have several
+}
+# Rows that a tile is rounded up to, and programs of it that a multiprocessor holds. Up to 16 rows the weight is read at
+# the rate of the memory whatever multiplies, and its 16 KiB a stage are what is in flight.
+PROGRAMS_PER_SM = {16: 4, 32: 4, 64: 3, 128: 2}
 
 
 class Sweep(NamedTuple):
@@ -31,22 +40,20 @@ class Sweep(NamedTuple):
 
 
 def sweep(rows: int, columns: int, features: int, itemsize: int, units: str, sms: int) -> Sweep:
-    """Tiles by what multiplies them: "nvidia", "mfma" (64 lanes), "wmma" (32 lanes), "fma" without tensor cores, or
-    "interpreter", which calls Python for every element of a tile.
-    """
-    tile_rows = next((size for size in TILE_ROWS if rows <= size), max(TILE_ROWS))
-    tile_columns, step = COLUMNS, max(16, min(next_power_of_2(features), STEP_BYTES // itemsize))
-    programs = TILE_ROWS[tile_rows] * sms
-    if units == "interpreter":
-        tile_rows, tile_columns = 16, 32
-    elif units in ("fma", "wmma"):
-        # The operands of a step lie in registers beside the tile: more of either spills.
-        tile_rows, tile_columns, step = min(tile_rows, 64), 64, min(step, 16 if units == "fma" else 32)
+    """Tiles by what multiplies them, and one wave of programs, so that each fills its pipeline once."""
+    most_rows, tile_columns, step = TILES[units]
+    tile_rows = min(next((size for size in PROGRAMS_PER_SM if rows <= size), most_rows), most_rows)
     row_tiles, tiles = cdiv(rows, tile_rows), cdiv(columns, tile_columns)
-    # One wave of programs: each fills its pipeline once.
-    splits = min(tiles, cdiv(programs, row_tiles))
+    splits = min(tiles, cdiv(PROGRAMS_PER_SM[tile_rows] * sms, row_tiles))
     chunk = cdiv(tiles, splits) * tile_columns
-    # What the AMD back end counts as two stages is one tile in shared memory, of 64 KiB, and one in registers.
-    stages = 2 if units in ("mfma", "wmma") else 3
-    warps = 8 if tile_rows == 128 else 4
-    return Sweep(tile_rows, tile_columns, step, row_tiles, cdiv(columns, chunk), chunk, warps, stages)
+    return Sweep(
+        tile_rows,
+        tile_columns,
+        max(16, min(next_power_of_2(features), step // itemsize)),
+        row_tiles,
+        cdiv(columns, chunk),
+        chunk,
+        num_warps=8 if tile_rows == 128 else 4,
+        # What the AMD compiler counts as two is one tile in shared memory, of 64 KiB, and the next in registers.
+        num_stages=2 if units in ("mfma", "wmma", "valu") else 3,
+    )

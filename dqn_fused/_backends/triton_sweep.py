@@ -120,7 +120,7 @@ def _units(dtype: torch.dtype, interpreted: bool) -> tuple[str, str]:
         return "fma" if dtype is torch.float32 and precision == "ieee" else "nvidia", precision
     if target.warp_size == 64:
         return "mfma", "ieee"  # float32 has units of its own, and tf32 none that every MI300 compiler knows
-    return "fma" if dtype is torch.float32 else "wmma", "ieee"
+    return "valu" if dtype is torch.float32 else "wmma", "ieee"
 
 
 def _powers_of_two(temperature: float) -> tuple[float, float]:
