@@ -57,6 +57,24 @@ def load_features(x, stride, mask, feature, D, EVEN: tl.constexpr, FEATURES: tl.
     return tl.load(x + k.to(tl.int64)[None, :] * stride, mask=mask, other=0.0)
 
 
+@triton.jit
+def load_legal(mask, stride_row, stride_action, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Tile of the mask that begins at the pointer, 32 columns to a word; [rows, words], int32."""
+    row = tl.arange(0, ROWS)[:, None, None]
+    lane = tl.arange(0, 32)[None, None, :]
+    column = tl.arange(0, COLUMNS // 32)[None, :, None] * 32 + lane  # [1, words, 32]
+    inside = (row < rows) & (column < columns)
+    legal = tl.load(mask + (row * stride_row + column * stride_action), mask=inside, other=0)
+    return tl.sum((legal != 0).to(tl.int32) << lane, 2)
+
+
+@triton.jit
+def unpack_legal(words, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Whether each action is legal, [rows, columns]."""
+    bits = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
+    return tl.reshape(bits, [ROWS, COLUMNS]) != 0
+
+
 @triton.jit(do_not_specialize=["m", "row_tiles", "chunk"])
 def sweep_fwd_kernel(
     value, index,  # (m,); index with "argmax", else None
@@ -76,7 +94,8 @@ def sweep_fwd_kernel(
     """
     # Rows are the fastest: programs that run together read the same columns of the weight, which is the operand too
     # large for the cache, and so read it from memory once.
-    row = tl.program_id(0) % row_tiles * ROWS + tl.arange(0, ROWS)  # [rows]
+    first_row = tl.program_id(0) % row_tiles * ROWS
+    row = first_row + tl.arange(0, ROWS)  # [rows]
     inside = row < m
     split = tl.program_id(0) // row_tiles
     start = split * (chunk // COLUMNS) * COLUMNS
@@ -86,30 +105,40 @@ def sweep_fwd_kernel(
     best = tl.full([ROWS], float("-inf"), tl.float32)
     aux = tl.zeros([ROWS], tl.int32) + start if KIND == "argmax" else tl.zeros([ROWS], tl.float32)
     scale = tl.full([], scale, tl.float32)
+    q = tl.zeros([ROWS, COLUMNS], tl.float32)
     if ONCE:
-        h = load_features(hidden_row, 1, inside[:, None], 0, D, EVEN, FEATURES)
-    # One loop out of two: the next tile is being loaded while this one is reduced.
-    for first in tl.range(start, stop, COLUMNS, flatten=not ONCE):
+        h = load_features(hidden_row, 1, inside[:, None], 0, D, EVEN, FEATURES).to(OPERAND)
+    words = tl.zeros([ROWS, COLUMNS // 32], tl.int32)
+    # One loop over actions and features: the next tile is being loaded while this one is reduced. Hoisted out of it,
+    # the addresses within a tile of the mask would spill.
+    steps = 1 if ONCE else tl.cdiv(D, FEATURES)
+    for i in tl.range(0, tl.cdiv(stop - start, COLUMNS) * steps, disable_licm=True):
+        first = start + i // steps * COLUMNS
+        feature = 0 if ONCE else i % steps * FEATURES
+        last = True if ONCE else feature + FEATURES >= D
         column = first + tl.arange(0, COLUMNS)  # [columns]
         exists = column < A
-        weight_row = weight + column.to(tl.int64)[:, None] * (weight_stride_action * VEC)
-        q = tl.zeros([ROWS, COLUMNS], tl.float32)
-        if ONCE:
-            w = load_features(weight_row, weight_stride_feature, exists[:, None], 0, D, EVEN, FEATURES)
-            q = tl.dot(h.to(OPERAND), tl.trans(w.to(h.dtype).to(OPERAND)), q, input_precision=PRECISION)
-        else:
-            for feature in tl.range(0, D, FEATURES):
-                h = load_features(hidden_row, 1, inside[:, None], feature, D, EVEN, FEATURES)
-                w = load_features(weight_row, weight_stride_feature, exists[:, None], feature, D, EVEN, FEATURES)
-                q = tl.dot(h.to(OPERAND), tl.trans(w.to(h.dtype).to(OPERAND)), q, input_precision=PRECISION)
-        if bias is not None:
-            q += tl.load(bias + column.to(tl.int64) * bias_stride, mask=exists, other=0.0).to(tl.float32)[None, :]
-        legal = exists[None, :]
         if mask is not None:
-            offset = row.to(tl.int64)[:, None] * mask_stride_row + column.to(tl.int64)[None, :] * mask_stride_action
-            legal = tl.load(mask + offset, mask=inside[:, None] & legal, other=0) != 0
-        q = tl.where(legal, q, float("-inf"))
-        best, aux = reduce_tile(best, aux, q, column[None, :] if KIND == "argmax" else None, scale, KIND)
+            # Before the product and as bits: of layouts that want it the first decides in which one q is reduced, and q
+            # itself would go through shared memory to get into that of the mask.
+            corner = mask + (first_row.to(tl.int64) * mask_stride_row + first.to(tl.int64) * mask_stride_action)
+            if last:
+                words = load_legal(corner, mask_stride_row, mask_stride_action, m - first_row, A - first, ROWS, COLUMNS)
+        if not ONCE:
+            h = load_features(hidden_row, 1, inside[:, None], feature, D, EVEN, FEATURES).to(OPERAND)
+        weight_row = weight + column.to(tl.int64)[:, None] * (weight_stride_action * VEC)
+        w = load_features(weight_row, weight_stride_feature, exists[:, None], feature, D, EVEN, FEATURES)
+        q = tl.dot(h, tl.trans(w.to(hidden.dtype.element_ty).to(OPERAND)), q, input_precision=PRECISION)
+        if last:
+            if bias is not None:
+                shift = tl.load(bias + column.to(tl.int64) * bias_stride, mask=exists, other=0.0)
+                q += shift.to(tl.float32)[None, :]
+            legal = exists[None, :]
+            if mask is not None:
+                legal = unpack_legal(words, ROWS, COLUMNS)
+            q = tl.where(legal, q, float("-inf"))
+            best, aux = reduce_tile(best, aux, q, column[None, :] if KIND == "argmax" else None, scale, KIND)
+            q = tl.zeros([ROWS, COLUMNS], tl.float32)
     if partial is None:
         store_result(value, index, row, inside, best, aux, temperature, KIND)
     else:

@@ -1,4 +1,4 @@
-"""The sweep compiled for GPUs that are not here: tensor cores by the name of their instruction, registers, wide loads."""
+"""The sweep compiled for GPUs that are not here: tensor cores by their instruction, registers, wide loads."""
 
 import re
 import subprocess
