@@ -131,7 +131,8 @@ def sweep_fwd_kernel(
         q = tl.dot(h, tl.trans(w.to(hidden.dtype.element_ty).to(OPERAND)), q, input_precision=PRECISION)
         if last:
             if bias is not None:
-                shift = tl.load(bias + column.to(tl.int64) * bias_stride, mask=exists, other=0.0)
+                here = bias + first.to(tl.int64) * bias_stride
+                shift = tl.load(here + tl.arange(0, COLUMNS) * bias_stride, mask=exists, other=0.0)
                 q += shift.to(tl.float32)[None, :]
             legal = exists[None, :]
             if mask is not None:
