@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dqn_fused._backends.triton_sweep import sweep as sweep
 from dqn_fused.arguments import Batch, LossSpec, accumulation_dtype
 from dqn_fused.autograd import Saved
 from dqn_fused.kernels import launch

@@ -1,0 +1,130 @@
+"""Triton: the sweep over the actions of a linear head, multiplied and reduced in one pass."""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dqn_fused import head
+from dqn_fused.head import Sweep
+from dqn_fused.kernels import sweep_launch
+from dqn_fused.kernels.launch import cdiv
+from dqn_fused.kernels.sweep import sweep_combine_kernel, sweep_fwd_kernel
+
+COMBINE_ROWS, COMBINE_SPLITS = 16, 64  # a tile of 8 elements a thread
+OPERAND = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+AUX = {"max": None, "argmax": torch.int32, "soft": torch.float32}  # beside the maximum of a split
+
+# What pays() reckons with, of an H100. That the ratios of A100 and B200 are within twice of it is all that it needs.
+FLOPS = {"half": 800e12, "tf32": 400e12, "ieee": 50e12}  # a second, of the library
+SHARE = {"half": 0.6, "tf32": 0.6, "ieee": 0.4}  # of that, of a Triton kernel; assumed
+MEMORY, CACHE = 3e12, 5e12  # bytes a second
+LAUNCH = 5e-6  # seconds until torch has issued one more operation
+OPERATIONS = {"max": 3, "argmax": 7, "soft": 10}  # of head.sweep a tile; a mask adds two
+PASSES = {"max": 2, "argmax": 2, "soft": 12}  # over a tile, read or written; a mask adds two
+
+
+def sweep(work: Sweep) -> tuple[Tensor, Tensor | None]:
+    """As head.sweep, in one launch or, where the actions are split, two. The weight is never copied.
+
+    Q-values of half precision are not rounded to it before they are compared. float64 is the library's: it checks
+    gradients, and few devices multiply it in tensor cores.
+    """
+    from dqn_fused._backends import triton_backend as backend  # which imports this module
+
+    hidden, weight, bias = work.hidden.resolve_neg(), work.weight.resolve_neg(), work.bias
+    if torch.float64 in (hidden.dtype, weight.dtype):
+        return head.sweep(work)
+    if hidden.stride(1) != 1:
+        hidden = hidden.contiguous()
+    bias = None if bias is None else bias.resolve_neg()
+    device, (m, D), A, kind = hidden.device, hidden.shape, weight.shape[0], work.kind
+    value = torch.empty(m, dtype=torch.float32, device=device)
+    index = torch.empty(m, dtype=torch.int64, device=device) if kind == "argmax" else None
+    if m == 0:
+        return value, index
+    itemsizes = hidden.element_size(), weight.element_size()
+    vec = 16 // min(itemsizes)
+    if weight.stride(1) != 1 or any(size % vec for size in (D, hidden.stride(0), weight.stride(0))):
+        vec = 1
+    scale, temperature = _powers_of_two(work.temperature)
+    with backend._on(device):
+        units, precision = _units(hidden.dtype, interpreted=backend.INTERPRETED)
+        plan = sweep_launch.sweep(m, A, D, max(itemsizes), units, backend._sms(device))
+        # The interpreter multiplies no bfloat16.
+        operand = tl.float32 if backend.INTERPRETED else OPERAND[hidden.dtype]
+        partial = aux = None
+        if plan.splits > 1:
+            partial, dtype = torch.empty((plan.splits, m), dtype=torch.float32, device=device), AUX[kind]
+            aux = None if dtype is None else torch.empty_like(partial, dtype=dtype)
+        backend.run(
+            sweep_fwd_kernel, plan.row_tiles * plan.splits,
+            value, index, partial, aux, hidden, weight, bias, work.mask, m, A, D // vec,
+            hidden.stride(0) // vec, weight.stride(0) // vec, weight.stride(1),
+            *((None,) if bias is None else bias.stride()), *((None, None) if work.mask is None else work.mask.stride()),
+            plan.row_tiles, plan.chunk, scale, temperature,
+            KIND=kind, OPERAND=operand, PRECISION=precision, VEC=vec,
+            EVEN=D % plan.features == 0, ONCE=plan.features >= D,
+            ROWS=plan.rows, COLUMNS=plan.columns, FEATURES=plan.features,
+            num_warps=plan.num_warps, num_stages=plan.num_stages,
+        )  # fmt: skip
+        if partial is not None:
+            backend.run(
+                sweep_combine_kernel, cdiv(m, COMBINE_ROWS),
+                value, index, partial, aux, m, plan.splits, scale, temperature,
+                KIND=kind, ROWS=COMBINE_ROWS, SPLITS=COMBINE_SPLITS, num_warps=4,
+            )  # fmt: skip
+    return value, index
+
+
+def auto_sweep(work: Sweep) -> tuple[Tensor, Tensor | None]:
+    """Sweep by the kernel where that pays, else head.sweep."""
+    return sweep(work) if pays(work) else head.sweep(work)
+
+
+def pays(work: Sweep) -> bool:
+    """Whether the kernel is likely to be faster than head.sweep: arithmetic, until there is a measurement.
+
+    Both multiply 2 m A D and read the weight once, whichever takes longer; the kernel multiplies at a share of the
+    library's rate. head.sweep writes m A Q-values and reads them again, in the cache, and issues its operations for
+    every tile of them. At float32 "highest" and many rows both are near at D = 600, in half precision at D = 3000;
+    under 100 rows the weight is all that counts, and the kernel has it alone.
+    """
+    if torch.float64 in (work.hidden.dtype, work.weight.dtype):
+        return False
+    (m, D), A, itemsize = work.hidden.shape, work.weight.shape[0], work.hidden.element_size()
+    units = "half" if itemsize == 2 else _precision()
+    masked = 0 if work.mask is None else 2
+    multiply, read = 2 * m * A * D / FLOPS[units], A * D * work.weight.element_size() / MEMORY
+    tiles = cdiv(m, head.TILE_ROWS) * cdiv(min(m, head.TILE_ROWS) * A, head.TILE)
+    issued = tiles * (OPERATIONS[work.kind] + masked) * LAUNCH
+    library = max(multiply, read) + m * A * itemsize * (PASSES[work.kind] + masked) / CACHE
+    return max(multiply / SHARE[units], read) <= max(library, issued)
+
+
+def _precision() -> str:
+    # What torch.set_float32_matmul_precision sets: "high" and "medium" are both tf32, as they are to the library.
+    # torch.get_float32_matmul_precision raises where someone has set fp32_precision itself.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def _units(dtype: torch.dtype, interpreted: bool) -> tuple[str, str]:
+    """What multiplies, as sweep_launch.sweep has it, and the precision of tl.dot."""
+    precision = _precision() if dtype is torch.float32 else "ieee"
+    if interpreted:
+        return "interpreter", precision
+    target = triton.runtime.driver.active.get_current_target()
+    if target.backend != "hip":
+        return "fma" if dtype is torch.float32 and precision == "ieee" else "nvidia", precision
+    if target.warp_size == 64:
+        return "mfma", "ieee"  # float32 has units of its own, and tf32 none that every MI300 compiler knows
+    return "valu" if dtype is torch.float32 else "wmma", "ieee"
+
+
+def _powers_of_two(temperature: float) -> tuple[float, float]:
+    """What exponents are multiplied by, and logarithms: one instruction computes those of two."""
+    limits = torch.finfo(torch.float32)
+    natural = temperature * math.log(2)
+    return min(max(1 / natural, limits.tiny), limits.max), natural

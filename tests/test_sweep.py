@@ -1,0 +1,204 @@
+"""The sweep over the actions as a kernel, against head.sweep in float64; and the choice between the two."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import INTERPRETED
+from torch import Tensor
+
+from dqn_fused import head
+from dqn_fused.head import Sweep
+
+pytest.importorskip("triton")
+DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = pytest.mark.interpret if INTERPRETED else pytest.mark.gpu
+KINDS = ["max", "argmax", "soft"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def fast_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter calls Python for each element of a reduction that it does not know; numpy's maximum is this."""
+    if not INTERPRETED:
+        return
+    from dqn_fused.kernels.sweep import nan_max
+
+    operations = importlib.import_module("triton.runtime.interpreter").ReduceOps
+    reduce = operations.apply_impl
+
+    def apply(self: Any, x: Any) -> Any:
+        return self.min_max(x[0], np.max) if self.combine_fn is nan_max else reduce(self, x)
+
+    monkeypatch.setattr(operations, "apply_impl", apply)
+
+
+def make(m: int, A: int, D: int, kind: str = "max", dtype: torch.dtype = torch.float32, **change: Any) -> Sweep:
+    g = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (torch.randn(size, generator=g).to(DEVICE, dtype) for size in ((m, D), (A, D), (A,)))
+    return Sweep(hidden, weight, bias, None, kind, 0.5)._replace(**change)
+
+
+def legal(m: int, A: int) -> Tensor:
+    mask = torch.rand((m, A), generator=torch.Generator().manual_seed(3)) < 0.4
+    mask[:, A // 2] = True
+    return mask.to(DEVICE)
+
+
+def check(work: Sweep) -> Tensor:
+    """Value and index against those of head.sweep in float64; returns the value."""
+    from dqn_fused._backends.triton_sweep import sweep
+
+    value, index = sweep(work)
+    wide = [None if x is None else x.double() for x in (work.hidden, work.weight, work.bias)]
+    expected, where = head.sweep(Sweep(*wide, work.mask, work.kind, work.temperature))  # type: ignore[arg-type]
+    assert value.dtype is torch.float32
+    assert value.shape == expected.shape
+    # The products are rounded alike; the library's own error at these lengths is of the same size.
+    scale = torch.linalg.vector_norm(wide[0], dim=1) * torch.linalg.vector_norm(wide[1], dim=1).max()
+    error = (value.double() - expected).abs() / (1 + scale + expected.abs())
+    same = (value == expected) | (value.isnan() & expected.isnan())
+    assert (same | (error < 2e-6)).all(), f"error {error[~same].max()}"
+    assert (index is None) == (work.kind != "argmax")
+    if index is not None and where is not None:
+        assert index.dtype is torch.int64
+        assert torch.equal(index, where)
+    return value
+
+
+SHAPES = [(1, 1, 1), (5, 13, 3), (70, 41, 16), (1, 1000, 70), (5, 300, 16), (70, 300, 70), (0, 13, 3)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda x: "m{}-A{}-D{}".format(*x))
+def test_shapes(shape: tuple[int, int, int], kind: str) -> None:
+    m, A, _ = shape
+    work = make(*shape, kind)
+    check(work)
+    check(work._replace(mask=legal(m, A), bias=None))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=["bfloat16", "float16"])
+def test_half_precision(dtype: torch.dtype, kind: str) -> None:
+    """Against products of the same halves that are not rounded: below the spacing of the halves themselves."""
+    for shape in ((5, 300, 70), (33, 41, 16)):
+        work = make(*shape, kind, dtype)
+        check(work._replace(mask=legal(*shape[:2])))
+    check(work._replace(bias=work.bias.float()))
+
+
+def test_mixed_dtypes() -> None:
+    """The weight is rounded to the dtype of hidden, as by autocast. (The interpreter truncates to bfloat16.)"""
+    work = make(5, 41, 16)
+    half = work._replace(hidden=work.hidden.half())
+    assert torch.equal(check(half._replace(weight=work.weight.half())), kernel(half))
+    check(work._replace(weight=work.weight.half()))
+    double = make(5, 41, 16, dtype=torch.float64)
+    assert kernel(double).dtype is torch.float64
+    assert torch.equal(kernel(double), head.sweep(double)[0])
+
+
+def kernel(work: Sweep) -> Tensor:
+    from dqn_fused._backends.triton_sweep import sweep
+
+    return sweep(work)[0]
+
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda x: x.t().contiguous().t(),
+    "columns": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
+    "shifted": lambda x: torch.cat([x[:, :1], x], 1)[:, 1:],
+    "rows": lambda x: torch.stack([x, x], 1)[:, 0],
+    "every other": lambda x: torch.stack([x, x], 2)[..., 0],
+    "backwards by a view": lambda x: x.flip(0).as_strided(x.shape, x.stride()),
+    "expanded": lambda x: x[:1].expand(x.shape),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_strides(name: str) -> None:
+    view = VIEWS[name]
+    for kind, D in (("argmax", 24), ("soft", 70)):
+        work = make(6, 41, D, kind, mask=legal(6, 41))
+        check(work._replace(hidden=view(work.hidden)))
+        check(work._replace(weight=view(work.weight)))
+        check(work._replace(mask=view(work.mask)))
+        check(work._replace(bias=torch.stack([work.bias, work.bias], 1)[:, 0]))
+
+
+def test_the_weight_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = make(6, 41, 24)
+    weight, seen = work.weight.t().contiguous().t(), []
+    backend = importlib.import_module("dqn_fused._backends.triton_backend")
+    run = backend.run
+    monkeypatch.setattr(backend, "run", lambda *args, **meta: (seen.extend(args), run(*args, **meta)))
+    check(work._replace(weight=weight))
+    assert any(x is weight or (isinstance(x, Tensor) and x.data_ptr() == weight.data_ptr()) for x in seen)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_and_infinities(kind: str) -> None:
+    for special in (torch.nan, torch.inf, -torch.inf):
+        work = make(6, 300, 3, kind)
+        bias = work.bias.clone()
+        bias[[17, 40, 290]] = special
+        value = check(work._replace(bias=bias))
+        assert value.isnan().all() == (special != special)
+        # Illegal ones are not read into the result, legal ones of some rows are.
+        mask = legal(6, 300)
+        mask[:, [17, 40, 290]] = False
+        assert check(work._replace(bias=bias, mask=mask)).isfinite().all()
+        mask[2, 290] = True
+        check(work._replace(bias=bias, mask=mask))
+        # In one row of hidden, so that the others must not see it.
+        hidden = work.hidden.clone()
+        hidden[1] = special
+        value = check(work._replace(hidden=hidden, weight=work.weight.abs()))
+        assert value[[0, 2, 3, 4, 5]].isfinite().all()
+    bias[:] = torch.tensor([torch.inf, torch.nan, -torch.inf]).to(DEVICE).repeat(100)
+    check(work._replace(bias=bias))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_without_a_legal_action(kind: str) -> None:
+    mask = legal(6, 300)
+    mask[[0, 3]] = False
+    mask[5, :290] = False
+    value = check(make(6, 300, 3, kind, mask=mask))
+    assert value.isneginf().tolist() == [True, False, False, True, False, False]
+
+
+def test_ties() -> None:
+    """Equal rows of the weight in one tile, in two and in two splits: the first is chosen."""
+    for places in ([5, 6], [5, 70], [5, 280, 299], [299]):
+        work = make(6, 300, 3, "argmax")
+        work.bias[:] = -100
+        work.bias[places] = 100
+        work.weight[places] = work.weight[places[0]].clone()
+        check(work)
+    work = make(6, 300, 3, "argmax")
+    check(work._replace(weight=torch.zeros_like(work.weight), bias=None))
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-3, 0.7, 30.0, 1e6])
+def test_temperature(temperature: float) -> None:
+    work = make(5, 300, 16, "soft", temperature=temperature)
+    check(work)
+    mask = legal(5, 300)
+    mask[2] = False
+    check(work._replace(mask=mask, hidden=work.hidden * 1e3))
+
+
+def test_the_same_bits_every_time() -> None:
+    for kind in KINDS:
+        work = make(5, 1000, 16, kind)
+        assert torch.equal(kernel(work), kernel(work))
+
+
+def test_rows_are_independent_of_the_others() -> None:
+    work = make(33, 300, 16, "soft")
+    assert torch.equal(kernel(work)[7:12], kernel(work._replace(hidden=work.hidden[7:12])))
