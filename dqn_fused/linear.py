@@ -88,7 +88,7 @@ def fused_linear_dqn_loss(
     head, samples = check_head(head, samples, spec)
     road = choose(backend, hidden.device, spec)
     with torch.no_grad():
-        value = next_values(head, spec, road.sweep)
+        value = next_values(head, spec, road.auto_sweep if backend == "auto" else road.sweep)
     taken = TakenValues.apply(head.hidden, weight, bias, samples.actions, sparse_grad)
     # What is left is a loss of one action a sample.
     batch = samples._replace(q=taken.unsqueeze(1), actions=torch.zeros_like(samples.actions), next_q=value.unsqueeze(1))

@@ -11,7 +11,7 @@ a row leave the program. By KIND they are
 import triton
 import triton.language as tl
 
-from .td_loss import nan_max
+from .rows import nan_max
 
 NO_COLUMN = tl.constexpr(2**31 - 1)
 

@@ -11,7 +11,7 @@ A backend is a module with
   spec.cql, else None: logsumexp of q over the actions; accumulation dtype;
 - ``loss_and_grad(batch, spec) -> (loss, grad_q, td_error, log_sum)``: and the gradient of the sum;
 - ``backward(grad_loss, saved, spec) -> grad_q``: saved is autograd.Saved; contiguous, every element written;
-- ``sweep(work) -> (value, index)``: as head.sweep, which most take.
+- ``sweep(work) -> (value, index)``: as head.sweep, which most take; and ``auto_sweep``, what "auto" takes.
 
 Arguments are checked when they arrive here. Modules are imported when first asked for: Triton is heavy.
 """

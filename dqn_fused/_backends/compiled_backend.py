@@ -10,7 +10,11 @@ from dqn_fused import _ops, arguments
 from dqn_fused._ops import LOSSES, REDUCTIONS, TARGETS
 from dqn_fused.arguments import Batch, LossSpec
 from dqn_fused.autograd import Saved
+from dqn_fused.head import sweep
 
+__all__ = ["sweep"]
+
+auto_sweep = sweep  # the product is the library's
 CHECKS_CPU = True  # on CUDA a look at the values would cost a synchronisation
 
 

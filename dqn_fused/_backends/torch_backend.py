@@ -10,6 +10,7 @@ from dqn_fused.reference import log_sum, loss_of_td_error, td_error
 
 __all__ = ["sweep"]
 
+auto_sweep = sweep
 CHECKS_CPU = False
 PARTLY = ""
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dqn_fused._backends.triton_sweep import sweep as sweep
+from dqn_fused._backends.triton_sweep import auto_sweep, sweep
 from dqn_fused.arguments import Batch, LossSpec, accumulation_dtype
 from dqn_fused.autograd import Saved
 from dqn_fused.kernels import launch
@@ -18,6 +18,8 @@ from dqn_fused.kernels.rows import row_fwd_kernel
 from dqn_fused.kernels.td_loss import sum_kernel, td_loss_fwd_kernel
 from dqn_fused.kernels.td_loss_bwd import td_loss_bwd_kernel
 from dqn_fused.reference import loss_of_td_error
+
+__all__ = ["auto_sweep", "sweep"]
 
 INTERPRETED = not isinstance(td_loss_fwd_kernel, triton.runtime.JITFunction)
 OLDEST = (3, 6)
