@@ -92,14 +92,13 @@ def loss_gradient(grad_loss: Tensor, saved: Saved, spec: LossSpec) -> Tensor:
         return scatter_taken(coefficient, saved)
     dtype = accumulation_dtype(saved.q)
     scale = scale.expand(td.shape) * spec.cql_alpha
-    mask = None if saved.action_mask is None else saved.action_mask.reshape(saved.q.shape)
-    policy = torch.softmax(legal_values(saved.q.to(dtype), mask), -1)
-    if mask is not None:
-        policy = torch.where(mask, policy, 0)  # where no action is legal, softmax is NaN
+    policy = torch.softmax(legal_values(saved.q.to(dtype), saved.action_mask), -1).view(saved.q_shape)
+    if saved.action_mask is not None:
+        policy = torch.where(saved.action_mask.reshape(saved.q_shape), policy, 0)  # none legal: the softmax is NaN
     legal = legal_actions(saved.actions, saved.q_shape[-1])[1]
     if legal is not None:
         policy = torch.where(legal.view(*td.shape, 1), policy, 0)
-    policy = policy.view(saved.q_shape) * scale.unsqueeze(-1)
+    policy = policy * scale.unsqueeze(-1)
     gradient = scatter_taken(coefficient - scale, saved, dtype) + policy
     return gradient.to(saved.q_dtype).contiguous()
 
@@ -110,7 +109,9 @@ def td_loss_slope(td: Tensor, spec: LossSpec) -> Tensor:
         return 2 * td
     if spec.loss == "huber":
         return td.clamp(-spec.delta, spec.delta)
-    return (td / spec.delta).clamp(-1, 1) if spec.delta > 0 else td.sgn()
+    if spec.delta > 0:
+        return (td / spec.delta).clamp(-1, 1)
+    return torch.where(td.isnan(), td, td.sgn())  # the sign of NaN is 0
 
 
 def _scale(grad_loss: Tensor, saved: Saved, spec: LossSpec) -> Tensor:

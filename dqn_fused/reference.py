@@ -127,7 +127,7 @@ def conservative_term(log_sum: Tensor, batch: Batch) -> Tensor:
 
 def legal_values(x: Tensor, mask: Tensor | None) -> Tensor:
     """Select the legal actions; the others are -inf, which neither a maximum nor a sum of exponentials sees."""
-    return x if mask is None else torch.where(mask, x, -torch.inf)
+    return x if mask is None else torch.where(mask if mask.dim() == x.dim() else mask.reshape(x.shape), x, -torch.inf)
 
 
 def _bootstrapped(rewards: Tensor, values: Tensor, batch: Batch, dtype: torch.dtype) -> Tensor:
@@ -153,7 +153,8 @@ def _next_values(batch: Batch, next_q: Tensor, spec: LossSpec, dtype: torch.dtyp
             values = best = best.amax(-1)
         else:
             best, index = best.max(-1)
-            values = next_q.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+            best = best.view(next_q.shape[:-1])
+            values = next_q.gather(-1, index.view(*best.shape, 1)).squeeze(-1)
             values = torch.where(best.isnan(), torch.nan, values)
         if mask is not None:
             values = torch.where(best == -torch.inf, torch.nan, values)

@@ -132,8 +132,7 @@ def oracle(
             grad[i, action] = slope - cql_alpha
             for j in range(A) if cql_alpha else ():
                 if mask is None or mask[j]:
-                    difference = row[j] - log_sum
-                    grad[i, j] += cql_alpha * (math.nan if math.isnan(difference) else math.exp(difference))
+                    grad[i, j] += cql_alpha * (math.exp(row[j] - log_sum) if math.isfinite(log_sum) else math.nan)
             grad[i] *= upstream[i] * ws[i] / scale
     per_sample = np.array(losses, dtype=np.float64)
     if reduction == "none":
