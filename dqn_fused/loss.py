@@ -106,6 +106,8 @@ def fused_dqn_loss(
     tensor([0.5000, 1.2000])
     """
     spec = check_loss(loss, delta, reduction, target, cql_alpha, return_cql)
+    if next_q is None:
+        raise TypeError("next_q: expected a torch.Tensor, got NoneType; for a ready target there is fused_td_loss")
     batch = Batch(
         q, actions, rewards, next_q, terminated, gamma, non_final_mask,
         next_q_online, next_action_mask, weights, target_q, action_mask,
@@ -198,6 +200,8 @@ def fused_dqn_loss_and_grad(
     True
     """
     spec = check_loss(loss, delta, reduction, target, cql_alpha, return_cql)
+    if next_q is None:
+        raise TypeError("next_q: expected a torch.Tensor, got NoneType; for a ready target there is fused_td_loss")
     batch = Batch(
         q, actions, rewards, next_q, terminated, gamma, non_final_mask,
         next_q_online, next_action_mask, weights, target_q, action_mask,

@@ -63,6 +63,8 @@ def dqn_loss(
     if backend not in ("auto", "torch"):
         raise ValueError(f"backend: the reference is PyTorch, expected 'auto' or 'torch', got {backend!r}")
     spec = check_loss(loss, delta, reduction, target, cql_alpha, return_cql)
+    if next_q is None:
+        raise TypeError("next_q: expected a torch.Tensor, got NoneType; for a ready target there is fused_td_loss")
     batch = Batch(
         q, actions, rewards, next_q, terminated, gamma, non_final_mask,
         next_q_online, next_action_mask, weights, target_q, action_mask,

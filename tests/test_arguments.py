@@ -138,6 +138,10 @@ TYPE_ERRORS = {
     ),
     "rewards number": ({"rewards": 1.0}, "rewards: expected a torch.Tensor, got float"),
     "next_q int": ({"next_q": zeros(B, A, dtype=INT)}, "next_q: expected a floating dtype, got torch.int64"),
+    "next_q missing": (
+        {"next_q": None},
+        "next_q: expected a torch.Tensor, got NoneType; for a ready target there is fused_td_loss",
+    ),
     "terminated complex": (
         {"terminated": zeros(B, dtype=COMPLEX)},
         "terminated: expected a bool, integer or floating dtype, got torch.complex64",

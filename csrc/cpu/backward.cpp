@@ -62,22 +62,30 @@ struct Gradient {
     return std::isfinite(log_sum[i]) ? exponential(saved.q.template at<T>(i, action) - log_sum[i]) : NOT_A_NUMBER;
   }
 
-  // By flat ranges, so that one long row is shared by the threads too.
-  void operator()(int64_t begin, int64_t end) const {
-    const bool dense = options.cql_alpha != 0;
-    const T alpha = static_cast<T>(options.cql_alpha);
-    const int64_t A = saved.A;
-    if (!dense) std::memset(static_cast<void*>(grad_q + begin), 0, (end - begin) * sizeof(Out));
-    for (int64_t i = begin / A; i * A < end; ++i) {
-      const int64_t from = std::max(begin, i * A), to = std::min(end, (i + 1) * A);
+  // Zeros but for the actions taken. Flat ranges, here and below, so that one long row is shared by the threads too.
+  void sparse(int64_t begin, int64_t end) const {
+    std::memset(static_cast<void*>(grad_q + begin), 0, (end - begin) * sizeof(Out));
+    for (int64_t i = begin / saved.A; i * saved.A < end; ++i) {
       const int64_t action = saved.actions.at<int64_t>(i);
-      const bool taken = legal(action, A);
-      if (dense && taken) write_policy(i, from - i * A, to - from, scaled(i, alpha));
-      if (dense && !taken) std::memset(static_cast<void*>(grad_q + from), 0, (to - from) * sizeof(Out));
-      if (!taken || i * A + action < from || i * A + action >= to) continue;
-      T slope = loss_slope(options, td[i]);
-      if (dense) slope += alpha * (policy_of(i, action) - 1);
-      grad_q[i * A + action] = static_cast<Out>(scaled(i, slope));
+      if (!legal(action, saved.A)) continue;
+      const int64_t here = i * saved.A + action;
+      if (here >= begin && here < end) grad_q[here] = static_cast<Out>(scaled(i, loss_slope(options, td[i])));
+    }
+  }
+
+  void dense(int64_t begin, int64_t end) const {
+    const T alpha = static_cast<T>(options.cql_alpha);
+    for (int64_t i = begin / saved.A; i * saved.A < end; ++i) {
+      const int64_t start = i * saved.A, from = std::max(begin, start), to = std::min(end, start + saved.A);
+      const int64_t action = saved.actions.at<int64_t>(i);
+      if (!legal(action, saved.A)) {
+        std::memset(static_cast<void*>(grad_q + from), 0, (to - from) * sizeof(Out));
+        continue;
+      }
+      write_policy(i, from - start, to - from, scaled(i, alpha));
+      if (start + action < from || start + action >= to) continue;
+      const T slope = loss_slope(options, td[i]) + alpha * (policy_of(i, action) - 1);
+      grad_q[start + action] = static_cast<Out>(scaled(i, slope));
     }
   }
 };
@@ -89,8 +97,13 @@ void write(const Saved& saved, const Options& options, const T* grad_loss, const
   const bool dense = options.cql_alpha != 0;
   const int64_t size = saved.n * saved.A;
   advise_huge_pages(out, size * static_cast<int64_t>(sizeof(Out)));
-  const WritePolicy policy = dense ? write_policy(grad_q.scalar_type()) : nullptr;
-  for_each_block(size, dense ? 8 : 1, Gradient<T, Out>{saved, options, grad_loss, td, log_sum, out, policy});
+  const Gradient<T, Out> gradient{saved, options, grad_loss, td, log_sum, out, write_policy(grad_q.scalar_type())};
+  for_each_block(size, dense ? 8 : 1, [&](int64_t begin, int64_t end) {
+    if (dense)
+      gradient.dense(begin, end);
+    else
+      gradient.sparse(begin, end);
+  });
 }
 
 }  // namespace

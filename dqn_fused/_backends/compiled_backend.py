@@ -75,7 +75,7 @@ def backward(grad_loss: Tensor, saved: Saved, spec: LossSpec) -> Tensor:
             grad_loss, td_error, actions, weights, log_sum, q, action_mask, A, q_dtype,
             LOSSES[spec.loss], spec.delta, spec.cql_alpha, reduction,
         )  # fmt: skip
-    return _shaped(grad_q, q_shape)
+    return grad_q if len(q_shape) == 2 else _shaped(grad_q, q_shape)
 
 
 def loss_and_grad(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
