@@ -21,6 +21,7 @@ TILES = {
     "valu": (32, 64, 64),  # none, 32 lanes of AMD's
     "interpreter": (16, 32, 256),  # small, so that small tests have several
 }
+MASKED_COLUMNS = 64  # rows of a mask begin at any byte and are read by the byte: 64 a thread would spill on Triton 3.6
 # Rows that a tile is rounded up to, and the programs a multiprocessor is given: those of 128 rows one after the other,
 # of others so many at once. Up to 16 rows the weight is read at the rate of the memory whatever multiplies, and its
 # 16 KiB a stage are what is in flight.
@@ -40,9 +41,11 @@ class Sweep(NamedTuple):
     num_stages: int
 
 
-def sweep(rows: int, columns: int, features: int, itemsize: int, units: str, sms: int) -> Sweep:
+def sweep(rows: int, columns: int, features: int, itemsize: int, masked: bool, units: str, sms: int) -> Sweep:
     """Tiles by what multiplies them, and as many programs as run in a wave or two: each fills its pipeline once."""
     most_rows, tile_columns, step = TILES[units]
+    if masked:
+        tile_columns = min(tile_columns, MASKED_COLUMNS)
     tile_rows = min(next((size for size in PROGRAMS_PER_SM if rows <= size), most_rows), most_rows)
     row_tiles, tiles = cdiv(rows, tile_rows), cdiv(columns, tile_columns)
     splits = max(1, min(tiles, PROGRAMS_PER_SM[tile_rows] * sms // max(row_tiles, 1)))
