@@ -1,9 +1,9 @@
 """Launch sizes of the sweep: how rows and actions are dealt out to programs. Plain arithmetic on shapes, no autotuning.
 
 The figures are reasoned and read off the compiled kernels, not yet measured on a GPU. A tile of 128 x 128 Q-values is
-64 registers a thread of 8 warps; adding the bias and reducing it take 120 to 230 in all, so that a multiprocessor mostly
-holds one program; 256 columns would be twice that. Its two operands are 128 rows of 128 bytes each, 32 KiB a
-stage; three stages are 96 KiB, which is what sm_120 and sm_89 have in all.
+64 registers a thread of 8 warps; adding the bias and reducing it take 120 to 254 in all, so that a multiprocessor
+mostly holds one program; 256 columns would be twice that. Its two operands are 128 rows of 128 bytes each, 32 KiB a
+stage; three stages are 96 KiB, of the 99 KiB that sm_120 and sm_89 have in all.
 """
 
 from typing import NamedTuple
