@@ -1,9 +1,9 @@
 """Launch sizes of the sweep: how rows and actions are dealt out to programs. Plain arithmetic on shapes, no autotuning.
 
 The figures are reasoned and read off the compiled kernels, not yet measured on a GPU. A tile of 128 x 128 Q-values is
-64 registers a thread of 8 warps; adding the bias, masking and reducing it take 160 to 220 in all, so that a
-multiprocessor holds one program, and 256 columns would spill. Its two operands are 128 rows of 128 bytes each, 32 KiB a
-stage; three stages are 96 KiB, which is what sm_120 and sm_89 have in all.
+64 registers a thread of 8 warps; adding the bias and reducing it take 120 to 254 in all, so that a multiprocessor
+mostly holds one program; 256 columns would be twice that. Its two operands are 128 rows of 128 bytes each, 32 KiB a
+stage; three stages are 96 KiB, of the 99 KiB that sm_120 and sm_89 have in all.
 """
 
 from typing import NamedTuple
@@ -21,6 +21,7 @@ TILES = {
     "valu": (32, 64, 64),  # none, 32 lanes of AMD's
     "interpreter": (16, 32, 256),  # small, so that small tests have several
 }
+MASKED_COLUMNS = 64  # rows of a mask begin at any byte and are read by the byte: 64 a thread would spill on Triton 3.6
 # Rows that a tile is rounded up to, and the programs a multiprocessor is given: those of 128 rows one after the other,
 # of others so many at once. Up to 16 rows the weight is read at the rate of the memory whatever multiplies, and its
 # 16 KiB a stage are what is in flight.
@@ -40,9 +41,11 @@ class Sweep(NamedTuple):
     num_stages: int
 
 
-def sweep(rows: int, columns: int, features: int, itemsize: int, units: str, sms: int) -> Sweep:
+def sweep(rows: int, columns: int, features: int, itemsize: int, masked: bool, units: str, sms: int) -> Sweep:
     """Tiles by what multiplies them, and as many programs as run in a wave or two: each fills its pipeline once."""
     most_rows, tile_columns, step = TILES[units]
+    if masked:
+        tile_columns = min(tile_columns, MASKED_COLUMNS)
     tile_rows = min(next((size for size in PROGRAMS_PER_SM if rows <= size), most_rows), most_rows)
     row_tiles, tiles = cdiv(rows, tile_rows), cdiv(columns, tile_columns)
     splits = max(1, min(tiles, PROGRAMS_PER_SM[tile_rows] * sms // max(row_tiles, 1)))

@@ -202,3 +202,23 @@ def test_the_same_bits_every_time() -> None:
 def test_rows_are_independent_of_the_others() -> None:
     work = make(33, 300, 16, "soft")
     assert torch.equal(kernel(work)[7:12], kernel(work._replace(hidden=work.hidden[7:12])))
+
+
+def test_the_choice_between_the_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dqn_fused._backends import triton_sweep
+
+    def pays(m: int, D: int, dtype: torch.dtype) -> bool:
+        hidden, weight = (
+            torch.empty(m, D, dtype=dtype, device="meta"),
+            torch.empty(10**5, D, dtype=dtype, device="meta"),
+        )
+        return triton_sweep.pays(Sweep(hidden, weight, None, None, "max", 1.0))
+
+    assert [pays(1024, D, torch.bfloat16) for D in (64, 1024, 8192)] == [True, True, False]
+    assert [pays(1024, D, torch.float32) for D in (64, 1024, 8192)] == [True, False, False]
+    assert pays(16, 8192, torch.bfloat16)
+    assert not pays(16, 64, torch.float64)
+    work = make(5, 41, 3)
+    for choice in (True, False):
+        monkeypatch.setattr(triton_sweep, "pays", lambda work, choice=choice: choice)
+        torch.testing.assert_close(triton_sweep.auto_sweep(work)[0], head.sweep(work)[0])
