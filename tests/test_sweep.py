@@ -4,7 +4,6 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from conftest import INTERPRETED
@@ -18,22 +17,6 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 pytestmark = pytest.mark.interpret if INTERPRETED else pytest.mark.gpu
 KINDS = ["max", "argmax", "soft"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(autouse=True)
-def fast_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter calls Python for each element of a reduction that it does not know; numpy's maximum is this."""
-    if not INTERPRETED:
-        return
-    from dqn_fused.kernels.sweep import nan_max
-
-    operations = importlib.import_module("triton.runtime.interpreter").ReduceOps
-    reduce = operations.apply_impl
-
-    def apply(self: Any, x: Any) -> Any:
-        return self.min_max(x[0], np.max) if self.combine_fn is nan_max else reduce(self, x)
-
-    monkeypatch.setattr(operations, "apply_impl", apply)
 
 
 def make(m: int, A: int, D: int, kind: str = "max", dtype: torch.dtype = torch.float32, **change: Any) -> Sweep:
