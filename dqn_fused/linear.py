@@ -62,7 +62,8 @@ def fused_linear_dqn_loss(
         target: ``"max"``, ``"soft"`` or :class:`Soft`.
         return_td_error: also return the signed TD errors, (\\*N), without gradient.
         sparse_grad: give weight and bias row-sparse gradients, as ``nn.Embedding(sparse=True)`` does, for
-            ``torch.optim.SGD`` and ``SparseAdam``: nothing of size A is then allocated at all.
+            ``torch.optim.SGD`` and ``SparseAdam``: nothing of size A is then allocated at all. torch.compile does not
+            trace it.
         backend: ``"auto"``, or by name as in :func:`dqn_fused.backends`.
 
     Returns:

@@ -259,8 +259,8 @@ def check(compiled: Compiled, target: Target, dtype: torch.dtype) -> None:
 def check_resources(name: str, kernel: Any, target: Target) -> None:
     if "ptx" in kernel.asm:
         usage = resource_usage(kernel.asm["cubin"])
-        # At 64 registers or fewer ptxas now and then parks a word or two to fit one more block: choice, not want.
-        allowed = 16 if usage["REG"] <= 64 else 0
+        # At 80 registers, or 64, ptxas now and then parks a word or two to fit one more block: choice, not want.
+        allowed = 16 if usage["REG"] <= 80 else 0
         assert usage["LOCAL"] == 0, f"{name} on {target.name} uses local memory: {usage}"
         assert usage["STACK"] <= allowed, f"{name} on {target.name} spills: {usage}"
         assert usage["REG"] <= MAX_REGISTERS, f"{name} on {target.name}: {usage}"
