@@ -37,14 +37,14 @@ def td_loss(batch: Batch, spec: LossSpec, backend: ModuleType, q: Tensor) -> tup
     """Run a backend's forward: through TDLoss where q, whose rows batch.q holds, asks for a gradient."""
     # Forward-mode too: TDLoss has no rule for it and says so, where a backend would drop the tangent in silence.
     if (q.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
-        outputs: tuple[Tensor, Tensor, Tensor | None] = TDLoss.apply(q, batch, spec, backend)
-    else:
-        outputs = backend.forward(batch, spec)
+        loss, td_error, *log_sum = TDLoss.apply(q, batch, spec, backend)
+        return loss, td_error, log_sum[0] if log_sum else None
+    outputs: tuple[Tensor, Tensor, Tensor | None] = backend.forward(batch, spec)
     return outputs
 
 
 class TDLoss(torch.autograd.Function):
-    """(loss, td_error, log_sum) of a batch; only q receives a gradient.
+    """(loss, td_error) of a batch, and log_sum if it is asked for; only q receives a gradient.
 
     loss and td_error are differentiable inside the graph. A plain backward runs the backend's kernel; a backward that
     is itself recorded (create_graph) is written in differentiable operations on the saved td_error, whose own
@@ -52,36 +52,43 @@ class TDLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, batch: Batch, spec: LossSpec, backend: ModuleType
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(ctx: Any, q: Tensor, batch: Batch, spec: LossSpec, backend: ModuleType) -> tuple[Tensor, ...]:
         """Run the backend's forward; save (n,) values."""
         loss, td_error, log_sum = backend.forward(batch, spec)
         ctx.set_materialize_grads(False)
+        ctx.about = q.shape, q.dtype, spec, backend
         if spec.dense_gradient:
             ctx.save_for_backward(td_error, batch.actions, batch.weights, log_sum, q, batch.action_mask)
+        elif batch.weights is None:
+            ctx.save_for_backward(td_error, batch.actions)
         else:
             ctx.save_for_backward(td_error, batch.actions, batch.weights)
-        if log_sum is not None:
-            ctx.mark_non_differentiable(log_sum)
-        ctx.q_shape, ctx.q_dtype, ctx.spec, ctx.backend = q.shape, q.dtype, spec, backend
+        if log_sum is None:
+            return loss, td_error
+        ctx.mark_non_differentiable(log_sum)
         return loss, td_error, log_sum
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:
         """Dense gradient of q: zero but for the action taken in each row, and the softmax of the conservative term."""
-        grad_loss, grad_td_error, _ = grads
-        td_error, actions, weights, log_sum, q, mask = (*ctx.saved_tensors, None, None, None)[:6]
+        grad_loss, grad_td_error, *_ = grads
+        q_shape, q_dtype, spec, backend = ctx.about
+        log_sum = q = mask = None
+        if spec.dense_gradient:
+            td_error, actions, weights, log_sum, q, mask = ctx.saved_tensors
+        else:
+            td_error, actions, *given = ctx.saved_tensors
+            weights = given[0] if given else None
+        saved = Saved(td_error, actions, weights, log_sum, q, mask, q_shape, q_dtype)
         # Traced by torch.compile, grad mode is on and grad_td_error zeros; PyTorch refuses a second order there.
         recorded = torch.is_grad_enabled() or grad_td_error is not None
-        saved = Saved(td_error, actions, weights, log_sum, q, mask, ctx.q_shape, ctx.q_dtype)
         if recorded and not torch.compiler.is_compiling():
-            return _differentiable_backward(grad_loss, grad_td_error, saved, ctx.spec), None, None, None
+            return _differentiable_backward(grad_loss, grad_td_error, saved, spec), None, None, None
         if grad_loss is None:
             return None, None, None, None
-        if q is not None:
-            saved = saved._replace(q=rows(q))
-        return ctx.backend.backward(grad_loss.contiguous(), saved, ctx.spec), None, None, None
+        if saved.q is not None:
+            saved = saved._replace(q=rows(saved.q))
+        return backend.backward(grad_loss.contiguous(), saved, spec), None, None, None
 
 
 def _differentiable_backward(

@@ -53,9 +53,9 @@ def refuses(device: torch.device, spec: LossSpec) -> str | None:
 
 def forward(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return (loss, td_error, log_sum)."""
-    if _plain(batch, spec):
-        loss, td_error = _ops.td_loss(*_plain_arguments(batch, spec))
-        log_sum = None
+    plain, log_sum = _plain_arguments(batch, spec), None
+    if plain is not None:
+        loss, td_error = _ops.td_loss(*plain)
     else:
         loss, td_error, log_sum = _ops.general_td_loss(*_arguments(batch, spec))
     shape = batch.shape
@@ -80,9 +80,9 @@ def backward(grad_loss: Tensor, saved: Saved, spec: LossSpec) -> Tensor:
 
 def loss_and_grad(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return (loss, grad_q, td_error, log_sum)."""
-    if _plain(batch, spec):
-        loss, grad_q, td_error = _ops.td_loss_and_grad(*_plain_arguments(batch, spec))
-        log_sum = None
+    plain, log_sum = _plain_arguments(batch, spec), None
+    if plain is not None:
+        loss, grad_q, td_error = _ops.td_loss_and_grad(*plain)
     else:
         loss, grad_q, td_error, log_sum = _ops.general_td_loss_and_grad(*_arguments(batch, spec))
     shape = batch.shape
@@ -103,20 +103,16 @@ def _shaped_log_sum(log_sum: Tensor | None, batch: Batch, spec: LossSpec) -> Ten
     return log_sum if len(batch.shape) == 1 else _shaped(log_sum, batch.shape)
 
 
-def _plain(batch: Batch, spec: LossSpec) -> bool:
-    """Whether the ops of the plain loss will do, whose calls are cheaper."""
-    _, _, _, next_q, _, _, _, next_q_online, next_action_mask, weights, target_q, action_mask, _ = batch
-    return (
-        next_q_online is next_action_mask is weights is target_q is action_mask is None
-        and next_q is not None
-        and spec.loss == "mse"
-        and spec.target == "max"
-        and not spec.cql
-    )
-
-
-def _plain_arguments(batch: Batch, spec: LossSpec) -> tuple[object, ...]:
-    q, actions, rewards, next_q, terminated, gamma, non_final_mask, *_ = batch
+def _plain_arguments(batch: Batch, spec: LossSpec) -> tuple[object, ...] | None:
+    """Arguments of the ops of the plain loss, whose calls are cheaper; None where they will not do."""
+    (
+        q, actions, rewards, next_q, terminated, gamma, non_final_mask,
+        next_q_online, next_action_mask, weights, target_q, action_mask, _,
+    ) = batch  # fmt: skip
+    if spec.loss != "mse" or spec.target != "max" or spec.cql or next_q is None:
+        return None
+    if not next_q_online is next_action_mask is weights is target_q is action_mask is None:
+        return None
     gammas = None
     if isinstance(gamma, Tensor):
         gammas, gamma = gamma, 0.0
