@@ -122,7 +122,7 @@ bool forward(const Batch& b, const Options& options, T* loss, T* td, T* log_sum)
         T error = NOT_A_NUMBER<T>;
         if (legal(action, A) && known == live) {
           const T next_value = !known  ? T(0)
-                               : PLAIN ? static_cast<T>(values.next(next_row).largest)
+                               : PLAIN ? static_cast<T>(values.next.largest(next_row))
                                        : values.next_value(next_row);
           error = td_error<T>(b, i, action, live, next_value, PLAIN ? T(0) : values.bonus(i, action));
         } else {

@@ -104,10 +104,16 @@ DQN_FUSED_INLINE const T* block_of(const Row& row, int64_t first, int64_t n, T* 
 }
 
 template <class Stored>
+struct LargestAlone {
+  DQN_FUSED_INLINE static double run(const void* values, int64_t n, int64_t stride) {
+    return stride == 1 ? largest_of<Stored>(values, n, 1) : largest_of<Stored>(values, n, stride);
+  }
+};
+
+template <class Stored>
 struct Largest {
   DQN_FUSED_INLINE static Summary run(const Row& row, double) {
-    return {row.stride == 1 ? largest_of<Stored>(row.values, row.n, 1)
-                            : largest_of<Stored>(row.values, row.n, row.stride)};
+    return {LargestAlone<Stored>::run(row.values, row.n, row.stride)};
   }
 };
 
@@ -217,6 +223,7 @@ Rows::Rows(Question question, const Matrix& values, const Matrix& legal, bool as
   scale_ = std::min(std::max(1 / temperature, least), most);
   function_ = dispatch(values.values.type,
                        [&](auto stored) { return answer<decltype(stored)>(question, this->masked(), as_double); });
+  largest_ = dispatch(values.values.type, [](auto stored) { return fastest<LargestAlone<decltype(stored)>>(); });
 }
 
 Summary Rows::chunk(int64_t row, int64_t k) const {
