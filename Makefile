@@ -58,6 +58,7 @@ format: $(READY)
 
 pictures: $(READY)
 	$(PY) docs/gradient.py docs/gradient.png
+	$(PY) examples/large_actions.py --plot docs/large_actions.png
 
 $(VENV)/.ready: requirements-dev.txt pyproject.toml setup.py $(CSRC)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)

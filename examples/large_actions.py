@@ -6,8 +6,8 @@
 The catalogue is synthetic. An item is a point on a sphere, in one of many genres; a user is another such point, and
 likes what is near. In a session of three recommendations each reward is how well the item fits, and the user drifts
 towards what was recommended. The log was written by a policy that recommends one of the user's favourite genre half of
-the time and a popular item else. A Q-network of two layers learns from that log alone, with no knowledge of items or
-genres; after training its greedy recommendations to new users are compared with those of the log and with the best.
+the time and a popular item else. A Q-network of two layers learns from that log alone by double DQN, with no knowledge
+of items or genres; then its greedy recommendations to new users are compared with those of the log and with the best.
 
 Needs matplotlib, numpy and tqdm beside dqn_fused.
 """
@@ -37,8 +37,8 @@ class Args:
     features: int = 128
     steps: int = 1_500
     batch_size: int = 256
-    learning_rate: float = 1e-2
-    gamma: float = 0.9
+    learning_rate: float = 3e-4
+    gamma: float = 0.5
     tau: float = 0.02
     seed: int = 1
     plot: str = "large_actions.png"
@@ -99,6 +99,7 @@ class QNetwork(nn.Module):
         self.body = nn.Sequential(nn.Linear(TASTE, args.features), nn.ReLU())
         self.head = nn.Linear(args.features, args.items)
         nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
 
     def greedy(self, users: Tensor) -> Tensor:
         with torch.no_grad():
@@ -112,16 +113,19 @@ def eager_loss(network: QNetwork, target: QNetwork, batch: Batch, gamma: float) 
     users, actions, rewards, next_users, terminated = batch
     with torch.no_grad():
         next_q = target.head(target.body(next_users))
-    return dqn_loss(network.head(network.body(users)), actions, rewards, next_q, terminated, gamma)
+        online = network.head(network.body(next_users))
+    q = network.head(network.body(users))
+    return dqn_loss(q, actions, rewards, next_q, terminated, gamma, next_q_online=online, loss="huber")
 
 
 def fused_loss(network: QNetwork, target: QNetwork, batch: Batch, gamma: float) -> Any:
     users, actions, rewards, next_users, terminated = batch
     with torch.no_grad():
-        next_hidden = target.body(next_users)
+        next_hidden, online = target.body(next_users), network.body(next_users)
     return fused_linear_dqn_loss(
         network.body(users), network.head.weight, actions, rewards, next_hidden, target.head.weight,
         terminated, gamma, bias=network.head.bias, next_bias=target.head.bias,
+        next_hidden_online=online, loss="huber",
     )  # fmt: skip
 
 
