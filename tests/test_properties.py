@@ -7,6 +7,7 @@ import torch
 from conftest import Road
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_family import OPTIONS, compacted
 from test_loss import LAYOUTS, REDUCTIONS, check, compact, make
 
 from dqn_fused import fused_dqn_loss
@@ -50,6 +51,32 @@ def batches(draw: Any) -> dict[str, Any]:
 @given(arguments=batches(), reduction=st.sampled_from(REDUCTIONS))
 def test_any_batch(road: Road, arguments: dict[str, Any], reduction: str) -> None:
     check(road, arguments, reduction)
+
+
+@st.composite
+def families(draw: Any) -> dict[str, Any]:
+    """Any combination of the options, for any shape and dtype, some matrices with strides of their own."""
+    seed = draw(st.integers(0, 99))
+    arguments = make(draw(shapes), draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64])), seed=seed)
+    g = torch.Generator().manual_seed(seed)
+    for choices in OPTIONS:
+        for part in draw(st.sampled_from(choices)):
+            arguments |= part(arguments, g)
+    if draw(st.booleans()):
+        arguments = compacted(arguments)
+    for name in ("q", "next_q", "next_q_online", "next_action_mask"):
+        if name in arguments and arguments[name].dim() == 2 and len(arguments[name]) and draw(st.booleans()):
+            arguments[name] = LAYOUTS[draw(st.sampled_from(["transposed", "offset", "every_other_row"]))](
+                arguments[name]
+            )
+    return arguments
+
+
+@FEW
+@given(arguments=families(), reduction=st.sampled_from([*REDUCTIONS, "weighted_mean"]))
+def test_any_member_of_the_family(road: Road, arguments: dict[str, Any], reduction: str) -> None:
+    # The yardstick of a single sample may be lucky, and a loss or a gradient smaller than the terms it is made of.
+    check(road, arguments, reduction, ulps=200)
 
 
 @FEW
