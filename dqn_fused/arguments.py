@@ -160,11 +160,7 @@ def check_batch(batch: Batch, spec: LossSpec) -> Batch:
     if next_q is not None:
         next_q = matrix("next_q", next_q, FLOATS, next_shape, "q", device)
     if next_q_online is not None:
-        if spec.target != "max":
-            raise ValueError(
-                f"next_q_online: expected None with target {spec.target!r}: double DQN chooses one action, the soft "
-                "value averages over all of them"
-            )
+        check_double("next_q_online", spec)
         next_q_online = matrix("next_q_online", next_q_online, FLOATS, next_shape, like, device)
     if next_action_mask is not None:
         next_action_mask = matrix("next_action_mask", next_action_mask, BOOL, next_shape, like, device)
@@ -185,6 +181,21 @@ def check_batch(batch: Batch, spec: LossSpec) -> Batch:
         rows(q), actions, rewards, next_q, terminated, gamma, non_final_mask,
         next_q_online, next_action_mask, weights, target_q, action_mask, shape,
     )  # fmt: skip
+
+
+def require_next_q(next_q: Tensor | None) -> None:
+    """Refuse None, which in a Batch stands for a ready target."""
+    if next_q is None:
+        raise TypeError("next_q: expected a torch.Tensor, got NoneType; for a ready target there is fused_td_loss")
+
+
+def check_double(name: str, spec: LossSpec) -> None:
+    """Check that the target has one action to choose."""
+    if spec.target != "max":
+        raise ValueError(
+            f"{name}: expected None with target {spec.target!r}: double DQN chooses one action, the soft value "
+            "averages over all of them"
+        )
 
 
 def check_samples(

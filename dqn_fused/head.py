@@ -11,7 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dqn_fused.arguments import Batch, LossSpec, accumulation_dtype, check_compacted, check_samples, check_values
+from dqn_fused.arguments import (
+    Batch,
+    LossSpec,
+    accumulation_dtype,
+    check_compacted,
+    check_double,
+    check_samples,
+    check_values,
+)
 from dqn_fused.checks import BOOL, FLOATS, dense, matrix, show, wrong_device
 from dqn_fused.reference import legal_actions
 
@@ -62,11 +70,7 @@ def check_head(head: Head, samples: Batch, spec: LossSpec) -> tuple[Head, Batch]
         next_shape, like = next_hidden.shape, "next_hidden"
     next_hidden = matrix("next_hidden", next_hidden, FLOATS, next_shape, like, device)
     if next_hidden_online is not None:
-        if spec.target != "max":
-            raise ValueError(
-                f"next_hidden_online: expected None with target {spec.target!r}: double DQN chooses one action, the "
-                "soft value averages over all of them"
-            )
+        check_double("next_hidden_online", spec)
         next_hidden_online = matrix("next_hidden_online", next_hidden_online, FLOATS, next_shape, like, device)
     if next_action_mask is not None:
         legal_shape = torch.Size((*next_shape[:-1], A))

@@ -9,7 +9,15 @@ from torch import Tensor
 
 from dqn_fused import arguments
 from dqn_fused._backends import choose
-from dqn_fused.arguments import Batch, LossSpec, check_batch, check_loss, check_values, normalise_weights
+from dqn_fused.arguments import (
+    Batch,
+    LossSpec,
+    check_batch,
+    check_loss,
+    check_values,
+    normalise_weights,
+    require_next_q,
+)
 from dqn_fused.autograd import td_loss
 from dqn_fused.reference import conservative_term
 from dqn_fused.targets import Munchausen, Soft
@@ -106,8 +114,7 @@ def fused_dqn_loss(
     tensor([0.5000, 1.2000])
     """
     spec = check_loss(loss, delta, reduction, target, cql_alpha, return_cql)
-    if next_q is None:
-        raise TypeError("next_q: expected a torch.Tensor, got NoneType; for a ready target there is fused_td_loss")
+    require_next_q(next_q)
     batch = Batch(
         q, actions, rewards, next_q, terminated, gamma, non_final_mask,
         next_q_online, next_action_mask, weights, target_q, action_mask,
@@ -200,8 +207,7 @@ def fused_dqn_loss_and_grad(
     True
     """
     spec = check_loss(loss, delta, reduction, target, cql_alpha, return_cql)
-    if next_q is None:
-        raise TypeError("next_q: expected a torch.Tensor, got NoneType; for a ready target there is fused_td_loss")
+    require_next_q(next_q)
     batch = Batch(
         q, actions, rewards, next_q, terminated, gamma, non_final_mask,
         next_q_online, next_action_mask, weights, target_q, action_mask,

@@ -20,6 +20,7 @@ from dqn_fused.arguments import (
     check_values,
     looks_at_values,
     normalise_weights,
+    require_next_q,
 )
 from dqn_fused.targets import Munchausen, Soft
 
@@ -63,8 +64,7 @@ def dqn_loss(
     if backend not in ("auto", "torch"):
         raise ValueError(f"backend: the reference is PyTorch, expected 'auto' or 'torch', got {backend!r}")
     spec = check_loss(loss, delta, reduction, target, cql_alpha, return_cql)
-    if next_q is None:
-        raise TypeError("next_q: expected a torch.Tensor, got NoneType; for a ready target there is fused_td_loss")
+    require_next_q(next_q)
     batch = Batch(
         q, actions, rewards, next_q, terminated, gamma, non_final_mask,
         next_q_online, next_action_mask, weights, target_q, action_mask,
