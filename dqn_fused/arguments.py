@@ -5,6 +5,7 @@ from math import inf
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dqn_fused.checks import (
@@ -235,11 +236,36 @@ def check_compacted(name: str, x: Tensor, columns: int, non_final_mask: Tensor) 
         )
 
 
-def normalise_weights(batch: Batch, spec: LossSpec) -> tuple[Batch, LossSpec]:
-    """Turn the weighted mean into a sum with weights that add up to one, so that no backend need know of it."""
-    if batch.weights is None or batch.weights.numel() == 0:  # the mean of nothing is NaN, the sum is not
+def check_group(process_group: "dist.ProcessGroup", spec: LossSpec) -> None:
+    """Check that a process group is one, and has something to sum."""
+    if not isinstance(process_group, dist.ProcessGroup):
+        raise TypeError(
+            f"process_group: expected a torch.distributed.ProcessGroup, got {type(process_group).__name__}; "
+            "torch.distributed.group.WORLD is the one of all ranks"
+        )
+    if spec.reduction != "weighted_mean":
+        raise ValueError(
+            f"process_group: expected None with reduction {spec.reduction!r}: only 'weighted_mean' sums over ranks"
+        )
+
+
+def normalise_weights(
+    batch: Batch, spec: LossSpec, process_group: "dist.ProcessGroup | None" = None
+) -> tuple[Batch, LossSpec]:
+    """Turn the weighted mean into a sum with weights that add up to one, so that no backend need know of it.
+
+    In a process group they add up to one on average over its ranks, as gradients are averaged over them.
+    """
+    weights, dtype = batch.weights, accumulation_dtype(batch.q)
+    if process_group is not None:  # even a rank without a sample must take part
+        weights = batch.q.new_ones(batch.actions.shape, dtype=dtype) if weights is None else weights.to(dtype)
+        total = weights.detach().sum()
+        dist.all_reduce(total, group=process_group)
+        weights = weights * (dist.get_world_size(process_group) / total)
+        return batch._replace(weights=weights), spec._replace(reduction="sum")
+    if weights is None or weights.numel() == 0:  # the mean of nothing is NaN, the sum is not
         return batch, spec._replace(reduction="mean")
-    weights = batch.weights.to(accumulation_dtype(batch.q))
+    weights = weights.to(dtype)
     return batch._replace(weights=weights / weights.sum()), spec._replace(reduction="sum")
 
 

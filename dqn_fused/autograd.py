@@ -11,6 +11,9 @@ from dqn_fused.arguments import Batch, LossSpec, accumulation_dtype
 from dqn_fused.checks import rows
 from dqn_fused.reference import legal_actions, legal_values
 
+# What torch.autograd.Function.apply itself asks.
+inside_transform = torch._C._are_functorch_transforms_active
+
 
 class Saved(NamedTuple):
     """What a backward needs: (n,) values, and with the conservative term q itself, which is not copied."""
@@ -55,18 +58,8 @@ class TDLoss(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, batch: Batch, spec: LossSpec, backend: ModuleType) -> tuple[Tensor, ...]:
         """Run the backend's forward; save (n,) values."""
         loss, td_error, log_sum = backend.forward(batch, spec)
-        ctx.set_materialize_grads(False)
-        ctx.about = q.shape, q.dtype, spec, backend
-        if spec.dense_gradient:
-            ctx.save_for_backward(td_error, batch.actions, batch.weights, log_sum, q, batch.action_mask)
-        elif batch.weights is None:
-            ctx.save_for_backward(td_error, batch.actions)
-        else:
-            ctx.save_for_backward(td_error, batch.actions, batch.weights)
-        if log_sum is None:
-            return loss, td_error
-        ctx.mark_non_differentiable(log_sum)
-        return loss, td_error, log_sum
+        save(ctx, q, batch, spec, backend, td_error, log_sum)
+        return (loss, td_error) if log_sum is None else (loss, td_error, log_sum)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:
@@ -81,7 +74,7 @@ class TDLoss(torch.autograd.Function):
             weights = given[0] if given else None
         saved = Saved(td_error, actions, weights, log_sum, q, mask, q_shape, q_dtype)
         # Traced by torch.compile, grad mode is on and grad_td_error zeros; PyTorch refuses a second order there.
-        recorded = torch.is_grad_enabled() or grad_td_error is not None
+        recorded = torch.is_grad_enabled() or grad_td_error is not None or inside_transform()
         if recorded and not torch.compiler.is_compiling():
             return _differentiable_backward(grad_loss, grad_td_error, saved, spec), None, None, None
         if grad_loss is None:
@@ -89,6 +82,22 @@ class TDLoss(torch.autograd.Function):
         if saved.q is not None:
             saved = saved._replace(q=rows(saved.q))
         return backend.backward(grad_loss.contiguous(), saved, spec), None, None, None
+
+
+def save(
+    ctx: Any, q: Tensor, batch: Batch, spec: LossSpec, backend: ModuleType, td_error: Tensor, log_sum: Tensor | None
+) -> None:
+    """Keep (n,) values for the backward, and with the conservative term a reference to q."""
+    ctx.set_materialize_grads(False)
+    ctx.about = q.shape, q.dtype, spec, backend
+    if spec.dense_gradient:
+        ctx.save_for_backward(td_error, batch.actions, batch.weights, log_sum, q, batch.action_mask)
+    elif batch.weights is None:
+        ctx.save_for_backward(td_error, batch.actions)
+    else:
+        ctx.save_for_backward(td_error, batch.actions, batch.weights)
+    if log_sum is not None:
+        ctx.mark_non_differentiable(log_sum)
 
 
 def _differentiable_backward(
@@ -148,5 +157,6 @@ def scatter_taken(coefficient: Tensor, saved: Saved, dtype: torch.dtype | None =
         coefficient = torch.where(legal.view(coefficient.shape), coefficient, 0)
     index = index.view(*q_shape[:-1], 1)
     value = coefficient.to(dtype or saved.q_dtype).view(index.shape)
-    # value's own zeros: inside vmap they are as batched as value is, and can be written in place.
-    return value.new_zeros(q_shape).scatter_(-1, index, value)
+    zeros = value.new_zeros(q_shape)
+    # In place nothing is copied, but vmap has no rule for it.
+    return zeros.scatter(-1, index, value) if inside_transform() else zeros.scatter_(-1, index, value)

@@ -1,13 +1,19 @@
 """The public loss of a linear head: as a function and as a module."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from dqn_fused._backends import choose
-from dqn_fused.arguments import Batch, check_loss, normalise_weights
-from dqn_fused.autograd import td_loss
+from dqn_fused.arguments import Batch, check_group, check_loss, normalise_weights
+from dqn_fused.autograd import inside_transform, td_loss
 from dqn_fused.head import Head, TakenValues, check_head, next_values
 from dqn_fused.targets import Soft
+from dqn_fused.transforms import refuse
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def fused_linear_dqn_loss(
@@ -32,6 +38,7 @@ def fused_linear_dqn_loss(
     target: str | Soft = "max",
     return_td_error: bool = False,
     sparse_grad: bool = False,
+    process_group: "ProcessGroup | None" = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, ...]:
     """DQN loss of a linear head, whose Q matrix is never built.
@@ -64,6 +71,7 @@ def fused_linear_dqn_loss(
         sparse_grad: give weight and bias row-sparse gradients, as ``nn.Embedding(sparse=True)`` does, for
             ``torch.optim.SGD`` and ``SparseAdam``: nothing of size A is then allocated at all. torch.compile does not
             trace it.
+        process_group: with ``"weighted_mean"``, the ranks over which weights are summed.
         backend: ``"auto"``, or by name as in :func:`dqn_fused.backends`.
 
     Returns:
@@ -81,7 +89,11 @@ def fused_linear_dqn_loss(
     >>> loss.detach(), weight.grad.abs().sum(1).nonzero().flatten()
     (tensor(12.5000), tensor([  7, 900]))
     """
+    if inside_transform():
+        refuse("fused_linear_dqn_loss", "call fused_dqn_loss with the Q matrices, or this once for each network")
     spec = check_loss(loss, delta, reduction, target)
+    if process_group is not None:
+        check_group(process_group, spec)
     if spec.target == "munchausen":
         raise ValueError("target: expected 'max', 'soft' or Soft: the linear head has no Munchausen target")
     head = Head(hidden, weight, bias, next_hidden, next_weight, next_bias, next_hidden_online, next_action_mask)
@@ -95,7 +107,7 @@ def fused_linear_dqn_loss(
     batch = samples._replace(q=taken.unsqueeze(1), actions=torch.zeros_like(samples.actions), next_q=value.unsqueeze(1))
     spec = spec._replace(target="max")
     if spec.reduction == "weighted_mean":
-        batch, spec = normalise_weights(batch, spec)
+        batch, spec = normalise_weights(batch, spec, process_group)
     result, td_error, _ = td_loss(batch, spec, road, batch.q)
     return (result, td_error.detach()) if return_td_error else result
 
@@ -126,6 +138,7 @@ class FusedLinearDQNLoss(nn.Module):
         target: str | Soft = "max",
         return_td_error: bool = False,
         sparse_grad: bool = False,
+        process_group: "ProcessGroup | None" = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -135,7 +148,8 @@ class FusedLinearDQNLoss(nn.Module):
         else:
             self.gamma = gamma
         self.loss, self.delta, self.reduction, self.target = loss, delta, reduction, target
-        self.return_td_error, self.sparse_grad, self.backend = return_td_error, sparse_grad, backend
+        self.return_td_error, self.sparse_grad = return_td_error, sparse_grad
+        self.process_group, self.backend = process_group, backend
 
     def forward(
         self,
@@ -175,6 +189,7 @@ class FusedLinearDQNLoss(nn.Module):
             target=self.target,
             return_td_error=self.return_td_error,
             sparse_grad=self.sparse_grad,
+            process_group=self.process_group,
             backend=self.backend,
         )
 

@@ -2,25 +2,29 @@
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from dqn_fused import arguments
+from dqn_fused import arguments, transforms
 from dqn_fused._backends import choose
 from dqn_fused.arguments import (
     Batch,
     LossSpec,
     check_batch,
+    check_group,
     check_loss,
     check_values,
     normalise_weights,
     require_next_q,
 )
-from dqn_fused.autograd import td_loss
+from dqn_fused.autograd import inside_transform, td_loss
 from dqn_fused.reference import conservative_term
 from dqn_fused.targets import Munchausen, Soft
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def fused_dqn_loss(
@@ -44,6 +48,7 @@ def fused_dqn_loss(
     action_mask: Tensor | None = None,
     return_td_error: bool = False,
     return_cql: bool = False,
+    process_group: "ProcessGroup | None" = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, ...]:
     """DQN loss (Mnih et al., 2015): the TD error of the action taken against the Bellman target.
@@ -82,6 +87,10 @@ def fused_dqn_loss(
             and the sum of CQL are taken over them.
         return_td_error: also return the signed, unweighted TD errors, (\\*N), without gradient: priorities of replay.
         return_cql: also return the conservative term of each sample, (\\*N), unweighted and without gradient.
+        process_group: with ``"weighted_mean"``, sum the weights over the ranks of the group,
+            ``torch.distributed.group.WORLD`` for all of them. The mean of the ranks' losses, and of their gradients,
+            which DistributedDataParallel takes, is then the weighted mean over all samples, however they are shared
+            out. Every rank must call. Without ``weights`` each sample weighs one.
         backend: ``"auto"``, or by name as in :func:`dqn_fused.backends`.
 
     Returns:
@@ -119,7 +128,7 @@ def fused_dqn_loss(
         q, actions, rewards, next_q, terminated, gamma, non_final_mask,
         next_q_online, next_action_mask, weights, target_q, action_mask,
     )  # fmt: skip
-    return _returned(*_run(td_loss, batch, spec, backend), return_td_error, return_cql)
+    return _returned(*_run(td_loss, batch, spec, backend, process_group), return_td_error, return_cql)
 
 
 def fused_td_loss(
@@ -135,6 +144,7 @@ def fused_td_loss(
     action_mask: Tensor | None = None,
     return_td_error: bool = False,
     return_cql: bool = False,
+    process_group: "ProcessGroup | None" = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, ...]:
     """:func:`fused_dqn_loss` for a target that is already there: n-step returns, Q(lambda), the V(s') of ILQL.
@@ -156,7 +166,7 @@ def fused_td_loss(
     """
     spec = check_loss(loss, delta, reduction, "max", cql_alpha, return_cql)
     batch = Batch(q, actions, target, None, weights=weights, action_mask=action_mask)
-    return _returned(*_run(td_loss, batch, spec, backend), return_td_error, return_cql)
+    return _returned(*_run(td_loss, batch, spec, backend, process_group), return_td_error, return_cql)
 
 
 def fused_dqn_loss_and_grad(
@@ -180,6 +190,7 @@ def fused_dqn_loss_and_grad(
     action_mask: Tensor | None = None,
     return_td_error: bool = False,
     return_cql: bool = False,
+    process_group: "ProcessGroup | None" = None,
     backend: str = "auto",
 ) -> tuple[Tensor, ...]:
     """DQN loss and its gradient by q in one pass, without autograd: the fastest road.
@@ -212,7 +223,7 @@ def fused_dqn_loss_and_grad(
         q, actions, rewards, next_q, terminated, gamma, non_final_mask,
         next_q_online, next_action_mask, weights, target_q, action_mask,
     )  # fmt: skip
-    batch, (result, grad_q, td_error, log_sum) = _run(_loss_and_grad, batch, spec, backend)
+    batch, (result, grad_q, td_error, log_sum) = _run(_loss_and_grad, batch, spec, backend, process_group)
     found = [result, grad_q]
     if return_td_error:
         found.append(td_error)
@@ -245,6 +256,7 @@ def _run(
     given: Batch,
     spec: LossSpec,
     backend: str,
+    process_group: "ProcessGroup | None",
 ) -> tuple[Batch, tuple[Tensor, ...]]:
     """Check the arguments and run a backend; return the checked batch and the results.
 
@@ -252,17 +264,27 @@ def _run(
     so matrices go to it as they are. If it refuses, the checks are made after all, and say what is wrong, if anything.
     """
     q, next_q, gamma = given.q, given.next_q, given.gamma
+    transformed = inside_transform()
+    if process_group is not None:
+        check_group(process_group, spec)
+    if transformed:
+        if process_group is not None:
+            transforms.refuse("process_group", "divide the weights by their global sum before, and take the sum")
+        if what is not td_loss:
+            transforms.refuse("fused_dqn_loss_and_grad", "torch.func.grad_and_value of fused_dqn_loss gives both")
+        what, backend = transforms.transformed_td_loss, transforms.backend_inside(backend)
     try:
         device = q.device
         road = choose(backend, device, spec)
         plain = q.is_cpu and q.dim() == 2 and (next_q is None or next_q.dim() == 2)
         plain = plain and isinstance(gamma, (float, int, Tensor)) and spec.reduction != "weighted_mean"
-        if road.CHECKS_CPU and plain and arguments.looks_at_values(device):
+        if road.CHECKS_CPU and plain and not transformed and arguments.looks_at_values(device):
             return given, what(given, spec, road, q)
     except (RuntimeError, AttributeError, TypeError):
         pass
     batch = check_batch(given, spec)
-    batch = check_values(batch, batch.action_count, batch.next_count)
+    if not transformed or torch.compiler.is_compiling():
+        batch = check_values(batch, batch.action_count, batch.next_count)
     if spec.reduction == "weighted_mean":
-        batch, spec = normalise_weights(batch, spec)
+        batch, spec = normalise_weights(batch, spec, process_group)
     return batch, what(batch, spec, choose(backend, batch.q.device, spec), q)

@@ -1,10 +1,15 @@
 """The loss as a module."""
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 
 from dqn_fused.arguments import check_loss
 from dqn_fused.loss import fused_dqn_loss
 from dqn_fused.targets import Munchausen, Soft
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class FusedDQNLoss(nn.Module):
@@ -33,6 +38,7 @@ class FusedDQNLoss(nn.Module):
         cql_alpha: float = 0.0,
         return_td_error: bool = False,
         return_cql: bool = False,
+        process_group: "ProcessGroup | None" = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -43,7 +49,8 @@ class FusedDQNLoss(nn.Module):
             self.gamma = gamma
         self.loss, self.delta, self.reduction = loss, delta, reduction
         self.target, self.cql_alpha = target, cql_alpha
-        self.return_td_error, self.return_cql, self.backend = return_td_error, return_cql, backend
+        self.return_td_error, self.return_cql = return_td_error, return_cql
+        self.process_group, self.backend = process_group, backend
 
     def forward(
         self,
@@ -82,6 +89,7 @@ class FusedDQNLoss(nn.Module):
             action_mask=action_mask,
             return_td_error=self.return_td_error,
             return_cql=self.return_cql,
+            process_group=self.process_group,
             backend=self.backend,
         )
 

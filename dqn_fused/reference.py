@@ -6,6 +6,7 @@ gather.
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from dqn_fused.arguments import (
     LossSpec,
     accumulation_dtype,
     check_batch,
+    check_group,
     check_loss,
     check_values,
     looks_at_values,
@@ -23,6 +25,9 @@ from dqn_fused.arguments import (
     require_next_q,
 )
 from dqn_fused.targets import Munchausen, Soft
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 TransitionBatch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 Network = Callable[[Tensor], Tensor]
@@ -49,6 +54,7 @@ def dqn_loss(
     action_mask: Tensor | None = None,
     return_td_error: bool = False,
     return_cql: bool = False,
+    process_group: "ProcessGroup | None" = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, ...]:
     """DQN loss (Mnih et al., 2015) by PyTorch operations, differentiated by autograd, on any device.
@@ -65,6 +71,8 @@ def dqn_loss(
         raise ValueError(f"backend: the reference is PyTorch, expected 'auto' or 'torch', got {backend!r}")
     spec = check_loss(loss, delta, reduction, target, cql_alpha, return_cql)
     require_next_q(next_q)
+    if process_group is not None:
+        check_group(process_group, spec)
     batch = Batch(
         q, actions, rewards, next_q, terminated, gamma, non_final_mask,
         next_q_online, next_action_mask, weights, target_q, action_mask,
@@ -72,7 +80,7 @@ def dqn_loss(
     batch = check_batch(batch, spec)
     batch = check_values(batch, batch.action_count, batch.next_count)
     if spec.reduction == "weighted_mean":
-        batch, spec = normalise_weights(batch, spec)
+        batch, spec = normalise_weights(batch, spec, process_group)
     td = td_error(batch, spec)
     sums = log_sum(batch) if spec.cql else None
     found = [loss_of_td_error(td, sums, batch, spec)]

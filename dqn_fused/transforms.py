@@ -1,0 +1,122 @@
+"""The loss under torch.func: an ensemble of networks, vmapped, is one larger batch and one launch."""
+
+from types import ModuleType
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from dqn_fused._backends import BackendUnavailableError
+from dqn_fused.arguments import Batch, LossSpec, check_values, looks_at_values
+from dqn_fused.autograd import TDLoss, inside_transform, save, td_loss
+from dqn_fused.checks import rows
+
+PER_SAMPLE = ("actions", "rewards", "terminated", "weights")
+MATRICES = ("next_q", "next_q_online", "next_action_mask")
+MATRICES_OF_S = ("target_q", "action_mask")
+
+
+def refuse(name: str, instead: str) -> NoReturn:
+    """Raise for what has no rule, and would fail in a place that says nothing."""
+    raise RuntimeError(f"{name}: not inside torch.func's transforms; there, {instead}")
+
+
+def backend_inside(name: str) -> str:
+    """Name of the backend inside a transform: traced by torch.compile, PyTorch's own operations.
+
+    There an autograd.Function loses its backward where an op has no derivative of its own, without a word.
+    """
+    if not torch.compiler.is_compiling():
+        return name
+    if name not in ("auto", "torch"):
+        raise BackendUnavailableError(
+            f"backend {name!r} cannot serve: inside torch.func's transforms torch.compile takes 'torch', as 'auto' does"
+        )
+    return "torch"
+
+
+def transformed_td_loss(
+    batch: Batch, spec: LossSpec, backend: ModuleType, q: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """autograd.td_loss inside torch.func.grad, vjp, jacrev or vmap; the values are looked at once they can be."""
+    if torch.compiler.is_compiling():
+        weights = None if batch.weights is None else batch.weights.detach()
+        return backend.forward(batch._replace(weights=weights), spec)
+    if not looks_at_values(q.device):
+        batch = check_values(batch, batch.action_count, batch.next_count)
+    loss, td_error, *log_sum = TransformedTDLoss.apply(q, batch, spec, backend)
+    return loss, td_error, log_sum[0] if log_sum else None
+
+
+class TransformedTDLoss(torch.autograd.Function):
+    """TDLoss in the form that torch.func asks for, with a rule for vmap. Its backward is written in operations."""
+
+    @staticmethod
+    def forward(q: Tensor, batch: Batch, spec: LossSpec, backend: ModuleType) -> tuple[Tensor, ...]:
+        """Run the backend's forward, below all transforms."""
+        if looks_at_values(q.device):
+            batch = check_values(batch, batch.action_count, batch.next_count)
+        loss, td_error, log_sum = backend.forward(batch, spec)
+        return (loss, td_error) if log_sum is None else (loss, td_error, log_sum)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Save what TDLoss saves."""
+        (q, batch, spec, backend), (_, td_error, *log_sum) = inputs, output
+        save(ctx, q, batch, spec, backend, td_error, log_sum[0] if log_sum else None)
+
+    backward = TDLoss.backward
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        """Make the members of the ensemble a leading dimension, and reduce for each of them."""
+        q, batch, spec, backend = inputs
+        q, batch = fold(q, batch, in_dims[0], in_dims[1], info.batch_size)
+        each = spec._replace(reduction="none")
+        run = transformed_td_loss if inside_transform() else _checked_td_loss
+        loss, td_error, log_sum = run(batch, each, backend, q)
+        if spec.reduction != "none":
+            loss = loss.flatten(1)
+            loss = loss.mean(1) if spec.reduction == "mean" else loss.sum(1)
+        outputs = (loss, td_error) if log_sum is None else (loss, td_error, log_sum)
+        return outputs, (0,) * len(outputs)
+
+
+def _checked_td_loss(
+    batch: Batch, spec: LossSpec, backend: ModuleType, q: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    batch = check_values(batch, batch.action_count, batch.next_count)
+    return td_loss(batch, spec, backend, q)
+
+
+def fold(q: Tensor, batch: Batch, q_dim: int | None, dims: Batch, members: int) -> tuple[Tensor, Batch]:
+    """Q-values and a checked batch whose tensors have a dimension of members, or None: a batch of (members, *N)."""
+
+    def lead(x: Tensor, dim: int | None) -> Tensor:  # (members, ...)
+        return x.expand(members, *x.shape) if dim is None else x.movedim(dim, 0)
+
+    if dims.non_final_mask is not None:
+        raise ValueError(
+            "non_final_mask: expected the same one for every member under vmap, whose tensors cannot hold a different "
+            "number of next states each; terminated says the same"
+        )
+    q = lead(q, q_dim)
+    changed: dict[str, Any] = {"shape": q.shape[:-1]}
+    for name in PER_SAMPLE:
+        x = getattr(batch, name)
+        if x is not None:
+            changed[name] = lead(x, getattr(dims, name)).reshape(-1)
+    for name in ("q", *MATRICES, *MATRICES_OF_S):
+        x = getattr(batch, name)
+        if x is not None:
+            x = lead(x, getattr(dims, name))
+            compacted = batch.non_final_mask is not None and name in MATRICES
+            changed[name] = x.reshape(-1, x.shape[-1]) if compacted else rows(x)
+    gamma, mask = batch.gamma, batch.non_final_mask
+    if isinstance(gamma, Tensor) and (gamma.dim() or dims.gamma is not None):
+        gamma = lead(gamma, dims.gamma)  # type: ignore[arg-type]
+        per_member = batch.actions.shape[-1]
+        changed["gamma"] = (gamma if gamma.dim() == 2 else gamma.unsqueeze(1).expand(-1, per_member)).reshape(-1)
+    if mask is not None:
+        changed["non_final_mask"] = lead(mask, None).reshape(-1)
+    return q, batch._replace(**changed)

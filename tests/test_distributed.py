@@ -1,0 +1,150 @@
+"""Two processes, gloo: gradients of DistributedDataParallel against one process on the joined batch."""
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from test_loss import make
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dqn_fused import (
+    FusedDQNLoss,
+    FusedLinearDQNLoss,
+    fused_dqn_loss,
+    fused_dqn_loss_and_grad,
+    fused_linear_dqn_loss,
+)
+from dqn_fused.reference import dqn_loss
+
+pytestmark = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available(), reason="torch without torch.distributed or gloo"
+)
+
+RANKS, B, D, A = 2, 8, 4, 3
+SHARES = {"equal": [4, 4], "unequal": [7, 1], "one_rank_has_none": [8, 0]}
+# Which shares of the batch a way of taking the mean is right for: "mean" is each rank's own.
+CASES = [
+    ("mean", "equal"),
+    ("weighted", "unequal"),
+    ("weighted", "one_rank_has_none"),
+    ("module", "unequal"),
+    ("unweighted", "unequal"),
+    ("loss_and_grad", "unequal"),
+    ("reference", "unequal"),
+    ("linear", "unequal"),
+    ("linear_module", "unequal"),
+    ("compiled_graph", "unequal"),
+]
+
+
+def batch() -> dict[str, Tensor]:
+    """The joined batch: observations instead of Q-values."""
+    arguments = make((B, A), torch.float64)
+    torch.manual_seed(0)
+    return {**arguments, "q": torch.randn(B, D, dtype=torch.float64), "weights": torch.rand(B, dtype=torch.float64)}
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Linear(D, A, dtype=torch.float64)
+
+
+def loss_of(way: str, model: nn.Module, shard: dict[str, Tensor], group: Any) -> Tensor:
+    """Loss of a shard; with group None the same of the whole batch."""
+    shard = dict(shard)
+    obs, weights = shard.pop("q"), shard.pop("weights")
+    options: dict[str, Any] = {"reduction": "weighted_mean", "process_group": group, "loss": "huber"}
+    if way == "mean":
+        return fused_dqn_loss(model(obs), **shard)  # type: ignore[return-value]
+    if way == "unweighted":
+        return fused_dqn_loss(model(obs), **shard, **options)  # type: ignore[return-value]
+    shard["weights"] = weights
+    if way == "reference":
+        return dqn_loss(model(obs), **shard, **options)  # type: ignore[return-value]
+    if way == "module":
+        return FusedDQNLoss(**options)(model(obs), **shard)
+    if way == "loss_and_grad":
+        q = model(obs)
+        loss, grad_q = fused_dqn_loss_and_grad(q, **shard, **options)
+        return loss.detach() + (q * grad_q).sum() - (q * grad_q).sum().detach()
+    if way.startswith("linear"):
+        del shard["next_q"]
+        layer = nn.Linear(A, 50, dtype=torch.float64).requires_grad_(False)
+        hidden, next_hidden = model(obs), obs[:, :A]
+        if way == "linear_module":
+            actions, rewards, terminated = (shard.pop(name) for name in ("actions", "rewards", "terminated"))
+            criterion = FusedLinearDQNLoss(**options)
+            return criterion(layer, hidden, actions, rewards, layer, next_hidden, terminated, **shard)
+        return fused_linear_dqn_loss(  # type: ignore[return-value]
+            hidden, layer.weight, next_hidden=next_hidden, next_weight=layer.weight, **shard, **options
+        )
+    if way == "compiled_graph":
+        return torch.compile(fused_dqn_loss, fullgraph=True)(model(obs), **shard, **options)
+    return fused_dqn_loss(model(obs), **shard, **options)  # type: ignore[return-value]
+
+
+def gradients(way: str, model: nn.Module, shard: dict[str, Tensor], group: Any) -> dict[str, Tensor]:
+    torch.manual_seed(1)  # the layer of the linear head
+    loss = loss_of(way, model, shard, group)
+    loss.backward()
+    found = {name.removeprefix("module."): p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **found}
+
+
+def work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=RANKS,
+        timeout=datetime.timedelta(seconds=120),
+    )
+    whole, results = batch(), {}
+    for way, share in CASES:
+        sizes = SHARES[share]
+        start = sum(sizes[:rank])
+        shard = {name: x[start : start + sizes[rank]] for name, x in whole.items()}
+        found = gradients(way, DistributedDataParallel(network()), shard, dist.group.WORLD)
+        dist.all_reduce(found["loss"])  # its mean over the ranks, as that of the gradients
+        found["loss"] /= RANKS
+        results[f"{way}-{share}"] = found
+    q = torch.zeros(2, A)
+    rest = (torch.zeros(2, dtype=torch.int64), torch.zeros(2), torch.zeros(2, A))
+    with pytest.raises(ValueError, match="process_group: expected None with reduction 'mean'"):
+        fused_dqn_loss(q, *rest, process_group=dist.group.WORLD)
+    with pytest.raises(RuntimeError, match="process_group: not inside"):
+        torch.func.grad(lambda q: fused_dqn_loss(q, *rest, reduction="weighted_mean", process_group=dist.group.WORLD))(
+            q
+        )
+    if rank == 0:
+        torch.save(results, f"{folder}/results.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(work, (str(folder),), RANKS)
+    return torch.load(Path(folder) / "results.pt")
+
+
+@pytest.mark.parametrize(("way", "share"), CASES, ids=["-".join(case) for case in CASES])
+def test_gradient_of_the_joined_batch(results: dict[str, dict[str, Tensor]], way: str, share: str) -> None:
+    expected = gradients(way, network(), batch(), None)
+    got = results[f"{way}-{share}"]
+    assert set(got) == set(expected) == {"loss", "weight", "bias"}
+    for name, value in expected.items():
+        assert torch.allclose(got[name], value, rtol=1e-12, atol=1e-12), name
+
+
+def test_what_is_no_process_group() -> None:
+    arguments = make((B, A))
+    for function in (fused_dqn_loss, fused_dqn_loss_and_grad, dqn_loss):
+        with pytest.raises(TypeError, match=r"process_group: expected a torch.distributed.ProcessGroup, got str"):
+            function(**arguments, reduction="weighted_mean", process_group="gloo")  # type: ignore[operator]

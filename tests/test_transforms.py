@@ -1,0 +1,295 @@
+"""torch.func: gradients and ensembles, against a loop over the members."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import Road
+from test_loss import compact, make
+from torch import Tensor, nn
+from torch.func import functional_call, grad, grad_and_value, jacrev, stack_module_state, vmap
+
+from dqn_fused import (
+    BackendUnavailableError,
+    Munchausen,
+    fused_dqn_loss,
+    fused_dqn_loss_and_grad,
+    fused_linear_dqn_loss,
+    fused_td_loss,
+)
+from dqn_fused._backends import choose
+from dqn_fused.arguments import LossSpec
+
+K, B, A, D = 3, 7, 5, 4  # members, batch, actions, features
+
+
+def matrix(*size: int, device: str) -> Tensor:
+    return torch.randn(*size, dtype=torch.float64, device=device)
+
+
+def options(name: str, device: str) -> dict[str, Any]:
+    """Of the loss, shared by all members."""
+    legal = torch.rand(B, A, device=device) < 0.6
+    legal[:, 0] = True
+    weights = torch.rand(B, device=device)
+    return {
+        "plain": {},
+        "sum": {"reduction": "sum"},
+        "none": {"reduction": "none"},
+        "n_step": {"gamma": 0.9 ** torch.randint(1, 4, (B,), device=device)},
+        "scalar_gamma": {"gamma": torch.tensor(0.5, device=device)},
+        "prioritised": {
+            "next_q_online": matrix(B, A, device=device),
+            "next_action_mask": legal,
+            "weights": weights,
+            "loss": "huber",
+            "reduction": "weighted_mean",
+        },
+        "munchausen": {"target": Munchausen(0.5), "target_q": matrix(B, A, device=device), "action_mask": legal},
+        "cql": {"cql_alpha": 0.5, "weights": weights, "action_mask": legal},
+    }[name]
+
+
+NAMES = ("plain", "sum", "none", "n_step", "scalar_gamma", "prioritised", "munchausen", "cql")
+
+
+def skip_what_cuda_lacks(road: Road, name: str) -> None:
+    if road == ("compiled", "cuda") and name in ("munchausen", "cql"):
+        pytest.skip("the compiled CUDA ops leave exponentials to Triton")
+
+
+def loop(function: Callable[..., Any], *members: Any) -> Any:
+    """What vmap does, without vmap."""
+    results = [function(*(member[k] for member in members)) for k in range(K)]
+    if isinstance(results[0], tuple):
+        return tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+    return torch.stack(results)
+
+
+def assert_same(got: Any, expected: Any) -> None:
+    for x, y in zip(got, expected, strict=True) if isinstance(got, tuple) else [(got, expected)]:
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ensemble(road: Road, name: str) -> None:
+    """A stack of networks on one batch: values and TD errors, gradients, and both in either nesting."""
+    skip_what_cuda_lacks(road, name)
+    arguments = make((B, A), torch.float64, road.device)
+    more = options(name, road.device)
+    q, next_q = matrix(K, B, A, device=road.device), matrix(K, B, A, device=road.device)
+
+    def loss(q: Tensor, next_q: Tensor) -> Any:
+        given = {**arguments, "q": q, "next_q": next_q, **more}
+        return fused_dqn_loss(**given, return_td_error=True, backend=road.backend)
+
+    def total(q: Tensor, next_q: Tensor) -> Tensor:
+        return loss(q, next_q)[0].sum()
+
+    def of_all(q: Tensor) -> Tensor:
+        return vmap(total)(q, next_q).sum()
+
+    def gradient(q: Tensor, next_q: Tensor) -> Tensor:
+        q = q.clone().requires_grad_()
+        return torch.autograd.grad(total(q, next_q), q)[0]
+
+    expected = loop(gradient, q, next_q)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*batching rule")  # vmap falls back to a loop
+        assert_same(vmap(loss)(q, next_q), loop(loss, q, next_q))
+        assert_same(vmap(grad(total))(q, next_q), expected)
+        assert_same(grad(of_all)(q), expected)
+        leaf = q.clone().requires_grad_()
+        assert_same(torch.autograd.grad(of_all(leaf), leaf)[0], expected)
+        assert_same(grad(total)(q[0], next_q[0]), expected[0])
+
+
+def test_stacked_modules(road: Road) -> None:
+    """The recipe of the torch.func tutorial: functional_call over stacked parameters."""
+    networks = [nn.Linear(D, A).to(road.device, torch.float64) for _ in range(K)]
+    targets = [nn.Linear(D, A).to(road.device, torch.float64) for _ in range(K)]
+    arguments = make((B, A), torch.float64, road.device)
+    obs, next_obs = matrix(B, D, device=road.device), matrix(B, D, device=road.device)
+    base = nn.Linear(D, A, device="meta")
+
+    def loss(parameters: dict[str, Tensor], target_parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        q, next_q = functional_call(base, parameters, obs), functional_call(base, target_parameters, next_obs)
+        given = {**arguments, "q": q, "next_q": next_q}
+        result = fused_dqn_loss(**given, return_td_error=True, backend=road.backend)
+        assert isinstance(result, tuple)
+        return result[0], result[1]
+
+    parameters, target_parameters = stack_module_state(networks)[0], stack_module_state(targets)[0]
+    gradients, (losses, td_error) = vmap(grad_and_value(loss, has_aux=True))(parameters, target_parameters)
+    for k, (network, target) in enumerate(zip(networks, targets, strict=True)):
+        with torch.no_grad():
+            next_q = target(next_obs)
+        given = {**arguments, "q": network(obs), "next_q": next_q}
+        expected, expected_td = fused_dqn_loss(**given, return_td_error=True, backend=road.backend)
+        expected.backward()
+        assert_same(losses[k], expected.detach())
+        assert_same(td_error[k], expected_td)
+        for key, parameter in network.named_parameters():
+            assert_same(gradients[key][k], parameter.grad)
+
+
+def test_every_input_may_belong_to_a_member(road: Road) -> None:
+    """And its dimension of members may be any."""
+    members = [make((B, A), torch.float64, road.device, seed=seed) for seed in range(K)]
+    stacked = {name: torch.stack([member[name] for member in members], -1) for name in members[0]}
+    stacked["gamma"] = torch.tensor([0.9, 0.5, 0.0], device=road.device)
+
+    def loss(given: dict[str, Tensor]) -> Any:
+        return fused_dqn_loss(**given, backend=road.backend)
+
+    expected = torch.stack(
+        [loss({**member, "gamma": gamma}) for member, gamma in zip(members, stacked["gamma"], strict=True)]
+    )
+    assert_same(vmap(loss, in_dims=-1)(stacked), expected)
+
+
+def test_leading_dimensions_and_nested_ensembles(road: Road) -> None:
+    shape = (2, B, A)
+    arguments = make(shape, torch.float64, road.device)
+    q = matrix(K, 4, *shape, device=road.device)
+
+    def loss(q: Tensor) -> Any:
+        return fused_dqn_loss(**{**arguments, "q": q}, return_td_error=True, backend=road.backend)
+
+    value, td_error = vmap(vmap(loss))(q)
+    assert td_error.shape == (K, 4, 2, B)
+    for k in range(K):
+        for j in range(4):
+            expected = loss(q[k, j])
+            assert_same((value[k, j], td_error[k, j]), expected)
+
+
+def test_non_final_mask(road: Road) -> None:
+    """One mask for all: the members' compacted next states follow each other."""
+    arguments = compact(make((B, A), torch.float64, road.device))
+    m = arguments["next_q"].shape[0]
+    assert 0 < m < B
+    q, next_q = matrix(K, B, A, device=road.device), matrix(K, m, A, device=road.device)
+
+    def loss(q: Tensor, next_q: Tensor) -> Any:
+        return fused_dqn_loss(**{**arguments, "q": q, "next_q": next_q}, backend=road.backend)
+
+    assert_same(vmap(loss)(q, next_q), loop(loss, q, next_q))
+    assert_same(vmap(loss, in_dims=(0, None))(q, next_q[0]), loop(loss, q, next_q[:1].expand(K, m, A)))
+    masks = arguments["non_final_mask"].expand(K, B)
+    with pytest.raises(ValueError, match="non_final_mask: expected the same one for every member"):
+        vmap(lambda q, mask: fused_dqn_loss(**{**arguments, "q": q, "non_final_mask": mask}, backend=road.backend))(
+            q, masks
+        )
+
+
+@pytest.mark.parametrize("name", ["plain", "cql"])
+def test_second_order(road: Road, name: str) -> None:
+    skip_what_cuda_lacks(road, name)
+    arguments = make((3, 2), torch.float64, road.device)
+    more = {"cql_alpha": 0.5} if name == "cql" else {}
+
+    def loss(q: Tensor) -> Any:
+        return fused_dqn_loss(**{**arguments, "q": q}, **more, backend=road.backend)
+
+    q = arguments.pop("q")
+    expected = torch.autograd.functional.hessian(loss, q)
+    assert expected.abs().sum() > 0
+    assert_same(jacrev(jacrev(loss))(q), expected)
+
+
+def test_a_ready_target(road: Road) -> None:
+    q, target = matrix(K, B, A, device=road.device), matrix(K, B, device=road.device)
+    actions = torch.randint(A, (B,), device=road.device)
+
+    def loss(q: Tensor, target: Tensor) -> Any:
+        return fused_td_loss(q, actions, target, backend=road.backend)
+
+    assert_same(vmap(loss)(q, target), loop(loss, q, target))
+
+
+def test_an_ensemble_is_one_call_of_the_backend(road: Road, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = choose(road.backend, torch.device(road.device), LossSpec())
+    forward, seen = backend.forward, []
+
+    def counted(batch: Any, spec: Any) -> Any:
+        seen.append(batch.actions.numel())
+        return forward(batch, spec)
+
+    monkeypatch.setattr(backend, "forward", counted)
+    arguments = make((B, A), device=road.device)
+    q = torch.randn(K, B, A, device=road.device)
+    vmap(grad(lambda q: fused_dqn_loss(**{**arguments, "q": q}, backend=road.backend)))(q)
+    assert seen == [K * B]
+
+
+def test_an_illegal_action_is_found(road: Road) -> None:
+    """On a GPU it is NaN, as outside."""
+    arguments = make((B, A), device=road.device)
+    arguments["actions"][4] = A
+    q = torch.randn(K, B, A, device=road.device)
+
+    def loss(q: Tensor) -> Any:
+        return fused_dqn_loss(**{**arguments, "q": q}, backend=road.backend)
+
+    for function, x in ((vmap(loss), q), (grad(loss), q[0]), (vmap(grad(loss)), q)):
+        if road.device == "cpu":
+            with pytest.raises(IndexError, match=r"actions: expected values in \[0, 5\), got 5 in row"):
+                function(x)
+        else:
+            assert function(x).isnan().any() or not function(x)[..., 4, :].any()
+
+
+def test_what_has_no_rule_says_so(road: Road) -> None:
+    arguments = make((B, A), device=road.device)
+    q = arguments.pop("q")
+    with pytest.raises(RuntimeError, match=r"fused_dqn_loss_and_grad: .* torch\.func.grad_and_value of fused_dqn_loss"):
+        vmap(lambda q: fused_dqn_loss_and_grad(q, **arguments, backend=road.backend))(q.expand(K, B, A))
+    hidden, weight = torch.randn(B, D, device=road.device), torch.randn(A, D, device=road.device)
+    given = (arguments["actions"], arguments["rewards"], hidden, weight)
+    with pytest.raises(RuntimeError, match=r"fused_linear_dqn_loss: .* call fused_dqn_loss with"):
+        grad(lambda h: fused_linear_dqn_loss(h, weight, *given, backend=road.backend))(hidden)
+
+
+def test_a_named_backend_still_does_not_fall_back(road: Road) -> None:
+    if road.backend == "triton":
+        pytest.skip("it serves")
+    arguments = make((B, A))
+    q = arguments.pop("q")
+    with pytest.raises(BackendUnavailableError):
+        grad(lambda q: fused_dqn_loss(q, **arguments, backend="triton"))(q)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_inside_torch_compile(backend: str) -> None:
+    """The Function, traced inside a transform, gave gradients that were wrong without a word."""
+    arguments, more = make((B, A), torch.float64), options("prioritised", "cpu")
+    q, next_q = matrix(K, B, A, device="cpu"), matrix(K, B, A, device="cpu")
+
+    def loss(q: Tensor, next_q: Tensor) -> Any:
+        return fused_dqn_loss(**{**arguments, "q": q, "next_q": next_q}, **more, backend=backend)
+
+    for function in (vmap(loss), vmap(grad(loss)), grad(lambda q, next_q: vmap(loss)(q, next_q).sum())):
+        torch._dynamo.reset()
+        assert_same(torch.compile(function, fullgraph=True)(q, next_q), function(q, next_q))
+
+
+def test_inside_torch_compile_a_named_backend_refuses() -> None:
+    arguments = make((B, A))
+    q = arguments.pop("q")
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="BackendUnavailableError"):
+        torch.compile(grad(lambda q: fused_dqn_loss(q, **arguments, backend="compiled")), fullgraph=True)(q)
+
+
+def test_vmap_over_a_recorded_backward(road: Road) -> None:
+    arguments = make((4, 3), torch.float64, road.device)
+    q = arguments.pop("q").requires_grad_()
+    loss = fused_dqn_loss(q, **arguments, reduction="none", backend=road.backend)
+    assert isinstance(loss, Tensor)
+    identity = torch.eye(4, dtype=torch.float64, device=road.device)
+    rows = vmap(lambda v: torch.autograd.grad(loss, q, v, retain_graph=True)[0])(identity)
+    assert_same(rows, torch.stack([torch.autograd.grad(loss, q, v, retain_graph=True)[0] for v in identity]))
