@@ -31,22 +31,30 @@ _library.define(
     "td_loss_backward(Tensor grad_loss, Tensor td_error, Tensor actions, int A, ScalarType dtype, int reduction) "
     "-> Tensor grad_q"
 )
-# log_sum is empty, (0,), without the conservative term.
-_library.define(
-    f"general_td_loss({GENERAL_BATCH}, {GENERAL_LOSS}, int reduction, bool check) "
-    "-> (Tensor loss, Tensor td_error, Tensor log_sum)"
-)
-_library.define(
-    f"general_td_loss_and_grad({GENERAL_BATCH}, {GENERAL_LOSS}, int reduction, bool check) "
-    "-> (Tensor loss, Tensor grad_q, Tensor td_error, Tensor log_sum)"
-)
-_library.define(
-    "general_td_loss_backward(Tensor grad_loss, Tensor td_error, Tensor actions, Tensor? weights, Tensor? log_sum, "
-    "Tensor? q, Tensor? action_mask, int A, ScalarType dtype, int loss, float delta, float cql_alpha, int reduction) "
-    "-> Tensor grad_q"
-)
-NAMES = tuple(f"{kind}td_loss{what}" for kind in ("", "general_") for what in ("", "_and_grad", "_backward"))
-for _name in NAMES:
+# log_sum is empty, (0,), without the conservative term. The Triton ops are for torch.compile, which calls a launch from
+# its graph without a look into it, and check no values.
+for _kind, _check in (("general", ", bool check"), ("triton", "")):
+    _library.define(
+        f"{_kind}_td_loss({GENERAL_BATCH}, {GENERAL_LOSS}, int reduction{_check}) "
+        "-> (Tensor loss, Tensor td_error, Tensor log_sum)"
+    )
+    _library.define(
+        f"{_kind}_td_loss_and_grad({GENERAL_BATCH}, {GENERAL_LOSS}, int reduction{_check}) "
+        "-> (Tensor loss, Tensor grad_q, Tensor td_error, Tensor log_sum)"
+    )
+    _library.define(
+        f"{_kind}_td_loss_backward(Tensor grad_loss, Tensor td_error, Tensor actions, Tensor? weights, "
+        "Tensor? log_sum, Tensor? q, Tensor? action_mask, int A, ScalarType dtype, int loss, float delta, "
+        "float cql_alpha, int reduction) -> Tensor grad_q"
+    )
+# index is empty, (0,), but for the argmax.
+for _kind, _more in (("", ""), ("triton_", ", bool auto")):
+    _library.define(
+        f"{_kind}sweep(Tensor hidden, Tensor weight, Tensor? bias, Tensor? mask, str kind, float temperature{_more}) "
+        "-> (Tensor value, Tensor index)"
+    )
+NAMES = tuple(f"{kind}td_loss{what}" for kind in ("", "general_", "triton_") for what in ("", "_and_grad", "_backward"))
+for _name in (*NAMES, "sweep", "triton_sweep"):
     # Autograd stops here: TDLoss has the derivative, and loss_and_grad gives it.
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
@@ -73,24 +81,42 @@ def _td_loss_backward(
     return td_error.new_empty((actions.shape[0], A), dtype=dtype)
 
 
-@torch.library.register_fake("dqn_fused::general_td_loss", lib=_library)
+@torch.library.register_fake("dqn_fused::triton_td_loss", lib=_library)
 def _general_td_loss(q: Tensor, actions: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
-    *others, cql, _, reduction, _ = rest
+    *others, cql, _, reduction = rest
     _on_one_device(q, actions, *others)
     log_sum = _per_sample(q, actions) if cql else q.new_empty((0,), dtype=_accumulation(q))
     return _loss(q, actions, reduction), _per_sample(q, actions), log_sum
 
 
-@torch.library.register_fake("dqn_fused::general_td_loss_and_grad", lib=_library)
+@torch.library.register_fake("dqn_fused::triton_td_loss_and_grad", lib=_library)
 def _general_td_loss_and_grad(q: Tensor, actions: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     loss, td_error, log_sum = _general_td_loss(q, actions, *rest)
     return loss, q.new_empty((actions.shape[0], q.shape[-1])), td_error, log_sum
 
 
+for _name, _fake in (("td_loss", _general_td_loss), ("td_loss_and_grad", _general_td_loss_and_grad)):
+    torch.library.register_fake(
+        f"dqn_fused::general_{_name}", lambda *given, fake=_fake: fake(*given[:-1]), lib=_library
+    )
+
+
 @torch.library.register_fake("dqn_fused::general_td_loss_backward", lib=_library)
+@torch.library.register_fake("dqn_fused::triton_td_loss_backward", lib=_library)
 def _general_td_loss_backward(grad_loss: Tensor, td_error: Tensor, actions: Tensor, *rest: object) -> Tensor:
     *_, A, dtype, _, _, _, _ = rest
     return td_error.new_empty((actions.shape[0], A), dtype=dtype)  # type: ignore[call-overload]
+
+
+@torch.library.register_fake("dqn_fused::sweep", lib=_library)
+@torch.library.register_fake("dqn_fused::triton_sweep", lib=_library)
+def _sweep(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, kind: str, *rest: object
+) -> tuple[Tensor, Tensor]:
+    _on_one_device(hidden, weight, bias, mask)
+    m = hidden.shape[0]
+    index = hidden.new_empty((m if kind == "argmax" else 0,), dtype=torch.int64)
+    return hidden.new_empty((m,), dtype=_accumulation(hidden)), index
 
 
 def _on_one_device(q: Tensor, *others: object) -> None:
@@ -117,3 +143,8 @@ td_loss_backward = torch.ops.dqn_fused.td_loss_backward.default
 general_td_loss = torch.ops.dqn_fused.general_td_loss.default
 general_td_loss_and_grad = torch.ops.dqn_fused.general_td_loss_and_grad.default
 general_td_loss_backward = torch.ops.dqn_fused.general_td_loss_backward.default
+triton_td_loss = torch.ops.dqn_fused.triton_td_loss.default
+triton_td_loss_and_grad = torch.ops.dqn_fused.triton_td_loss_and_grad.default
+triton_td_loss_backward = torch.ops.dqn_fused.triton_td_loss_backward.default
+sweep = torch.ops.dqn_fused.sweep.default
+triton_sweep = torch.ops.dqn_fused.triton_sweep.default

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dqn_fused import _ops
 from dqn_fused.arguments import (
     Batch,
     LossSpec,
@@ -84,6 +85,19 @@ def check_head(head: Head, samples: Batch, spec: LossSpec) -> tuple[Head, Batch]
     return checked, batch
 
 
+def autocast(head: Head) -> Head:
+    """Hidden states as ``nn.Linear`` would read them: under autocast in its dtype, float64 excepted."""
+    device = head.hidden.device.type
+    if not torch.is_autocast_enabled(device):
+        return head
+    dtype = torch.get_autocast_dtype(device)
+    names = ("hidden", "next_hidden", "next_hidden_online")
+    states = {name: getattr(head, name) for name in names}
+    return head._replace(
+        **{name: x.to(dtype) for name, x in states.items() if x is not None and x.dtype is not torch.float64}
+    )
+
+
 def flat(x: Tensor) -> Tensor:
     """(*N, D) as (n, D), copied where its leading dimensions do not merge."""
     return x.reshape(-1, x.shape[-1])
@@ -119,8 +133,12 @@ def next_values(head: Head, spec: LossSpec, sweep: Callable[[Sweep], tuple[Tenso
 def sweep(work: Sweep) -> tuple[Tensor, Tensor | None]:
     """Largest Q-value or soft value of each row, (m,), in the accumulation dtype, and the first index of the largest.
 
-    The products are the library's, of tiles of actions that are reduced while they are in the cache.
+    The products are the library's, of tiles of actions that are reduced while they are in the cache. torch.compile
+    calls it from its graph: traced, the number of tiles would be a constant, and each batch size a graph of its own.
     """
+    if torch.compiler.is_compiling():
+        value, index = _ops.sweep(*work)
+        return value, index if work.kind == "argmax" else None
     rows = range(0, max(work.hidden.shape[0], 1), TILE_ROWS)
     parts = [_sweep_rows(work, slice(start, start + TILE_ROWS)) for start in rows]
     value, index = parts[0]
@@ -128,6 +146,14 @@ def sweep(work: Sweep) -> tuple[Tensor, Tensor | None]:
         value = torch.cat([part[0] for part in parts])
         index = None if index is None else torch.cat([part[1] for part in parts if part[1] is not None])
     return value, index
+
+
+@torch.library.impl("dqn_fused::sweep", "CompositeExplicitAutograd")
+def _sweep_op(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, kind: str, temperature: float
+) -> tuple[Tensor, Tensor]:
+    value, index = sweep(Sweep(hidden, weight, bias, mask, kind, temperature))
+    return value, hidden.new_empty(0, dtype=torch.int64) if index is None else index
 
 
 def _sweep_rows(work: Sweep, some: slice) -> tuple[Tensor, Tensor | None]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from dqn_fused._backends import choose
 from dqn_fused.arguments import Batch, check_group, check_loss, normalise_weights
 from dqn_fused.autograd import inside_transform, td_loss
-from dqn_fused.head import Head, TakenValues, check_head, next_values
+from dqn_fused.head import Head, TakenValues, autocast, check_head, next_values
 from dqn_fused.targets import Soft
 from dqn_fused.transforms import refuse
 
@@ -99,6 +99,7 @@ def fused_linear_dqn_loss(
     head = Head(hidden, weight, bias, next_hidden, next_weight, next_bias, next_hidden_online, next_action_mask)
     samples = Batch(hidden, actions, rewards, next_hidden, terminated, gamma, non_final_mask, weights=weights)
     head, samples = check_head(head, samples, spec)
+    head = autocast(head)
     road = choose(backend, hidden.device, spec)
     with torch.no_grad():
         value = next_values(head, spec, road.auto_sweep if backend == "auto" else road.sweep)

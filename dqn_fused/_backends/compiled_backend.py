@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from dqn_fused import _ops, arguments
-from dqn_fused._ops import LOSSES, REDUCTIONS, TARGETS
+from dqn_fused._backends import boxed
+from dqn_fused._backends.boxed import backward_arguments, shaped, shaped_forward
+from dqn_fused._ops import REDUCTIONS
 from dqn_fused.arguments import Batch, LossSpec
 from dqn_fused.autograd import Saved
 from dqn_fused.head import sweep
@@ -58,24 +60,18 @@ def forward(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor | None
         loss, td_error = _ops.td_loss(*plain)
     else:
         loss, td_error, log_sum = _ops.general_td_loss(*_arguments(batch, spec))
-    shape = batch.shape
-    if len(shape) != 1:  # 1 us of comparing shapes
-        loss, td_error = _shaped(loss, shape if spec.reduction == "none" else loss.shape), _shaped(td_error, shape)
-    return loss, td_error, _shaped_log_sum(log_sum, batch, spec)
+    return shaped_forward(loss, td_error, log_sum, batch, spec)
 
 
 def backward(grad_loss: Tensor, saved: Saved, spec: LossSpec) -> Tensor:
     """Return grad_q."""
-    td_error, actions, weights, log_sum, q, action_mask, q_shape, q_dtype = saved
-    A, reduction = q_shape[-1], REDUCTIONS[spec.reduction]
-    if spec.loss == "mse" and weights is None and q is None:
-        grad_q = _ops.td_loss_backward(grad_loss, td_error, actions, A, q_dtype, reduction)
+    q_shape = saved.q_shape
+    if spec.loss == "mse" and saved.weights is None and saved.q is None:
+        reduction = REDUCTIONS[spec.reduction]
+        grad_q = _ops.td_loss_backward(grad_loss, saved.td_error, saved.actions, q_shape[-1], saved.q_dtype, reduction)
     else:
-        grad_q = _ops.general_td_loss_backward(
-            grad_loss, td_error, actions, weights, log_sum, q, action_mask, A, q_dtype,
-            LOSSES[spec.loss], spec.delta, spec.cql_alpha, reduction,
-        )  # fmt: skip
-    return grad_q if len(q_shape) == 2 else _shaped(grad_q, q_shape)
+        grad_q = _ops.general_td_loss_backward(*backward_arguments(grad_loss, saved, spec))
+    return grad_q if len(q_shape) == 2 else shaped(grad_q, q_shape)
 
 
 def loss_and_grad(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -85,22 +81,10 @@ def loss_and_grad(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor,
         loss, grad_q, td_error = _ops.td_loss_and_grad(*plain)
     else:
         loss, grad_q, td_error, log_sum = _ops.general_td_loss_and_grad(*_arguments(batch, spec))
-    shape = batch.shape
-    if len(shape) != 1:
-        loss, td_error = _shaped(loss, shape if spec.reduction == "none" else loss.shape), _shaped(td_error, shape)
-        grad_q = _shaped(grad_q, (*shape, grad_q.shape[-1]))
-    return loss, grad_q, td_error, _shaped_log_sum(log_sum, batch, spec)
-
-
-def _shaped(x: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """Give an op's result its leading dimensions; not as a view, which autograd would not let users change in place."""
-    return x if x.shape == shape else torch.ops.aten._unsafe_view.default(x, shape)
-
-
-def _shaped_log_sum(log_sum: Tensor | None, batch: Batch, spec: LossSpec) -> Tensor | None:
-    if log_sum is None or not spec.cql:
-        return None
-    return log_sum if len(batch.shape) == 1 else _shaped(log_sum, batch.shape)
+    loss, td_error, log_sum = shaped_forward(loss, td_error, log_sum, batch, spec)
+    if len(batch.shape) != 1:
+        grad_q = shaped(grad_q, (*batch.shape, grad_q.shape[-1]))
+    return loss, grad_q, td_error, log_sum
 
 
 def _plain_arguments(batch: Batch, spec: LossSpec) -> tuple[object, ...] | None:
@@ -121,22 +105,9 @@ def _plain_arguments(batch: Batch, spec: LossSpec) -> tuple[object, ...] | None:
 
 
 def _arguments(batch: Batch, spec: LossSpec) -> tuple[object, ...]:
-    (
-        q, actions, rewards, next_q, terminated, gamma, non_final_mask,
-        next_q_online, next_action_mask, weights, target_q, action_mask, shape,
-    ) = batch  # fmt: skip
-    loss, delta, reduction, target, temperature, alpha, clip, cql, cql_alpha = spec
-    if len(shape) == 1:
+    if len(batch.shape) == 1:
         # Elsewhere two leading dimensions may merge in one matrix and not in another, so the op takes both.
-        for x in (next_q_online, next_action_mask, target_q, action_mask):
+        for x in (batch.next_q_online, batch.next_action_mask, batch.target_q, batch.action_mask):
             if x is not None and x.dim() != 2:
                 raise RuntimeError(f"expected matrices of two dimensions, as q, got {x.dim()}")
-    gammas = None
-    if isinstance(gamma, Tensor):
-        gammas, gamma = gamma, 0.0
-    look = arguments.looks_at_values(q.device)
-    return (
-        q, actions, rewards, next_q, terminated, non_final_mask, gammas, gamma,
-        next_q_online, next_action_mask, weights, target_q, action_mask,
-        LOSSES[loss], delta, TARGETS[target], temperature, alpha, clip, cql, cql_alpha, REDUCTIONS[reduction], look,
-    )  # fmt: skip
+    return (*boxed.arguments(batch, spec), arguments.looks_at_values(batch.q.device))

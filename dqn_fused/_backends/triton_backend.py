@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dqn_fused._backends import triton_ops
 from dqn_fused._backends.triton_sweep import auto_sweep, sweep
 from dqn_fused.arguments import Batch, LossSpec, accumulation_dtype
 from dqn_fused.autograd import Saved
@@ -56,11 +57,15 @@ def forward(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor | None
     Up to 64 actions: one launch for a small batch, a second one where several programs share the work. Above, the rows
     of each matrix whose every action counts are reduced first, in a launch of their own.
     """
+    if torch.compiler.is_compiling():
+        return triton_ops.forward(batch, spec)
     return _forward(batch, spec, None)
 
 
 def backward(grad_loss: Tensor, saved: Saved, spec: LossSpec) -> Tensor:
     """Return grad_q in one launch."""
+    if torch.compiler.is_compiling():
+        return triton_ops.backward(grad_loss, saved, spec)
     grad_q = torch.empty(saved.q_shape, dtype=saved.q_dtype, device=saved.td_error.device)
     _store_gradient(grad_q, grad_loss, saved, spec)
     return grad_q
@@ -68,6 +73,8 @@ def backward(grad_loss: Tensor, saved: Saved, spec: LossSpec) -> Tensor:
 
 def loss_and_grad(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return (loss, grad_q, td_error, log_sum): up to 64 actions the forward launch writes grad_q, above one more."""
+    if torch.compiler.is_compiling():
+        return triton_ops.loss_and_grad(batch, spec)
     q = batch.q
     A = q.shape[-1]
     grad_q = torch.empty((*batch.shape, A), dtype=q.dtype, device=q.device)

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dqn_fused import head
+from dqn_fused._backends import triton_ops
 from dqn_fused.head import Sweep
 from dqn_fused.kernels import sweep_launch
 from dqn_fused.kernels.launch import cdiv
@@ -32,6 +33,8 @@ def sweep(work: Sweep) -> tuple[Tensor, Tensor | None]:
     Q-values of half precision are not rounded to it before they are compared. float64 is the library's: it checks
     gradients, and few devices multiply it in tensor cores.
     """
+    if torch.compiler.is_compiling():
+        return triton_ops.sweep(work, auto=False)
     from dqn_fused._backends import triton_backend as backend  # which imports this module
 
     hidden, weight, bias = work.hidden.resolve_neg(), work.weight.resolve_neg(), work.bias
@@ -81,6 +84,8 @@ def sweep(work: Sweep) -> tuple[Tensor, Tensor | None]:
 
 def auto_sweep(work: Sweep) -> tuple[Tensor, Tensor | None]:
     """Sweep by the kernel where that pays, else head.sweep."""
+    if torch.compiler.is_compiling():
+        return triton_ops.sweep(work, auto=True)
     return sweep(work) if pays(work) else head.sweep(work)
 
 

@@ -1,0 +1,110 @@
+"""A batch and a loss as the flat arguments of an op, and an op's results as a backend gives them."""
+
+import torch
+from torch import Tensor
+
+from dqn_fused._ops import LOSSES, REDUCTIONS, TARGETS
+from dqn_fused.arguments import Batch, LossSpec
+from dqn_fused.autograd import Saved
+
+_NAMES = [{code: name for name, code in codes.items()} for codes in (LOSSES, TARGETS, REDUCTIONS)]
+
+
+def arguments(batch: Batch, spec: LossSpec) -> tuple[object, ...]:
+    """Arguments of a general forward op, but for what is its own."""
+    (
+        q, actions, rewards, next_q, terminated, gamma, non_final_mask,
+        next_q_online, next_action_mask, weights, target_q, action_mask, _,
+    ) = batch  # fmt: skip
+    loss, delta, reduction, target, temperature, alpha, clip, cql, cql_alpha = spec
+    gammas = None
+    if isinstance(gamma, Tensor):
+        gammas, gamma = gamma, 0.0
+    return (
+        q, actions, rewards, next_q, terminated, non_final_mask, gammas, gamma,
+        next_q_online, next_action_mask, weights, target_q, action_mask,
+        LOSSES[loss], delta, TARGETS[target], temperature, alpha, clip, cql, cql_alpha, REDUCTIONS[reduction],
+    )  # fmt: skip
+
+
+def unpack(
+    q: Tensor,
+    actions: Tensor,
+    rewards: Tensor,
+    next_q: Tensor | None,
+    terminated: Tensor | None,
+    non_final_mask: Tensor | None,
+    gammas: Tensor | None,
+    gamma: float,
+    next_q_online: Tensor | None,
+    next_action_mask: Tensor | None,
+    weights: Tensor | None,
+    target_q: Tensor | None,
+    action_mask: Tensor | None,
+    loss: int,
+    delta: float,
+    target: int,
+    temperature: float,
+    alpha: float,
+    clip: float,
+    cql: bool,
+    cql_alpha: float,
+    reduction: int,
+) -> tuple[Batch, LossSpec]:
+    """Batch, of one leading dimension, and loss of the arguments of a general forward op."""
+    losses, targets, reductions = _NAMES
+    batch = Batch(
+        q, actions, rewards, next_q, terminated, gamma if gammas is None else gammas, non_final_mask,
+        next_q_online, next_action_mask, weights, target_q, action_mask, actions.shape,
+    )  # fmt: skip
+    spec = LossSpec(
+        losses[loss], delta, reductions[reduction], targets[target], temperature, alpha, clip, cql, cql_alpha
+    )
+    return batch, spec
+
+
+def backward_arguments(grad_loss: Tensor, saved: Saved, spec: LossSpec) -> tuple[object, ...]:
+    """Arguments of a general backward op."""
+    td_error, actions, weights, log_sum, q, action_mask, q_shape, q_dtype = saved
+    return (
+        grad_loss, td_error, actions, weights, log_sum, q, action_mask, q_shape[-1], q_dtype,
+        LOSSES[spec.loss], spec.delta, spec.cql_alpha, REDUCTIONS[spec.reduction],
+    )  # fmt: skip
+
+
+def unpack_backward(
+    td_error: Tensor,
+    actions: Tensor,
+    weights: Tensor | None,
+    log_sum: Tensor | None,
+    q: Tensor | None,
+    action_mask: Tensor | None,
+    A: int,
+    dtype: torch.dtype,
+    loss: int,
+    delta: float,
+    cql_alpha: float,
+    reduction: int,
+) -> tuple[Saved, LossSpec]:
+    """What a backward needs, of the arguments of a general backward op."""
+    losses, _, reductions = _NAMES
+    saved = Saved(td_error, actions, weights, log_sum, q, action_mask, torch.Size((actions.shape[0], A)), dtype)
+    return saved, LossSpec(losses[loss], delta, reductions[reduction], cql=q is not None, cql_alpha=cql_alpha)
+
+
+def shaped_forward(
+    loss: Tensor, td_error: Tensor, log_sum: Tensor | None, batch: Batch, spec: LossSpec
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Give the results of a forward op the leading dimensions of the batch."""
+    shape = batch.shape
+    if not spec.cql:
+        log_sum = None
+    if len(shape) != 1:  # 1 us of comparing shapes
+        loss, td_error = shaped(loss, shape if spec.reduction == "none" else loss.shape), shaped(td_error, shape)
+        log_sum = None if log_sum is None else shaped(log_sum, shape)
+    return loss, td_error, log_sum
+
+
+def shaped(x: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    """Give an op's result a shape; not as a view, which autograd would not let users change in place."""
+    return x if x.shape == shape else torch.ops.aten._unsafe_view.default(x, shape)

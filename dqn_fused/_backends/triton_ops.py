@@ -1,0 +1,88 @@
+"""The Triton backend for torch.compile: ops that call it, which a graph holds whole.
+
+A launch asks for addresses and devices, of which a trace has none.
+"""
+
+import torch
+from torch import Tensor
+from torch.library import Library
+
+from dqn_fused import _ops
+from dqn_fused._backends import boxed
+from dqn_fused.arguments import Batch, LossSpec
+from dqn_fused.autograd import Saved
+from dqn_fused.head import Sweep
+
+_library = Library("dqn_fused", "IMPL")
+
+
+def forward(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return (loss, td_error, log_sum)."""
+    loss, td_error, log_sum = _ops.triton_td_loss(*boxed.arguments(batch, spec))
+    return boxed.shaped_forward(loss, td_error, log_sum, batch, spec)
+
+
+def backward(grad_loss: Tensor, saved: Saved, spec: LossSpec) -> Tensor:
+    """Return grad_q."""
+    return boxed.shaped(_ops.triton_td_loss_backward(*boxed.backward_arguments(grad_loss, saved, spec)), saved.q_shape)
+
+
+def loss_and_grad(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return (loss, grad_q, td_error, log_sum)."""
+    loss, grad_q, td_error, log_sum = _ops.triton_td_loss_and_grad(*boxed.arguments(batch, spec))
+    loss, td_error, log_sum = boxed.shaped_forward(loss, td_error, log_sum, batch, spec)
+    return loss, boxed.shaped(grad_q, (*batch.shape, grad_q.shape[-1])), td_error, log_sum
+
+
+def sweep(work: Sweep, auto: bool) -> tuple[Tensor, Tensor | None]:
+    """Return (value, index)."""
+    value, index = _ops.triton_sweep(*work, auto)
+    return value, index if work.kind == "argmax" else None
+
+
+def _forward(*given: object) -> tuple[Tensor, Tensor, Tensor]:
+    from dqn_fused._backends import triton_backend  # which imports this module
+
+    batch, spec = boxed.unpack(*given)  # type: ignore[arg-type]
+    loss, td_error, log_sum = triton_backend.forward(batch, spec)
+    return loss, td_error, td_error.new_empty(0) if log_sum is None else log_sum
+
+
+def _loss_and_grad(*given: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from dqn_fused._backends import triton_backend
+
+    batch, spec = boxed.unpack(*given)  # type: ignore[arg-type]
+    loss, grad_q, td_error, log_sum = triton_backend.loss_and_grad(batch, spec)
+    return loss, grad_q, td_error, td_error.new_empty(0) if log_sum is None else log_sum
+
+
+def _backward(grad_loss: Tensor, *given: object) -> Tensor:
+    from dqn_fused._backends import triton_backend
+
+    saved, spec = boxed.unpack_backward(*given)  # type: ignore[arg-type]
+    return triton_backend.backward(grad_loss, saved, spec)
+
+
+def _sweep(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    kind: str,
+    temperature: float,
+    auto: bool,
+) -> tuple[Tensor, Tensor]:
+    from dqn_fused._backends import triton_sweep
+
+    run = triton_sweep.auto_sweep if auto else triton_sweep.sweep
+    value, index = run(Sweep(hidden, weight, bias, mask, kind, temperature))
+    return value, hidden.new_empty(0, dtype=torch.int64) if index is None else index
+
+
+for _name, _call in {
+    "triton_td_loss": _forward,
+    "triton_td_loss_and_grad": _loss_and_grad,
+    "triton_td_loss_backward": _backward,
+    "triton_sweep": _sweep,
+}.items():
+    _library.impl(_name, _call, "CompositeExplicitAutograd")

@@ -1,0 +1,282 @@
+"""What a training loop wraps around a loss: torch.compile, autocast, GradScaler."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Road
+from test_loss import compact, make
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+from dqn_fused import Munchausen, Soft, _ops, fused_dqn_loss, fused_dqn_loss_and_grad, fused_linear_dqn_loss
+from dqn_fused._backends import boxed
+from dqn_fused.arguments import Batch, check_batch, check_loss, normalise_weights
+from dqn_fused.autograd import Saved
+
+D, A = 4, 5
+SIZES = (8, 11, 16, 33)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def network(road: Road) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(D, 16), nn.ReLU(), nn.Linear(16, A)).to(road.device)
+
+
+def double(n: int, device: str) -> dict[str, Tensor]:
+    legal = torch.rand(n, A, device=device) < 0.6
+    legal[:, 0] = True
+    return {
+        "next_q_online": torch.randn(n, A, device=device),
+        "next_action_mask": legal,
+        "weights": torch.rand(n, device=device),
+    }
+
+
+def munchausen(n: int, device: str) -> dict[str, Tensor]:
+    return {"target_q": torch.randn(n, A, device=device)}
+
+
+def nothing(n: int, device: str) -> dict[str, Tensor]:
+    return {}
+
+
+LOSSES: dict[str, tuple[Callable[[int, str], dict[str, Tensor]], dict[str, Any]]] = {
+    "plain": (nothing, {}),
+    "none": (nothing, {"reduction": "none"}),
+    "mask": (nothing, {}),
+    "prioritised": (double, {"loss": "huber", "reduction": "weighted_mean", "return_td_error": True}),
+    "munchausen-cql": (munchausen, {"target": Munchausen(), "cql_alpha": 0.5, "return_cql": True}),
+}
+
+
+def total(result: Any) -> Tensor:
+    loss: Tensor = result[0] if isinstance(result, tuple) else result
+    return loss.sum()
+
+
+def gradients(loss: Tensor, model: nn.Module) -> list[Tensor]:
+    return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+
+@pytest.mark.parametrize("name", [*LOSSES, "loss_and_grad"])
+def test_torch_compile_of_network_and_loss(road: Road, name: str) -> None:
+    """One graph without a break; a second one when the batch size has changed for the first time, and no third."""
+    if road == ("compiled", "cuda") and name == "munchausen-cql":
+        pytest.skip("the compiled CUDA ops leave exponentials to Triton")
+    model = network(road)
+    more, options = LOSSES.get(name, LOSSES["plain"])
+
+    def loss(obs: Tensor, rest: dict[str, Tensor]) -> Tensor:
+        q = model(obs)
+        if name == "loss_and_grad":
+            value, grad_q = fused_dqn_loss_and_grad(q, **rest, backend=road.backend)
+            return value + (q * grad_q).sum() - (q * grad_q).sum().detach()
+        return total(fused_dqn_loss(q, **rest, **options, backend=road.backend))
+
+    compiled = torch.compile(loss, fullgraph=True)
+    for n in SIZES:
+        arguments = {**make((n, A), device=road.device, seed=n), **more(n, road.device)}
+        if name == "mask":
+            arguments["terminated"] = (
+                torch.arange(n, device=road.device) % 4 == 0
+            )  # as many next states at no two sizes
+            arguments = compact(arguments)
+        arguments.pop("q")
+        obs = torch.randn(n, D, device=road.device)
+        results = [gradients(function(obs, arguments), model) for function in (compiled, loss)]
+        for got, expected in zip(*results, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("target", ["max", Soft(0.5)], ids=["max", "soft"])
+def test_torch_compile_of_a_linear_head(road: Road, target: Any) -> None:
+    body = nn.Linear(D, 16).to(road.device)
+    head, target_head = nn.Linear(16, 300).to(road.device), nn.Linear(16, 300).to(road.device)
+    double = target == "max"
+
+    def loss(obs: Tensor, next_hidden: Tensor, rest: dict[str, Tensor]) -> Tensor:
+        online = next_hidden.flip(0) if double else None
+        given = {"bias": head.bias, "next_bias": target_head.bias, "next_hidden_online": online, **rest}
+        layers = (next_hidden, target_head.weight)
+        actions, rewards = given.pop("actions"), given.pop("rewards")
+        hidden = body(obs)
+        return total(
+            fused_linear_dqn_loss(
+                hidden, head.weight, actions, rewards, *layers, target=target, backend=road.backend, **given
+            )
+        )
+
+    compiled = torch.compile(loss, fullgraph=True)
+    both = nn.ModuleList([body, head])
+    for n in SIZES[:3]:
+        rest = make((n, 300), device=road.device, seed=n)
+        obs, next_hidden = torch.randn(n, D, device=road.device), torch.randn(n, 16, device=road.device)
+        del rest["q"], rest["next_q"]
+        for got, expected in zip(
+            gradients(compiled(obs, next_hidden, rest), both),
+            gradients(loss(obs, next_hidden, rest), both),
+            strict=True,
+        ):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
+
+
+def eager_loss(q: Tensor, actions: Tensor, rewards: Tensor, next_q: Tensor, terminated: Tensor) -> Tensor:
+    with torch.no_grad():
+        target = rewards + 0.99 * next_q.max(1).values * ~terminated
+    return F.mse_loss(q.gather(1, actions.unsqueeze(1)).squeeze(1), target)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+def test_autocast(road: Road, dtype: torch.dtype) -> None:
+    """Half-precision networks, float32 rewards: dtypes as eager has them, values at least as close to float64."""
+    model, target = network(road), network(road)
+    rest = make((64, A), device=road.device)
+    del rest["q"], rest["next_q"]
+    obs, next_obs = torch.randn(64, D, device=road.device), torch.randn(64, D, device=road.device)
+
+    def run(loss_of: Callable[..., Any], wide: bool = False) -> tuple[Tensor, list[Tensor]]:
+        with torch.autocast(road.device, dtype):
+            with torch.no_grad():
+                next_q = target(next_obs)
+            q = model(obs)
+            assert q.dtype is next_q.dtype is dtype
+            if wide:
+                q, next_q = q.double(), next_q.double()
+            loss = loss_of(q, **rest, next_q=next_q)
+        return loss, torch.autograd.grad(loss, list(model.parameters()))
+
+    loss, grads = run(lambda *args, **kwargs: fused_dqn_loss(*args, **kwargs, backend=road.backend))
+    eager, eager_grads = run(eager_loss)
+    exact, _ = run(eager_loss, wide=True)
+    assert loss.dtype is eager.dtype is torch.float32
+    assert abs(loss.double() - exact) <= abs(eager.double() - exact) + 1e-6
+    for got, expected in zip(grads, eager_grads, strict=True):
+        assert got.dtype is expected.dtype is torch.float32
+        torch.testing.assert_close(got, expected, rtol=4 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_autocast_changes_nothing_inside(road: Road, name: str) -> None:
+    """The same bits with the call inside the region and after it."""
+    if road == ("compiled", "cuda") and name == "munchausen-cql":
+        pytest.skip("the compiled CUDA ops leave exponentials to Triton")
+    more, options = LOSSES[name]
+    arguments = {**make((16, A), torch.bfloat16, road.device), **more(16, road.device)}
+    if name == "mask":
+        arguments = compact(arguments)
+    q = arguments.pop("q").requires_grad_()
+
+    def run() -> list[Tensor]:
+        loss = total(fused_dqn_loss(q, **arguments, **options, backend=road.backend))
+        return [loss.detach(), *torch.autograd.grad(loss, q)]
+
+    expected = run()
+    with torch.autocast(road.device, torch.bfloat16):
+        got = run()
+    assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
+
+
+def test_autocast_of_a_linear_head(road: Road) -> None:
+    """As nn.Linear and the loss of its matrix: hidden states are cast, though a LayerNorm left them in float32."""
+    arguments = make((32, 300), device=road.device)
+    del arguments["q"], arguments["next_q"]
+    hidden, next_hidden = torch.randn(32, 16, device=road.device), torch.randn(32, 16, device=road.device)
+    head, target_head = nn.Linear(16, 300).to(road.device), nn.Linear(16, 300).to(road.device)
+    hidden.requires_grad_()
+    inputs = [hidden, *head.parameters()]
+    with torch.autocast(road.device, torch.bfloat16):
+        loss = fused_linear_dqn_loss(
+            hidden, head.weight, next_hidden=next_hidden, next_weight=target_head.weight, bias=head.bias,
+            next_bias=target_head.bias, backend=road.backend, **arguments,
+        )  # fmt: skip
+        matrix = fused_dqn_loss(head(hidden), next_q=target_head(next_hidden), **arguments, backend=road.backend)
+    assert isinstance(loss, Tensor)
+    assert isinstance(matrix, Tensor)
+    assert loss.dtype is torch.float32
+    eps = torch.finfo(torch.bfloat16).eps
+    torch.testing.assert_close(loss, matrix, rtol=2 * eps, atol=0)
+    for got, expected in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(matrix, inputs), strict=True):
+        assert got.dtype is expected.dtype is torch.float32
+        torch.testing.assert_close(got, expected, rtol=4 * eps, atol=eps * expected.abs().max().item())
+    exact = fused_linear_dqn_loss(
+        hidden, head.weight, next_hidden=next_hidden, next_weight=target_head.weight, bias=head.bias,
+        next_bias=target_head.bias, backend=road.backend, **arguments,
+    )  # fmt: skip
+    assert not torch.equal(loss, exact)  # type: ignore[arg-type]
+
+
+def test_grad_scaler(road: Road) -> None:
+    """A scaled loss of a float16 network: the step as eager takes it, skipped where the scaled gradient overflows."""
+    rest = make((16, A), device=road.device)
+    del rest["q"]
+    obs = torch.randn(16, D, device=road.device)
+
+    def run(loss_of: Callable[..., Any], scale: float) -> tuple[list[Tensor], float]:
+        model = network(road)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler(road.device, init_scale=scale)
+        with torch.autocast(road.device, torch.float16):
+            loss = loss_of(model(obs), **rest)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        return [p.detach() for p in model.parameters()], scaler.get_scale()
+
+    def fused(q: Tensor, **rest: Tensor) -> Any:
+        return fused_dqn_loss(q, **rest, backend=road.backend)  # type: ignore[arg-type]
+
+    before = [p.detach() for p in network(road).parameters()]
+    for scale, moves in ((1024.0, True), (2.0**20, False)):
+        (got, scale_after), (expected, eager_scale) = run(fused, scale), run(eager_loss, scale)
+        assert scale_after == eager_scale == (scale if moves else scale / 2)
+        for x, y, start in zip(got, expected, before, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
+            assert torch.equal(x, start) is not moves
+
+
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_the_ops_that_a_graph_holds(road: Road, name: str) -> None:
+    """Schema, fake and strides of the ops behind which torch.compile does not look."""
+    if road.backend != "triton":
+        pytest.skip("its graph holds PyTorch's operations or the compiled ops")
+    more, options = LOSSES[name]
+    arguments = {**make((7, A), device=road.device), **more(7, road.device), "gamma": 0.9}
+    if name == "mask":
+        arguments = compact(arguments)
+    spec = check_loss(**{key: value for key, value in options.items() if key != "return_td_error"})
+    batch = check_batch(Batch(**arguments), spec)
+    if spec.reduction == "weighted_mean":
+        batch, spec = normalise_weights(batch, spec)
+    given = boxed.arguments(batch, spec)
+    assert boxed.unpack(*given)[1] == spec  # type: ignore[arg-type]
+    torch.library.opcheck(_ops.triton_td_loss, given)
+    torch.library.opcheck(_ops.triton_td_loss_and_grad, given)
+    loss, td_error, log_sum = _ops.triton_td_loss(*given)
+    saved = Saved.of(batch, spec, td_error, log_sum if spec.cql else None)
+    torch.library.opcheck(_ops.triton_td_loss_backward, boxed.backward_arguments(torch.ones_like(loss), saved, spec))
+
+
+@pytest.mark.parametrize("kind", ["max", "argmax", "soft"])
+def test_the_sweeps_that_a_graph_holds(road: Road, kind: str) -> None:
+    hidden, weight = torch.randn(6, 16, device=road.device), torch.randn(40, 16, device=road.device)
+    mask = torch.rand(6, 40, device=road.device) < 0.9
+    given = (hidden, weight, None, mask, kind, 0.5)
+    torch.library.opcheck(_ops.sweep, given)
+    if road.backend == "triton":
+        for auto in (True, False):
+            torch.library.opcheck(_ops.triton_sweep, (*given, auto))
