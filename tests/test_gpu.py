@@ -1,5 +1,6 @@
 """What only a GPU shows: streams, graphs, several live losses, more than 2^31 elements, no synchronisation."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from test_loss import compact, dtype_id, make
 
 import dqn_fused
-from dqn_fused import backends, fused_dqn_loss
+from dqn_fused import backends, fused_dqn_loss, fused_linear_dqn_loss
 from dqn_fused._backends import serving
 
 pytestmark = pytest.mark.gpu
@@ -27,10 +28,84 @@ def test_a_library_that_was_built_loads() -> None:
         assert "cuda" not in backends()["compiled"].reason, backends()["compiled"].reason
 
 
-def step(arguments: dict[str, Any], backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+def step(arguments: dict[str, Any], backend: str, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
     q = arguments["q"].detach().requires_grad_()
-    loss = fused_dqn_loss(**{**arguments, "q": q}, backend=backend)
+    loss = fused_dqn_loss(**{**arguments, "q": q}, **options, backend=backend)
+    assert isinstance(loss, torch.Tensor)
     return loss.detach(), torch.autograd.grad(loss, q)[0]
+
+
+def family(name: str, shape: tuple[int, int]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments and options of a loss that takes many of them."""
+    arguments = make(shape, device="cuda")
+    legal = torch.rand(shape, device="cuda") < 0.7
+    legal[:, 0] = True
+    if name == "prioritised":
+        arguments |= {"next_q_online": torch.randn(shape, device="cuda"), "next_action_mask": legal}
+        arguments["weights"] = torch.rand(shape[0], device="cuda")
+        return arguments, {"loss": "huber", "reduction": "weighted_mean"}
+    arguments |= {"target_q": torch.randn(shape, device="cuda"), "action_mask": legal}
+    return arguments, {"target": "munchausen", "cql_alpha": 0.5}
+
+
+@pytest.mark.parametrize("name", ["prioritised", "munchausen-cql"])
+@pytest.mark.parametrize("shape", [(32, 18), (64, 50257)])
+def test_no_synchronisation_and_graphs_in_the_family(backend: str, shape: tuple[int, int], name: str) -> None:
+    if backend == "compiled" and name == "munchausen-cql":
+        pytest.skip("the compiled CUDA ops leave exponentials to Triton")
+    static, options = family(name, shape)
+    expected = step(static, backend, **options)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(static, backend, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    loss, grad = captured(lambda: step(static, backend, **options))
+    assert torch.equal(loss, expected[0])
+    assert torch.equal(grad, expected[1])
+
+
+def captured(call: Callable[[], Any]) -> Any:
+    """Results of a call, captured in a graph and replayed."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+    graph.replay()
+    return results
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+@pytest.mark.parametrize("double", [False, True], ids=["max", "double"])
+def test_linear_head_without_synchronisation_and_in_a_graph(backend: str, double: bool, dtype: torch.dtype) -> None:
+    n, A, D = 64, 50257, 512
+    hidden, next_hidden, online = (torch.randn(n, D, dtype=dtype, device="cuda") for _ in range(3))
+    weight, next_weight = (torch.randn(A, D, dtype=dtype, device="cuda") / D**0.5 for _ in range(2))
+    rest = make((n, A), device="cuda")
+    del rest["q"], rest["next_q"]
+    inputs = [hidden.requires_grad_(), weight.requires_grad_()]
+
+    def call() -> tuple[torch.Tensor, ...]:
+        loss = fused_linear_dqn_loss(
+            hidden, weight, next_hidden=next_hidden, next_weight=next_weight,
+            next_hidden_online=online if double else None, backend=backend, **rest,
+        )  # fmt: skip
+        assert isinstance(loss, torch.Tensor)
+        return loss.detach(), *torch.autograd.grad(loss, inputs)
+
+    expected = call()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for got, value in zip(captured(call), expected, strict=True):
+        assert torch.equal(got, value)
 
 
 @pytest.mark.parametrize("form", [dict, compact], ids=["terminated", "mask"])

@@ -101,6 +101,26 @@ def test_torch_compile_of_network_and_loss(road: Road, name: str) -> None:
     assert not counters["graph_break"]
 
 
+@pytest.mark.skipif(not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="Dynamo traces no backward")
+def test_torch_compile_of_network_loss_and_backward(road: Road) -> None:
+    """The backward in the same graph, where Dynamo is told to trace it."""
+    model = network(road)
+
+    def step(obs: Tensor, rest: dict[str, Tensor]) -> list[Tensor]:
+        return gradients(total(fused_dqn_loss(model(obs), **rest, backend=road.backend)), model)
+
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        compiled = torch.compile(step, fullgraph=True)
+        for n in SIZES:
+            arguments = make((n, A), device=road.device, seed=n)
+            arguments.pop("q")
+            obs = torch.randn(n, D, device=road.device)
+            for got, expected in zip(compiled(obs, arguments), step(obs, arguments), strict=True):
+                torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
+
+
 @pytest.mark.parametrize("target", ["max", Soft(0.5)], ids=["max", "soft"])
 def test_torch_compile_of_a_linear_head(road: Road, target: Any) -> None:
     body = nn.Linear(D, 16).to(road.device)
