@@ -60,9 +60,11 @@ pictures: $(READY)
 	$(PY) docs/gradient.py docs/gradient.png
 	$(PY) examples/large_actions.py --plot docs/large_actions.png
 
-$(VENV)/.ready: requirements-dev.txt pyproject.toml setup.py $(CSRC)
+$(VENV)/.ready: requirements-dev.txt requirements-extras.txt pyproject.toml setup.py $(CSRC)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --requirement requirements-dev.txt
+	$(PY) -m pip install --quiet --requirement requirements-extras.txt --constraint requirements-dev.txt \
+		|| echo "without requirements-extras.txt: tests and providers that need other libraries are left out"
 	$(PY) -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 

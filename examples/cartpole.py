@@ -2,6 +2,8 @@
 
     python examples/cartpole.py                        # fused loss, seed 1, learning curve in cartpole.png
     python examples/cartpole.py --loss eager --seed 7  # the same agent on the plain PyTorch loss
+    python examples/cartpole.py --compile              # networks and loss in one graph of torch.compile
+    python examples/cartpole.py --cuda-graph           # on a GPU, with the whole update captured and replayed
 
 Needs gymnasium, matplotlib, numpy and tqdm beside dqn_fused.
 """
@@ -42,6 +44,9 @@ class Args:
     loss: str = option("fused", "implementation of the loss", choices=tuple(LOSSES))
     plot: str = option("cartpole.png", "where to save the learning curve")
     quiet: bool = option(False, "hide the progress bar")
+    compile: bool = option(False, "compile the online network and the loss, fullgraph=True")
+    cuda_graph: bool = option(False, "capture the whole update in a CUDA graph; implies --device cuda")
+    device: str = option("cpu", "where networks and replay live")
     eval_episodes: int = option(100, "episodes of the final evaluation")
     learning_rate: float = option(2.3e-3, "of Adam at the start; falls linearly to a twentieth")
     gamma: float = option(0.99, "discount factor")
@@ -63,7 +68,7 @@ class QNetwork(nn.Sequential):
 
     @torch.inference_mode()
     def greedy(self, obs: np.ndarray) -> int:
-        return int(self(torch.from_numpy(obs)).argmax())
+        return int(self(torch.from_numpy(obs).to(next(self.parameters()).device)).argmax())
 
 
 class Batch(NamedTuple):
@@ -77,14 +82,14 @@ class Batch(NamedTuple):
 class ReplayBuffer:
     """A ring of transitions in preallocated tensors."""
 
-    def __init__(self, capacity: int, obs_dim: int) -> None:
-        self.capacity, self.size, self.head = capacity, 0, 0
+    def __init__(self, capacity: int, obs_dim: int, device: str) -> None:
+        self.capacity, self.size, self.head, self.device = capacity, 0, 0, device
         self.data = Batch(
-            obs=torch.zeros(capacity, obs_dim),
-            actions=torch.zeros(capacity, dtype=torch.int64),
-            rewards=torch.zeros(capacity),
-            next_obs=torch.zeros(capacity, obs_dim),
-            terminated=torch.zeros(capacity, dtype=torch.bool),
+            obs=torch.zeros(capacity, obs_dim, device=device),
+            actions=torch.zeros(capacity, dtype=torch.int64, device=device),
+            rewards=torch.zeros(capacity, device=device),
+            next_obs=torch.zeros(capacity, obs_dim, device=device),
+            terminated=torch.zeros(capacity, dtype=torch.bool, device=device),
         )
 
     def add(self, obs: np.ndarray, action: int, reward: float, next_obs: np.ndarray, terminated: bool) -> None:
@@ -95,8 +100,78 @@ class ReplayBuffer:
         self.size = min(self.size + 1, self.capacity)
 
     def sample(self, batch_size: int) -> Batch:
-        rows = torch.randint(self.size, (batch_size,))
+        rows = torch.randint(self.size, (batch_size,), device=self.device)
         return Batch(*(column[rows] for column in self.data))
+
+
+class Update:
+    """A gradient step on a batch and the move of the target network towards the online one."""
+
+    def __init__(self, args: Args, q_network: QNetwork, target_network: QNetwork) -> None:
+        self.q_network, self.target_network, self.tau = q_network, target_network, args.tau
+        # A captured step reads the learning rate from memory, where it can be changed between two replays.
+        rate = torch.tensor(args.learning_rate, device=args.device) if args.cuda_graph else args.learning_rate
+        self.optimizer = torch.optim.Adam(q_network.parameters(), lr=rate, fused=True, capturable=args.cuda_graph)
+        loss_fn, gamma = LOSSES[args.loss], args.gamma
+
+        def loss(batch: Batch, next_q: Tensor) -> Tensor:
+            q = q_network(batch.obs)
+            value: Tensor = loss_fn(q, batch.actions, batch.rewards, next_q, batch.terminated, gamma)
+            return value
+
+        self.loss = torch.compile(loss, fullgraph=True) if args.compile else loss
+
+    def set_learning_rate(self, rate: float) -> None:
+        group = self.optimizer.param_groups[0]
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+    def __call__(self, batch: Batch) -> Tensor:
+        with torch.no_grad():
+            next_q = self.target_network(batch.next_obs)
+        loss = self.loss(batch, next_q)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        with torch.no_grad():
+            for slow, fast in zip(self.target_network.parameters(), self.q_network.parameters(), strict=True):
+                slow.lerp_(fast, self.tau)
+        return loss.detach()
+
+
+class GraphedUpdate:
+    """An update captured in a CUDA graph, as in LeanRL: some calls run as they are, and from then on it is replayed.
+
+    The graph reads the batch from where the first one lay, and leaves its loss where the next call overwrites it.
+    """
+
+    WARM_UP = 3
+
+    def __init__(self, update: Update) -> None:
+        self.update, self.calls = update, 0
+        self.stream, self.graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        self.batch: Batch | None = None
+        self.loss = torch.empty(0)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        if self.batch is None:
+            self.batch = Batch(*(x.clone() for x in batch))
+        for static, fresh in zip(self.batch, batch, strict=True):
+            static.copy_(fresh)
+        self.calls += 1
+        if self.calls <= self.WARM_UP:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                self.loss = self.update(self.batch)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return self.loss
+        if self.calls == self.WARM_UP + 1:
+            with torch.cuda.graph(self.graph):  # which records and does not run
+                self.loss = self.update(self.batch)
+        self.graph.replay()
+        return self.loss
 
 
 class Run(NamedTuple):
@@ -132,14 +207,14 @@ def train(args: Args) -> Run:
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
-    loss_fn = LOSSES[args.loss]
 
     env = gym.make("CartPole-v1")
     obs_dim, n_actions = env.observation_space.shape[0], int(env.action_space.n)
-    q_network = QNetwork(obs_dim, n_actions)
+    q_network = QNetwork(obs_dim, n_actions).to(args.device)
     target_network = copy.deepcopy(q_network)
-    optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, fused=True)
-    buffer = ReplayBuffer(args.buffer_size, obs_dim)
+    plain_update = Update(args, q_network, target_network)
+    update = GraphedUpdate(plain_update) if args.cuda_graph else plain_update
+    buffer = ReplayBuffer(args.buffer_size, obs_dim, args.device)
 
     episodes: list[tuple[int, float]] = []
     evaluations: list[tuple[int, float]] = []
@@ -167,17 +242,8 @@ def train(args: Args) -> Run:
 
         if step >= args.learning_starts and step % args.train_every == 0:
             # A falling rate keeps the policy from being unlearnt once it balances.
-            optimizer.param_groups[0]["lr"] = args.learning_rate * max(0.05, 1 - step / args.total_steps)
-            batch = buffer.sample(args.batch_size)
-            with torch.no_grad():
-                next_q = target_network(batch.next_obs)
-            loss = loss_fn(q_network(batch.obs), batch.actions, batch.rewards, next_q, batch.terminated, args.gamma)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            with torch.no_grad():
-                for slow, fast in zip(target_network.parameters(), q_network.parameters(), strict=True):
-                    slow.lerp_(fast, args.tau)
+            plain_update.set_learning_rate(args.learning_rate * max(0.05, 1 - step / args.total_steps))
+            loss = update(buffer.sample(args.batch_size))
 
         if step % args.check_every == 0 or step == args.total_steps:
             mean = fmean(evaluate(q_network, args.check_episodes, SELECTION_SEEDS))
@@ -238,6 +304,10 @@ def parse_args() -> Args:
     args = Args(**vars(parser.parse_args()))
     if min(args.total_steps, args.eval_episodes, args.check_episodes) < 1:
         parser.error("--total-steps, --eval-episodes and --check-episodes must be at least 1")
+    if args.cuda_graph:
+        args.device = "cuda"
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--cuda-graph and --device cuda need a CUDA device, and there is none")
     return args
 
 

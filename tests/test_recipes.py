@@ -1,0 +1,282 @@
+"""The examples that sit inside other libraries: their first hundred losses are those of the library's own code."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+LOSSES = 100
+ROUNDING = 2e-6  # relative: sums in another order, and a hundred updates on top of them
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small layers; and the same order of sums in both."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def assert_same_losses(got: list[float], expected: list[float]) -> None:
+    assert len(got) == len(expected) >= LOSSES
+    torch.testing.assert_close(torch.tensor(got), torch.tensor(expected), rtol=ROUNDING, atol=1e-9)
+    assert len(set(got)) > LOSSES // 2  # they do change
+
+
+class TestStableBaselines:
+    @pytest.fixture(autouse=True)
+    def library(self) -> None:
+        pytest.importorskip("stable_baselines3")
+
+    def train(self, kind: Any, **options: Any) -> tuple[list[float], Any]:
+        settings: dict[str, Any] = {
+            "seed": 3, "device": "cpu", "learning_rate": 1e-3, "buffer_size": 1000, "learning_starts": 50,
+            "train_freq": 1, "target_update_interval": 20, "policy_kwargs": {"net_arch": [32]},
+        }  # fmt: skip
+        losses: list[float] = []
+
+        class Recorded(kind):  # type: ignore[misc]
+            def train(self, gradient_steps: int, batch_size: int = 100) -> None:
+                super().train(gradient_steps, batch_size)
+                losses.append(float(self.logger.name_to_value["train/loss"]))
+
+        model = Recorded("MlpPolicy", "CartPole-v1", **(settings | options))
+        model.learn(50 + LOSSES)
+        return losses, model
+
+    @pytest.mark.parametrize(
+        "options",
+        [{}, {"n_steps": 3}, {"max_grad_norm": 0.01}, {"gradient_steps": 2}],
+        ids=["plain", "n_step", "clipped", "two_steps"],
+    )
+    def test_same_as_the_library(self, options: dict[str, Any]) -> None:
+        from stable_baselines3 import DQN
+
+        from examples.sb3_dqn import FusedDQN
+
+        got, fused = self.train(FusedDQN, **options)
+        expected, plain = self.train(DQN, **options)
+        assert_same_losses(got, expected)
+        assert fused._n_updates == plain._n_updates
+        for x, y in zip(fused.policy.parameters(), plain.policy.parameters(), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
+
+    def test_double_dqn(self, tmp_path: Path) -> None:
+        """Against the lines of SB3 with the next action chosen by the online network."""
+        import torch.nn.functional as F
+        from stable_baselines3 import DQN
+
+        from examples.sb3_dqn import FusedDQN
+
+        class Double(DQN):
+            def train(self, gradient_steps: int, batch_size: int = 100) -> None:
+                assert self.replay_buffer is not None
+                self.policy.set_training_mode(True)
+                batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
+                with torch.no_grad():
+                    best = self.q_net(batch.next_observations).argmax(1, keepdim=True)
+                    value = self.q_net_target(batch.next_observations).gather(1, best)
+                    target = batch.rewards + (1 - batch.dones) * self.gamma * value
+                loss = F.smooth_l1_loss(self.q_net(batch.observations).gather(1, batch.actions.long()), target)
+                self.policy.optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+                self.policy.optimizer.step()
+                self.logger.record("train/loss", loss.item())
+
+        # An old target network, whose choice is not the online one's.
+        options = {"learning_rate": 1e-2, "target_update_interval": 10_000}
+        got, model = self.train(FusedDQN, double=True, **options)
+        assert_same_losses(got, self.train(Double, **options)[0])
+        assert got != self.train(FusedDQN, **options)[0]
+        model.save(tmp_path / "model.zip")
+        assert FusedDQN.load(tmp_path / "model.zip").double is True
+
+
+class TestTorchRL:
+    @pytest.fixture(autouse=True)
+    def library(self) -> None:
+        pytest.importorskip("torchrl")
+
+    @pytest.mark.parametrize("loss_function", ["l2", "smooth_l1", "l1"])
+    @pytest.mark.parametrize("double", [False, True], ids=["max", "double"])
+    def test_same_as_the_library(self, double: bool, loss_function: str) -> None:
+        from torchrl.objectives import DQNLoss
+
+        from examples.torchrl_dqn import FusedDQN, train, value_network
+
+        losses = []
+        for kind in (FusedDQN, DQNLoss):
+            torch.manual_seed(1)
+            module = kind(
+                value_network(4, 2),
+                loss_function=loss_function,
+                delay_value=True,
+                double_dqn=double,
+                action_space="categorical",
+            )
+            losses.append(train(module, LOSSES))
+        assert_same_losses(*losses)
+
+    @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+    @pytest.mark.parametrize("action_space", ["categorical", "one-hot"])
+    def test_priorities_weights_and_steps(self, action_space: str, reduction: str) -> None:
+        """What a prioritised n-step buffer gives and takes."""
+        import torch.nn.functional as F
+        from torchrl.objectives import DQNLoss
+
+        from examples.torchrl_dqn import FusedDQN, transitions, value_network
+
+        torch.manual_seed(0)
+        batch = transitions(16, 4, 3)
+        batch["priority_weight"] = torch.rand(16)
+        batch["steps_to_next_obs"] = torch.randint(1, 4, (16, 1))
+        if action_space == "one-hot":
+            batch["action"] = F.one_hot(batch["action"], 3)
+        found = []
+        for kind in (FusedDQN, DQNLoss):
+            torch.manual_seed(1)
+            module = kind(value_network(4, 3), action_space=action_space, double_dqn=False, reduction=reduction)
+            module.make_value_estimator(gamma=0.9)
+            data = batch.clone()
+            loss = module(data)["loss"]
+            loss.sum().backward()
+            found.append([loss.detach(), data["td_error"], *(p.grad for p in module.parameters() if p.requires_grad)])
+        for got, expected in zip(*found, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+    def test_what_it_refuses(self) -> None:
+        from torchrl.objectives import ValueEstimators
+
+        from examples.torchrl_dqn import FusedDQN, transitions, value_network
+
+        batch = transitions(8, 4, 3)
+        module = FusedDQN(value_network(4, 3), action_space="categorical")
+        batch["mask"] = torch.ones(8, dtype=torch.bool)
+        module._loss_mask_key = "mask"
+        with pytest.raises(NotImplementedError, match="loss mask: expected none"):
+            module(batch)
+        module = FusedDQN(value_network(4, 3), action_space="categorical")
+        module.make_value_estimator(ValueEstimators.TDLambda)
+        with pytest.raises(NotImplementedError, match="value estimator: expected TD0"):
+            module(transitions(8, 4, 3))
+
+
+class TestCleanRL:
+    @pytest.fixture(autouse=True)
+    def library(self) -> None:
+        pytest.importorskip("gymnasium")
+
+    def test_same_as_its_own_lines(self) -> None:
+        from examples.cleanrl_dqn import parse_args, train
+
+        short = ["--total-timesteps", "1500", "--learning-starts", "450", "--target-network-frequency", "100"]
+        losses = [train(parse_args([*short, "--loss", name]), report=lambda line: None) for name in ("fused", "eager")]
+        assert_same_losses(*losses)
+
+
+class TestCartPole:
+    @pytest.fixture(autouse=True)
+    def library(self) -> None:
+        for name in ("gymnasium", "matplotlib", "tqdm"):
+            pytest.importorskip(name)
+
+    def losses(self, **options: Any) -> list[float]:
+        """Of updates on random transitions."""
+        from examples.cartpole import Args, Batch, QNetwork, Update
+
+        torch.manual_seed(0)
+        args = Args(**options)
+        q_network, target_network = QNetwork(4, 2), QNetwork(4, 2)
+        update = Update(args, q_network, target_network)
+        found = []
+        for _ in range(LOSSES):
+            update.set_learning_rate(1e-3)
+            batch = Batch(
+                torch.randn(32, 4), torch.randint(2, (32,)), torch.randn(32), torch.randn(32, 4), torch.rand(32) < 0.1
+            )
+            found.append(update(batch).item())
+        return found
+
+    def test_same_as_eager_and_compiled(self) -> None:
+        expected = self.losses(loss="eager")
+        assert_same_losses(self.losses(loss="fused"), expected)
+        torch._dynamo.reset()
+        assert_same_losses(self.losses(loss="fused", compile=True), expected)
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device serves it")
+    def test_a_cuda_graph_needs_a_gpu(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        from examples.cartpole import parse_args
+
+        monkeypatch.setattr(sys, "argv", ["cartpole.py", "--cuda-graph"])
+        with pytest.raises(SystemExit):
+            parse_args()
+        assert "need a CUDA device, and there is none" in capsys.readouterr().err
+
+    @pytest.mark.gpu
+    def test_a_captured_update_is_the_plain_one(self) -> None:
+        from examples.cartpole import Args, Batch, GraphedUpdate, QNetwork, Update
+
+        def batch() -> Batch:
+            obs, next_obs = torch.randn(2, 128, 4, device="cuda")
+            actions, terminated = torch.randint(2, (128,), device="cuda"), torch.rand(128, device="cuda") < 0.1
+            return Batch(obs, actions, torch.randn(128, device="cuda"), next_obs, terminated)
+
+        weights: list[list[Tensor]] = []
+        for graphed in (False, True):
+            torch.manual_seed(0)
+            q_network, target_network = QNetwork(4, 2).cuda(), QNetwork(4, 2).cuda()
+            plain = Update(Args(cuda_graph=True, device="cuda"), q_network, target_network)
+            update = GraphedUpdate(plain) if graphed else plain
+            for step in range(20):
+                plain.set_learning_rate(1e-3 / (1 + step))
+                loss = update(batch())
+            weights.append([loss.clone(), *(p.detach().clone() for p in q_network.parameters())])
+        for got, expected in zip(*weights, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+@pytest.mark.parametrize("weighted", [False, True], ids=["equal", "weighted"])
+def test_ddp_is_one_process_on_the_joined_batch(weighted: bool, tmp_path: Path) -> None:
+    weights = []
+    for processes in (1, 2):
+        path = tmp_path / f"{processes}.pt"
+        command = [str(ROOT / "examples/ddp.py"), "--steps", "5", "--batch-size", "32", "--save", str(path)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if processes > 1:
+            command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *command]
+        else:  # what torchrun would set
+            environment |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+            environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+        if weighted:
+            command.append("--weighted")
+        run = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=120)
+        assert run.returncode == 0, run.stderr
+        weights.append(torch.load(path))
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sb3_dqn", "torchrl_dqn", "cleanrl_dqn", "ddp", "cartpole", "large_actions"])
+def test_help(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every example says what it takes."""
+    import runpy
+
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+    except ModuleNotFoundError as error:
+        pytest.skip(str(error))
+    assert stopped.value.code == 0
+    assert "--" in capsys.readouterr().out
