@@ -2,7 +2,7 @@
 
 import os
 from math import inf
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -182,6 +182,12 @@ def check_batch(batch: Batch, spec: LossSpec) -> Batch:
         rows(q), actions, rewards, next_q, terminated, gamma, non_final_mask,
         next_q_online, next_action_mask, weights, target_q, action_mask, shape,
     )  # fmt: skip
+
+
+def constants(batch: Batch) -> Batch:
+    """The batch with everything but q detached: no_grad would not stop a tangent of forward mode."""
+    detached: dict[str, Any] = {name: x.detach() for name, x in batch._asdict().items() if isinstance(x, Tensor)}
+    return batch._replace(**detached | {"q": batch.q})
 
 
 def require_next_q(next_q: Tensor | None) -> None:

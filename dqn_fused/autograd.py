@@ -1,7 +1,7 @@
 """The one autograd.Function between the public functions and the backends."""
 
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -39,11 +39,27 @@ class Saved(NamedTuple):
 def td_loss(batch: Batch, spec: LossSpec, backend: ModuleType, q: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """Run a backend's forward: through TDLoss where q, whose rows batch.q holds, asks for a gradient."""
     # Forward-mode too: TDLoss has no rule for it and says so, where a backend would drop the tangent in silence.
-    if (q.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
+    forward_mode = forward_ad._current_level >= 0
+    if forward_mode and torch.compiler.is_compiling():
+        refuse_forward_mode()
+    if (q.requires_grad and torch.is_grad_enabled()) or forward_mode:
         loss, td_error, *log_sum = TDLoss.apply(q, batch, spec, backend)
         return loss, td_error, log_sum[0] if log_sum else None
     outputs: tuple[Tensor, Tensor, Tensor | None] = backend.forward(batch, spec)
     return outputs
+
+
+def apart(td_error: Tensor) -> Tensor:
+    """TD errors for the user, without gradient.
+
+    In a graph of torch.compile a copy: there autograd does not see that what the backward needs is changed in place.
+    """
+    return td_error.detach().clone() if torch.compiler.is_compiling() else td_error.detach()
+
+
+def refuse_forward_mode() -> NoReturn:
+    """Raise where a tangent would be dropped in silence."""
+    raise NotImplementedError("forward mode (jvp) is not implemented; reverse mode is: backward, torch.func.grad")
 
 
 class TDLoss(torch.autograd.Function):

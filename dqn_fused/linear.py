@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dqn_fused._backends import choose
 from dqn_fused.arguments import Batch, check_group, check_loss, normalise_weights
-from dqn_fused.autograd import inside_transform, td_loss
+from dqn_fused.autograd import apart, inside_transform, td_loss
 from dqn_fused.head import Head, TakenValues, autocast, check_head, next_values
 from dqn_fused.targets import Soft
 from dqn_fused.transforms import refuse
@@ -110,7 +110,7 @@ def fused_linear_dqn_loss(
     if spec.reduction == "weighted_mean":
         batch, spec = normalise_weights(batch, spec, process_group)
     result, td_error, _ = td_loss(batch, spec, road, batch.q)
-    return (result, td_error.detach()) if return_td_error else result
+    return (result, apart(td_error)) if return_td_error else result
 
 
 class FusedLinearDQNLoss(nn.Module):

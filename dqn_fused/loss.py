@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from dqn_fused import arguments, transforms
 from dqn_fused._backends import choose
@@ -19,7 +20,7 @@ from dqn_fused.arguments import (
     normalise_weights,
     require_next_q,
 )
-from dqn_fused.autograd import inside_transform, td_loss
+from dqn_fused.autograd import apart, inside_transform, refuse_forward_mode, td_loss
 from dqn_fused.reference import conservative_term
 from dqn_fused.targets import Munchausen, Soft
 
@@ -238,8 +239,8 @@ def _returned(
     result, td_error, log_sum = outputs
     if return_cql:
         cql = _cql(log_sum, batch)
-        return (result, td_error.detach(), cql) if return_td_error else (result, cql)
-    return (result, td_error.detach()) if return_td_error else result
+        return (result, apart(td_error), cql) if return_td_error else (result, cql)
+    return (result, apart(td_error)) if return_td_error else result
 
 
 @torch.no_grad()
@@ -248,6 +249,8 @@ def _cql(log_sum: Tensor, batch: Batch) -> Tensor:
 
 
 def _loss_and_grad(batch: Batch, spec: LossSpec, road: ModuleType, q: Tensor) -> tuple[Tensor, ...]:
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(q).tangent is not None:
+        refuse_forward_mode()
     return road.loss_and_grad(batch, spec)
 
 

@@ -20,6 +20,7 @@ from dqn_fused.arguments import (
     check_group,
     check_loss,
     check_values,
+    constants,
     looks_at_values,
     normalise_weights,
     require_next_q,
@@ -81,6 +82,7 @@ def dqn_loss(
     batch = check_values(batch, batch.action_count, batch.next_count)
     if spec.reduction == "weighted_mean":
         batch, spec = normalise_weights(batch, spec, process_group)
+    batch = constants(batch)
     td = td_error(batch, spec)
     sums = log_sum(batch) if spec.cql else None
     found = [loss_of_td_error(td, sums, batch, spec)]

@@ -5,10 +5,11 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from dqn_fused._backends import BackendUnavailableError
-from dqn_fused.arguments import Batch, LossSpec, check_values, looks_at_values
-from dqn_fused.autograd import TDLoss, inside_transform, save, td_loss
+from dqn_fused.arguments import Batch, LossSpec, check_values, constants, looks_at_values
+from dqn_fused.autograd import TDLoss, inside_transform, refuse_forward_mode, save, td_loss
 from dqn_fused.checks import rows
 
 PER_SAMPLE = ("actions", "rewards", "terminated", "weights")
@@ -40,8 +41,9 @@ def transformed_td_loss(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """autograd.td_loss inside torch.func.grad, vjp, jacrev or vmap; the values are looked at once they can be."""
     if torch.compiler.is_compiling():
-        weights = None if batch.weights is None else batch.weights.detach()
-        return backend.forward(batch._replace(weights=weights), spec)
+        if forward_ad._current_level >= 0:
+            refuse_forward_mode()
+        return backend.forward(constants(batch), spec)
     if not looks_at_values(q.device):
         batch = check_values(batch, batch.action_count, batch.next_count)
     loss, td_error, *log_sum = TransformedTDLoss.apply(q, batch, spec, backend)
@@ -76,7 +78,7 @@ class TransformedTDLoss(torch.autograd.Function):
         run = transformed_td_loss if inside_transform() else _checked_td_loss
         loss, td_error, log_sum = run(batch, each, backend, q)
         if spec.reduction != "none":
-            loss = loss.flatten(1)
+            loss = loss.reshape(info.batch_size, q.shape[1:-1].numel())
             loss = loss.mean(1) if spec.reduction == "mean" else loss.sum(1)
         outputs = (loss, td_error) if log_sum is None else (loss, td_error, log_sum)
         return outputs, (0,) * len(outputs)
@@ -95,6 +97,9 @@ def fold(q: Tensor, batch: Batch, q_dim: int | None, dims: Batch, members: int) 
     def lead(x: Tensor, dim: int | None) -> Tensor:  # (members, ...)
         return x.expand(members, *x.shape) if dim is None else x.movedim(dim, 0)
 
+    def flat(x: Tensor) -> Tensor:  # of one member or of one sample, an expanded tensor is flattened without a copy
+        return x.reshape(-1).contiguous()
+
     if dims.non_final_mask is not None:
         raise ValueError(
             "non_final_mask: expected the same one for every member under vmap, whose tensors cannot hold a different "
@@ -105,7 +110,7 @@ def fold(q: Tensor, batch: Batch, q_dim: int | None, dims: Batch, members: int) 
     for name in PER_SAMPLE:
         x = getattr(batch, name)
         if x is not None:
-            changed[name] = lead(x, getattr(dims, name)).reshape(-1)
+            changed[name] = flat(lead(x, getattr(dims, name)))
     for name in ("q", *MATRICES, *MATRICES_OF_S):
         x = getattr(batch, name)
         if x is not None:
@@ -115,8 +120,8 @@ def fold(q: Tensor, batch: Batch, q_dim: int | None, dims: Batch, members: int) 
     gamma, mask = batch.gamma, batch.non_final_mask
     if isinstance(gamma, Tensor) and (gamma.dim() or dims.gamma is not None):
         gamma = lead(gamma, dims.gamma)  # type: ignore[arg-type]
-        per_member = batch.actions.shape[-1]
-        changed["gamma"] = (gamma if gamma.dim() == 2 else gamma.unsqueeze(1).expand(-1, per_member)).reshape(-1)
+        per_member = q.shape[1:-1].numel()
+        changed["gamma"] = flat(gamma if gamma.dim() == 2 else gamma.unsqueeze(1).expand(-1, per_member))
     if mask is not None:
-        changed["non_final_mask"] = lead(mask, None).reshape(-1)
+        changed["non_final_mask"] = flat(lead(mask, None))
     return q, batch._replace(**changed)

@@ -114,6 +114,11 @@ def work(rank: int, folder: str) -> None:
         dist.all_reduce(found["loss"])  # its mean over the ranks, as that of the gradients
         found["loss"] /= RANKS
         results[f"{way}-{share}"] = found
+    # A group of rank 0 alone: its weights are not those of the others.
+    alone = dist.new_group([0])
+    if rank == 0:
+        shard = {name: x[:3] for name, x in whole.items()}
+        assert torch.equal(loss_of("weighted", network(), shard, alone), loss_of("weighted", network(), shard, None))
     q = torch.zeros(2, A)
     rest = (torch.zeros(2, dtype=torch.int64), torch.zeros(2), torch.zeros(2, A))
     with pytest.raises(ValueError, match="process_group: expected None with reduction 'mean'"):

@@ -44,7 +44,10 @@ def double(n: int, device: str) -> dict[str, Tensor]:
 
 
 def munchausen(n: int, device: str) -> dict[str, Tensor]:
-    return {"target_q": torch.randn(n, A, device=device)}
+    legal = torch.rand(n, A, device=device) < 0.6
+    legal[:, 0] = True
+    gamma = torch.rand(n, device=device)
+    return {"target_q": torch.randn(n, A, device=device), "action_mask": legal, "gamma": gamma}
 
 
 def nothing(n: int, device: str) -> dict[str, Tensor]:
@@ -55,8 +58,11 @@ LOSSES: dict[str, tuple[Callable[[int, str], dict[str, Tensor]], dict[str, Any]]
     "plain": (nothing, {}),
     "none": (nothing, {"reduction": "none"}),
     "mask": (nothing, {}),
-    "prioritised": (double, {"loss": "huber", "reduction": "weighted_mean", "return_td_error": True}),
-    "munchausen-cql": (munchausen, {"target": Munchausen(), "cql_alpha": 0.5, "return_cql": True}),
+    "prioritised": (double, {"loss": "huber", "delta": 0.5, "reduction": "weighted_mean", "return_td_error": True}),
+    "munchausen-cql": (
+        munchausen,
+        {"target": Munchausen(), "loss": "huber", "delta": 0.3, "cql_alpha": 0.5, "return_cql": True},
+    ),
 }
 
 
@@ -99,6 +105,56 @@ def test_torch_compile_of_network_and_loss(road: Road, name: str) -> None:
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
     assert counters["stats"]["unique_graphs"] == 2
     assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_torch_compile_of_leading_dimensions(road: Road, reduction: str) -> None:
+    """Slices of a sequence, whose two leading dimensions do not merge: Dynamo catches no error of a view."""
+    T, n = 6, 3
+    arguments = make((n, T, A), device=road.device)
+    sequence = torch.randn(n, T + 1, A, device=road.device, requires_grad=True)
+    del arguments["q"], arguments["next_q"]
+
+    def loss(sequence: Tensor) -> Any:
+        q, next_q = sequence[:, :-1], sequence[:, 1:]
+        return fused_dqn_loss(
+            q, next_q=next_q, **arguments, cql_alpha=0.5, reduction=reduction, return_cql=True, backend=road.backend
+        )
+
+    if road == ("compiled", "cuda"):
+        pytest.skip("the compiled CUDA ops leave exponentials to Triton")
+    results = [function(sequence) for function in (torch.compile(loss, fullgraph=True), loss)]
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    gradients = [torch.autograd.grad(result[0].sum(), sequence)[0] for result in results]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+
+
+def test_priorities_in_place_inside_a_graph(road: Road) -> None:
+    """Eager refuses to change what the backward needs; in a graph nobody noticed, and the gradient was that of |td|."""
+    arguments = make((8, A), device=road.device)
+    q = arguments.pop("q").requires_grad_()
+
+    def step(q: Tensor) -> tuple[Tensor, Tensor]:
+        loss, td_error = fused_dqn_loss(q, **arguments, return_td_error=True, backend=road.backend)
+        return loss, td_error.abs_().add_(1e-3)
+
+    loss, priorities = torch.compile(step, fullgraph=True)(q)
+    expected, td_error = fused_dqn_loss(q, **arguments, return_td_error=True, backend=road.backend)
+    torch.testing.assert_close(priorities, td_error.abs() + 1e-3)
+    torch.testing.assert_close(torch.autograd.grad(loss, q), torch.autograd.grad(expected, q))
+
+
+def test_a_discount_in_a_tensor_is_no_constant_of_the_graph(road: Road) -> None:
+    arguments = make((8, A), device=road.device)
+
+    def loss(gamma: Tensor) -> Any:
+        return fused_dqn_loss(**arguments, gamma=gamma, backend=road.backend)
+
+    compiled = torch.compile(loss, fullgraph=True)
+    for gamma in torch.linspace(0.9, 0.99, 4, device=road.device):
+        torch.testing.assert_close(compiled(gamma), loss(gamma))
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.skipif(not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="Dynamo traces no backward")
@@ -212,32 +268,37 @@ def test_autocast_changes_nothing_inside(road: Road, name: str) -> None:
 
 
 def test_autocast_of_a_linear_head(road: Road) -> None:
-    """As nn.Linear and the loss of its matrix: hidden states are cast, though a LayerNorm left them in float32."""
-    arguments = make((32, 300), device=road.device)
-    del arguments["q"], arguments["next_q"]
-    hidden, next_hidden = torch.randn(32, 16, device=road.device), torch.randn(32, 16, device=road.device)
+    """As nn.Linear: hidden states are cast, though a LayerNorm left them in float32; near the loss of its matrix."""
+    rest = make((32, 300), device=road.device)
+    del rest["q"], rest["next_q"]
+    actions, rewards = rest.pop("actions"), rest.pop("rewards")
+    hidden, next_hidden, online = (torch.randn(32, 16, device=road.device) for _ in range(3))
     head, target_head = nn.Linear(16, 300).to(road.device), nn.Linear(16, 300).to(road.device)
-    hidden.requires_grad_()
-    inputs = [hidden, *head.parameters()]
-    with torch.autocast(road.device, torch.bfloat16):
-        loss = fused_linear_dqn_loss(
-            hidden, head.weight, next_hidden=next_hidden, next_weight=target_head.weight, bias=head.bias,
-            next_bias=target_head.bias, backend=road.backend, **arguments,
+    inputs = [hidden.requires_grad_(), *head.parameters()]
+    biases = {"bias": head.bias, "next_bias": target_head.bias}
+
+    def loss_of(hidden: Tensor, next_hidden: Tensor, online: Tensor) -> Any:
+        return fused_linear_dqn_loss(
+            hidden, head.weight, actions, rewards, next_hidden, target_head.weight,
+            next_hidden_online=online, **biases, **rest, backend=road.backend,
         )  # fmt: skip
-        matrix = fused_dqn_loss(head(hidden), next_q=target_head(next_hidden), **arguments, backend=road.backend)
-    assert isinstance(loss, Tensor)
-    assert isinstance(matrix, Tensor)
+
+    with torch.autocast(road.device, torch.bfloat16):
+        loss = loss_of(hidden, next_hidden, online)
+        matrix = fused_dqn_loss(
+            head(hidden), actions, rewards, target_head(next_hidden), next_q_online=head(online), **rest,
+            backend=road.backend,
+        )  # fmt: skip
     assert loss.dtype is torch.float32
-    eps = torch.finfo(torch.bfloat16).eps
-    torch.testing.assert_close(loss, matrix, rtol=2 * eps, atol=0)
-    for got, expected in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(matrix, inputs), strict=True):
-        assert got.dtype is expected.dtype is torch.float32
-        torch.testing.assert_close(got, expected, rtol=4 * eps, atol=eps * expected.abs().max().item())
-    exact = fused_linear_dqn_loss(
-        hidden, head.weight, next_hidden=next_hidden, next_weight=target_head.weight, bias=head.bias,
-        next_bias=target_head.bias, backend=road.backend, **arguments,
-    )  # fmt: skip
-    assert not torch.equal(loss, exact)  # type: ignore[arg-type]
+    cast = loss_of(*(x.to(torch.bfloat16) for x in (hidden, next_hidden, online)))
+    assert torch.equal(loss, cast)
+    assert not torch.equal(loss, loss_of(hidden, next_hidden, online))
+    gradients = [torch.autograd.grad(x, inputs) for x in (loss, cast)]
+    for got, expected in zip(*gradients, strict=True):
+        assert got.dtype is torch.float32
+        assert torch.equal(got, expected)
+    # Of the double argmax a pair of equals in bfloat16 may go either way.
+    torch.testing.assert_close(loss, matrix, rtol=0.05, atol=0)  # type: ignore[arg-type]
 
 
 def test_grad_scaler(road: Road) -> None:
@@ -275,7 +336,7 @@ def test_the_ops_that_a_graph_holds(road: Road, name: str) -> None:
     if road.backend != "triton":
         pytest.skip("its graph holds PyTorch's operations or the compiled ops")
     more, options = LOSSES[name]
-    arguments = {**make((7, A), device=road.device), **more(7, road.device), "gamma": 0.9}
+    arguments = {"gamma": 0.9, **make((7, A), device=road.device), **more(7, road.device)}
     if name == "mask":
         arguments = compact(arguments)
     spec = check_loss(**{key: value for key, value in options.items() if key != "return_td_error"})

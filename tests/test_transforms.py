@@ -150,6 +150,46 @@ def test_every_input_may_belong_to_a_member(road: Road) -> None:
     assert_same(vmap(loss, in_dims=-1)(stacked), expected)
 
 
+@pytest.mark.parametrize("members", [1, 3])
+@pytest.mark.parametrize("batch", [0, 1, 7])
+def test_members_in_a_view(road: Road, members: int, batch: int) -> None:
+    """A transposed tensor of members by samples is contiguous to vmap, and its last dimension that of the members."""
+    q, next_q = matrix(members, batch, A, device=road.device), matrix(members, batch, A, device=road.device)
+    actions = torch.randint(A, (members, batch), device=road.device)
+    rewards, gamma = matrix(members, batch, device=road.device), torch.rand(members, device=road.device)
+
+    def loss(*given: Tensor) -> Any:
+        return fused_dqn_loss(*given, reduction="sum", backend=road.backend)
+
+    function = lambda q, a, r, next_q, gamma: loss(q, a, r, next_q, None, gamma)  # noqa: E731
+    got = vmap(function, in_dims=(0, 1, 1, 0, 0))(q, actions.T, rewards.T, next_q, gamma)
+    expected = [function(q[k], actions[k], rewards[k], next_q[k], gamma[k]) for k in range(members)]
+    assert_same(got, torch.stack(expected))
+    got = vmap(function, in_dims=(0, None, None, None, 0))(q, actions[0], rewards[0], next_q[0], gamma)
+    expected = [function(q[k], actions[0], rewards[0], next_q[0], gamma[k]) for k in range(members)]
+    assert_same(got, torch.stack(expected))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none", "weighted_mean"])
+def test_gradients_of_single_samples(road: Road, reduction: str) -> None:
+    """vmap over the samples themselves: q is (A,) inside."""
+    arguments = make((B, A), torch.float64, road.device)
+    weights = torch.rand(B, device=road.device) + 0.5
+
+    def loss(given: dict[str, Tensor], weight: Tensor) -> Any:
+        return fused_dqn_loss(**given, weights=weight, reduction=reduction, backend=road.backend)
+
+    def gradient(given: dict[str, Tensor], weight: Tensor) -> Tensor:
+        q = given["q"].clone().requires_grad_()
+        return torch.autograd.grad(loss({**given, "q": q}, weight), q)[0]
+
+    q = arguments.pop("q")
+    got = vmap(grad(lambda q, given, weight: loss({**given, "q": q}, weight)))(q, arguments, weights)
+    for i in range(B):
+        given = {name: x[i] for name, x in arguments.items()}
+        assert_same(got[i], gradient({**given, "q": q[i]}, weights[i]))
+
+
 def test_leading_dimensions_and_nested_ensembles(road: Road) -> None:
     shape = (2, B, A)
     arguments = make(shape, torch.float64, road.device)
@@ -277,6 +317,30 @@ def test_inside_torch_compile(backend: str) -> None:
         assert_same(torch.compile(function, fullgraph=True)(q, next_q), function(q, next_q))
 
 
+def test_inside_torch_compile_all_but_q_is_a_constant() -> None:
+    """One network for q and next_q, and weights that ask for a gradient."""
+    arguments = make((B, A))
+    arguments["weights"] = torch.rand(B)
+    del arguments["q"], arguments["next_q"]
+    features, next_features = torch.randn(2, B, D)
+
+    def loss(layer: Tensor, weights: Tensor) -> Any:
+        given = {**arguments, "weights": weights}
+        return fused_dqn_loss(features @ layer, next_q=next_features @ layer, **given)
+
+    layer = torch.randn(D, A)
+    function = grad(loss, argnums=(0, 1))
+    torch._dynamo.reset()
+    got = torch.compile(function, fullgraph=True)(layer, arguments["weights"])
+    assert not got[1].any()
+    torch.testing.assert_close(got[0], function(layer, arguments["weights"])[0])
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="jvp"):
+        torch.compile(
+            lambda layer: torch.func.jvp(lambda x: loss(x, arguments["weights"]), (layer,), (layer,))[1], fullgraph=True
+        )(layer)
+
+
 def test_inside_torch_compile_a_named_backend_refuses() -> None:
     arguments = make((B, A))
     q = arguments.pop("q")
@@ -291,5 +355,6 @@ def test_vmap_over_a_recorded_backward(road: Road) -> None:
     loss = fused_dqn_loss(q, **arguments, reduction="none", backend=road.backend)
     assert isinstance(loss, Tensor)
     identity = torch.eye(4, dtype=torch.float64, device=road.device)
+    warnings.filterwarnings("error", message=".*batching rule")
     rows = vmap(lambda v: torch.autograd.grad(loss, q, v, retain_graph=True)[0])(identity)
     assert_same(rows, torch.stack([torch.autograd.grad(loss, q, v, retain_graph=True)[0] for v in identity]))

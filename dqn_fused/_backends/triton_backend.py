@@ -13,7 +13,7 @@ from torch import Tensor
 from dqn_fused._backends import triton_ops
 from dqn_fused._backends.triton_sweep import auto_sweep, sweep
 from dqn_fused.arguments import Batch, LossSpec, accumulation_dtype
-from dqn_fused.autograd import Saved
+from dqn_fused.autograd import Saved, loss_gradient
 from dqn_fused.kernels import launch
 from dqn_fused.kernels.rows import row_fwd_kernel
 from dqn_fused.kernels.td_loss import sum_kernel, td_loss_fwd_kernel
@@ -66,6 +66,8 @@ def backward(grad_loss: Tensor, saved: Saved, spec: LossSpec) -> Tensor:
     """Return grad_q in one launch."""
     if torch.compiler.is_compiling():
         return triton_ops.backward(grad_loss, saved, spec)
+    if torch._C._functorch.is_legacy_batchedtensor(grad_loss):  # of is_grads_batched=True: it has no address
+        return loss_gradient(grad_loss, saved, spec)
     grad_q = torch.empty(saved.q_shape, dtype=saved.q_dtype, device=saved.td_error.device)
     _store_gradient(grad_q, grad_loss, saved, spec)
     return grad_q
