@@ -1,9 +1,7 @@
 """The sweep compiled for GPUs that are not here: tensor cores by their instruction, registers, wide loads."""
 
 import re
-import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +10,9 @@ from conftest import INTERPRETED
 
 triton = pytest.importorskip("triton")
 
-from test_triton_aot import Compiled, Target, check_instructions, compiled, resource_usage, target  # noqa: E402, F401
+from test_triton_aot import Compiled, check_instructions, compiled, target  # noqa: E402, F401
 
+from bench.aot import Target, amd_usage, machine_code, resource_usage  # noqa: E402
 from dqn_fused.head import Sweep  # noqa: E402
 
 pytestmark = [
@@ -70,11 +69,11 @@ def test_machine_code(target: Target, compiled: Compiled, case: str) -> None:  #
     if target.name not in targets:
         pytest.skip("as on other targets")
     launch(dtype, precision, **options)
-    assert [name for name, _ in compiled] == ["sweep_fwd_kernel", "sweep_combine_kernel"]
-    for name, kernel in compiled:
+    assert [name for name, _, _ in compiled] == ["sweep_fwd_kernel", "sweep_combine_kernel"]
+    for name, kernel, _ in compiled:
         check_resources(name, kernel, target)
         check_instructions(name, kernel, target, float64=False)
-    kernel = compiled[0][1]
+    kernel = compiled[0].kernel
     # float32 without rounding is for vector units, but for the matrix units of gfx942, which have it.
     exact = dtype is torch.float32 and precision == "highest" and target.name != "gfx942"
     assert has(kernel, TENSOR_CORES[target.name]) != exact
@@ -86,9 +85,9 @@ def test_few_rows(target: Target, compiled: Compiled, m: int) -> None:  # noqa: 
     if target.name not in ("sm_90", "gfx942"):
         pytest.skip("as on other targets")
     launch(torch.bfloat16, "highest", "argmax", 1024, masked=True, m=m)
-    for name, kernel in compiled:
+    for name, kernel, _ in compiled:
         check_resources(name, kernel, target)
-    assert has(compiled[0][1], "v_mfma_f32" if target.name == "gfx942" else "HMMA" if m == 1 else "HGMMA")
+    assert has(compiled[0].kernel, "v_mfma_f32" if target.name == "gfx942" else "HMMA" if m == 1 else "HGMMA")
 
 
 def check_resources(name: str, kernel: Any, target: Target) -> None:  # noqa: F811
@@ -101,8 +100,7 @@ def check_resources(name: str, kernel: Any, target: Target) -> None:  # noqa: F8
         assert usage["STACK"] <= allowed, f"{name} on {target.name} spills: {usage}"
         assert usage["REG"] <= MAX_REGISTERS, f"{name} on {target.name}: {usage}"
         return
-    found = re.findall(r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", kernel.asm["amdgcn"])
-    usage = {key: int(value) for key, value in found}
+    usage = amd_usage(kernel.asm["amdgcn"])
     assert usage["vgpr_spill_count"] == usage["private_segment_fixed_size"] == 0, f"{name} on {target.name}: {usage}"
     assert usage["vgpr_count"] <= MAX_REGISTERS, f"{name} on {target.name}: {usage}"
 
@@ -113,15 +111,3 @@ def has(kernel: Any, instruction: str) -> bool:
 
 def reads_128_bits(kernel: Any) -> bool:
     return bool(re.search(r"\bLDGSTS(\.\w+)*\.128\b|\b(global|buffer)_load_(dwordx4|b128)\b", machine_code(kernel)))
-
-
-def machine_code(kernel: Any) -> str:
-    if "amdgcn" in kernel.asm:
-        return kernel.asm["amdgcn"]
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
-    path = Path(subprocess.check_output(["mktemp", "--suffix=.cubin"], text=True).strip())
-    try:
-        path.write_bytes(kernel.asm["cubin"])
-        return subprocess.check_output([tool, "-c", path], text=True)
-    finally:
-        path.unlink()

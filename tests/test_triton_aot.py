@@ -4,12 +4,9 @@ What the interpreter cannot show is asserted on the machine code: registers and 
 float atomics, no float64 arithmetic where none was asked for.
 """
 
-import functools
 import re
-import subprocess
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -18,13 +15,19 @@ from test_loss import compact, dtype_id, make
 
 triton = pytest.importorskip("triton")
 
-import triton.language as tl  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.runtime import driver  # noqa: E402
-
+from bench import aot  # noqa: E402
+from bench.aot import (  # noqa: E402
+    ALWAYS,
+    TARGETS,
+    Target,
+    amd_usage,
+    launch,
+    loads_128_bits,
+    resource_usage,
+    stores_128_bits,
+)
 from dqn_fused._backends import triton_backend  # noqa: E402
-from dqn_fused.arguments import FLOATS, Batch, check_batch, check_loss  # noqa: E402
-from dqn_fused.autograd import Saved  # noqa: E402
+from dqn_fused.arguments import FLOATS  # noqa: E402
 from dqn_fused.targets import Munchausen, Soft  # noqa: E402
 
 pytestmark = [
@@ -32,93 +35,28 @@ pytestmark = [
     pytest.mark.skipif(INTERPRETED, reason="the interpreter replaces the compiler"),
 ]
 
-CUDA = [80, 90, 100, 120]
-ALWAYS = {"sm_80", "sm_90"}  # every triton supported knows them
-HIP = ["gfx942", "gfx1100"]
 MAX_REGISTERS = 128  # of a thread: 4 programs of 4 warps then fit a multiprocessor of 65,536 registers
 
 
-Compiled = list[tuple[str, Any]]
-
-
-class Target(NamedTuple):
-    name: str
-    target: Any
-
-
-TARGETS = [Target(f"sm_{arch}", GPUTarget("cuda", arch, 32)) for arch in CUDA] + [
-    Target(arch, GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)) for arch in HIP
-]
-
-
-class StubDriver:
-    """As much of a driver as compiling needs. One device number a target, because kernels are cached by it."""
-
-    def __init__(self, index: int, target: Any) -> None:
-        self.index, self.target = index, target
-
-    def get_current_target(self) -> Any:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return self.index
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-
-@triton.jit
-def probe_kernel(x):
-    """As little as a target can be asked to compile."""
-    tl.store(x, 1.0)
-
-
-@functools.cache
-def why_not(index: int) -> str | None:
-    """Why this triton compiles nothing at all for a target: too new for it, or a linker is missing."""
-    try:
-        probe_kernel.warmup(torch.float32, grid=(1,))
-    except Exception as error:
-        return str(error)
-    return None
+Compiled = list[aot.Launch]
 
 
 @pytest.fixture(params=range(len(TARGETS)), ids=[t.name for t in TARGETS])
 def target(request: pytest.FixtureRequest) -> Iterator[Target]:
     chosen = TARGETS[request.param]
-    driver.set_active(StubDriver(1000 + request.param, chosen.target))
-    reason = why_not(request.param)
-    if reason is not None and chosen.name not in ALWAYS:
-        pytest.skip(f"triton {triton.__version__} cannot compile for {chosen.name}: {reason}")
-    yield chosen
-    if torch.cuda.is_available():  # without a device there is no driver to go back to
-        driver.reset_active()
+    with aot.targeting(request.param) as reason:
+        if reason is not None and chosen.name not in ALWAYS:
+            pytest.skip(f"triton {triton.__version__} cannot compile for {chosen.name}: {reason}")
+        yield chosen
 
 
 @pytest.fixture
 def compiled(target: Target, monkeypatch: pytest.MonkeyPatch) -> Compiled:
-    """Compile instead of launching; (kernel name, compiled kernel) in the order of the launches."""
-    kernels: Compiled = []
-
-    def compile_only(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
-        kernels.append((kernel.fn.__name__, kernel.warmup(*args, grid=(programs,), **meta)))
-
-    monkeypatch.setattr(triton_backend, "run", compile_only)
-    monkeypatch.setattr(triton_backend, "_sms", lambda device: 132)
-    return kernels
-
-
-def launch(arguments: dict[str, Any], **options: Any) -> None:
-    """Let the backend make its launches: forward, backward, and both in one."""
-    spec = check_loss(**options)
-    batch = check_batch(Batch(**{"gamma": 0.99, **arguments}), spec)
-    _, td_error, log_sum = triton_backend.forward(batch, spec)
-    grad_loss = torch.ones_like(td_error) if spec.reduction == "none" else torch.ones((), dtype=td_error.dtype)
-    triton_backend.backward(grad_loss, Saved.of(batch, spec, td_error, log_sum), spec)
-    triton_backend.loss_and_grad(batch, spec)
+    """Compile instead of launching; what would have been launched, in that order."""
+    launches: Compiled = []
+    monkeypatch.setattr(triton_backend, "run", aot.compile_only(launches))
+    monkeypatch.setattr(triton_backend, "_sms", lambda device: aot.SMS)
+    return launches
 
 
 NARROW = {"td_loss_fwd_kernel", "td_loss_bwd_kernel"}
@@ -168,7 +106,7 @@ def test_machine_code(target: Target, compiled: Compiled, case: str, dtype: torc
     """Both regimes in every dtype. 4,099 and 50,257 are odd: rows start at any alignment and are read 16 bytes wide."""
     shape, kernels = CASES[case]
     launch(make(shape, dtype))
-    assert {name for name, _ in compiled} == kernels
+    assert {name for name, _, _ in compiled} == kernels
     check(compiled, target, dtype)
 
 
@@ -191,7 +129,7 @@ def test_machine_code_of_the_family(
     shape, kernels = CASES[case]
     arguments, options = family(variant, shape, dtype)
     launch(arguments, **options)
-    assert {name for name, _ in compiled} == kernels
+    assert {name for name, _, _ in compiled} == kernels
     check(compiled, target, dtype)
 
 
@@ -201,7 +139,7 @@ def test_wide_loads_from_a_misaligned_tensor(target: Target, compiled: Compiled,
     next_q = MISALIGNED[case]()
     assert next_q.data_ptr() % 16
     launch({**make(next_q.shape), "next_q": next_q})
-    assert all(loads_128_bits(kernel, target) for name, kernel in compiled if name == "row_fwd_kernel")
+    assert all(loads_128_bits(kernel) for name, kernel, _ in compiled if name == "row_fwd_kernel")
 
 
 def test_numbers_reach_a_float64_kernel_in_memory(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,20 +178,20 @@ def test_variants_compile(target: Target, compiled: Compiled, variant: str, redu
         arguments["next_action_mask"] = arguments["action_mask"] = torch.ones(70, dtype=torch.bool).expand(24, 70)
         options = {"target": Soft(), "cql_alpha": 0.5}
     launch(arguments, reduction=reduction, **options)
-    for name, kernel in compiled:
+    for name, kernel, _ in compiled:
         check_resources(name, kernel, target)
         check_instructions(name, kernel, target, float64=False)
 
 
 def check(compiled: Compiled, target: Target, dtype: torch.dtype) -> None:
     """Hold every kernel against what is promised of it."""
-    for name, kernel in compiled:
+    for name, kernel, _ in compiled:
         check_resources(name, kernel, target)
         check_instructions(name, kernel, target, float64=dtype is torch.float64)
         if name == "row_fwd_kernel":
-            assert loads_128_bits(kernel, target), "rows are not read 16 bytes at a time"
+            assert loads_128_bits(kernel), "rows are not read 16 bytes at a time"
         if name == "td_loss_bwd_kernel" and (dtype.itemsize >= 4 or target.name.startswith("sm_")):
-            assert stores_128_bits(kernel, target), "grad_q is not written 16 bytes at a time"
+            assert stores_128_bits(kernel), "grad_q is not written 16 bytes at a time"
 
 
 def check_resources(name: str, kernel: Any, target: Target) -> None:
@@ -265,11 +203,9 @@ def check_resources(name: str, kernel: Any, target: Target) -> None:
         assert usage["STACK"] <= allowed, f"{name} on {target.name} spills: {usage}"
         assert usage["REG"] <= MAX_REGISTERS, f"{name} on {target.name}: {usage}"
         return
-    code = kernel.asm["amdgcn"]
-    # Scalar registers may spill into lanes of vector registers: no memory, hence the private segment is what counts.
-    usage = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", code))
-    assert usage["vgpr_spill_count"] == usage["private_segment_fixed_size"] == "0", f"{name} on {target.name}: {usage}"
-    assert int(usage["vgpr_count"]) <= MAX_REGISTERS, f"{name} on {target.name}: {usage}"
+    usage = amd_usage(kernel.asm["amdgcn"])
+    assert usage["vgpr_spill_count"] == usage["private_segment_fixed_size"] == 0, f"{name} on {target.name}: {usage}"
+    assert usage["vgpr_count"] <= MAX_REGISTERS, f"{name} on {target.name}: {usage}"
 
 
 def check_instructions(name: str, kernel: Any, target: Target, float64: bool) -> None:
@@ -283,27 +219,3 @@ def check_instructions(name: str, kernel: Any, target: Target, float64: bool) ->
         doubles = set(re.findall(r"\bv_\w+_f64\w*", code))
     if not float64:
         assert not doubles, f"{name} on {target.name}: float64 arithmetic {sorted(doubles)}"
-
-
-def loads_128_bits(kernel: Any, target: Target) -> bool:
-    if "ptx" in kernel.asm:
-        return bool(re.search(r"ld\.global(\.\w+)*\.v(4\.b32|2\.b64)", kernel.asm["ptx"]))
-    return bool(re.search(r"(global|buffer)_load_(dwordx4|b128)", kernel.asm["amdgcn"]))
-
-
-def stores_128_bits(kernel: Any, target: Target) -> bool:
-    if "ptx" in kernel.asm:
-        return bool(re.search(r"st\.global(\.\w+)*\.v(4\.b32|2\.b64)", kernel.asm["ptx"]))
-    return bool(re.search(r"(global|buffer)_store_(dwordx4|b128)", kernel.asm["amdgcn"]))
-
-
-def resource_usage(cubin: bytes) -> dict[str, int]:
-    """REG, STACK, SHARED, LOCAL as cuobjdump reads them off the machine code."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    path = Path(subprocess.check_output(["mktemp", "--suffix=.cubin"], text=True).strip())
-    try:
-        path.write_bytes(cubin)
-        out = subprocess.check_output([tool, "--dump-resource-usage", path], text=True)
-    finally:
-        path.unlink()
-    return {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", out)}
