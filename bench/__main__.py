@@ -1,36 +1,62 @@
-"""``python -m bench``: the grid of sizes; ``linear``: the linear head; ``demo``: the agent; ``update``: an update."""
+"""Measure the DQN loss.
+
+full: everything; quick: under a minute; gpu: all that a GPU can show, in one folder; kernels: what the compiled GPU
+kernels take, without a GPU; report: README and pictures from the CSV; demo: an agent and its own replay batches.
+"""
 
 import argparse
+import sys
 from pathlib import Path
 
-from bench import demo, grid, linear, update
+import torch
+
+from bench.suite import KINDS
 from bench.variants import VARIANTS
 
 
-def main() -> None:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("what", nargs="?", choices=("grid", "linear", "demo", "update"), default="grid")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the CSV (default: out)")
     parser.add_argument(
-        "--seconds", type=float, default=1.0, help="of each provider at each size and variant (default: 1)"
+        "what", nargs="?", choices=("quick", "full", "gpu", "report", "kernels", "demo"), default="full"
     )
-    parser.add_argument(
-        "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="of the loss (default: all)"
-    )
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of CSV and pictures (default: out)")
+    parser.add_argument("--seconds", type=float, help="of each provider at each size (default: 0.5; quick: 0.1)")
+    parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS), help="kinds (default: all)")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="of the loss")
+    parser.add_argument("--results", type=Path, help="folder that report reads (default: all in bench/results)")
+    parser.add_argument("--limit", type=float, default=450, help="seconds that gpu may take (default: 450)")
     parser.add_argument("--plot", default="cartpole.png", help="where the demo saves its learning curve")
     parser.add_argument("--seed", type=int, default=1, help="of the demo's agent (default: 1)")
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    args = parse()
     if args.what == "demo":
+        from bench import demo
+
         demo.run(args.plot, args.seed)
-    elif args.what == "update":
-        update.run()
-    elif args.what == "linear":
-        args.out.mkdir(parents=True, exist_ok=True)
-        linear.run(args.out, args.seconds)
-    else:
-        args.out.mkdir(parents=True, exist_ok=True)
-        grid.run(args.out, args.seconds, args.variants)
+        return 0
+    if args.what == "report":
+        from bench import report
+
+        report.run([args.results] if args.results else report.result_folders())
+        return 0
+    if args.what == "kernels":
+        from bench import kernels
+
+        kernels.run()
+        return 0
+    if args.what == "gpu":
+        from bench import gpu
+
+        return gpu.run(args.out, args.seconds or 0.5, args.variants, args.only, args.limit)
+    from bench import suite
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    seconds = args.seconds or (0.1 if args.what == "quick" else 0.5)
+    return 1 if suite.run(args.out, device, seconds, args.variants, args.what, args.only) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import triton
@@ -42,6 +43,7 @@ class Launch(NamedTuple):
     name: str
     kernel: Any  # as compiled
     programs: int
+    arguments: dict[str, Any]  # by name
 
 
 class StubDriver:
@@ -90,11 +92,24 @@ def why_not(index: int) -> str | None:
     return None
 
 
+@contextmanager
+def compiling() -> Iterator[list[Launch]]:
+    """Compile whatever the backend would launch meanwhile."""
+    found: list[Launch] = []
+    with (
+        patch.object(triton_backend, "run", compile_only(found)),
+        patch.object(triton_backend, "_sms", lambda device: SMS),
+    ):
+        yield found
+
+
 def compile_only(found: list[Launch]) -> Callable[..., None]:
     """What takes the place of triton_backend.run: compiles instead of launching."""
 
     def run(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
-        found.append(Launch(kernel.fn.__name__, kernel.warmup(*args, grid=(programs,), **meta), programs))
+        compiled = kernel.warmup(*args, grid=(programs,), **meta)
+        named = dict(zip(kernel.arg_names, args, strict=False))
+        found.append(Launch(kernel.fn.__name__, compiled, programs, named))
 
     return run
 
@@ -149,7 +164,8 @@ def disassembled(tool: str, option: str, cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.check_output([TOOLS / tool, option, file.name], text=True)
+        command = [str(TOOLS / tool), option, file.name]
+        return subprocess.run(command, text=True, check=True, capture_output=True).stdout  # it warns of its own formats
 
 
 def loads_128_bits(kernel: Any) -> bool:

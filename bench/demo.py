@@ -5,8 +5,9 @@ from statistics import median
 
 import torch
 
-from bench.providers import GAMMA, Arguments, eager_loss, step
-from bench.timing import interleaved
+from bench.providers import step
+from bench.timing import interleaved, timer
+from bench.variants import GAMMA, Arguments, eager_loss
 from dqn_fused import fused_dqn_loss
 from examples.cartpole import Args, Run, plot, report, train
 
@@ -28,7 +29,7 @@ def compare(result: Run) -> None:
         batch = replay_batch(result, n)
         calls = {"fused": step(partial(fused_dqn_loss, gamma=GAMMA), batch), "eager": step(eager_loss, batch)}
         (fused, fused_grad), (eager, eager_grad) = calls["fused"](), calls["eager"]()
-        times = interleaved(calls)
+        times = interleaved({name: timer(call) for name, call in calls.items()})
         ratio = median(e / f for e, f in zip(times["eager"], times["fused"], strict=True))
         print(
             f"| {n} | {fused.item():.7f} | {eager.item():.7f} | {abs(fused.item() - eager.item()):.1e} "

@@ -1,22 +1,22 @@
 """The linear head: fused, with Q matrices as users write it, and as an expert would write it by hand."""
 
-import csv
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
-from bench.grid import machine
+from bench import cuda, machine
+from bench.gate import passed
 from bench.memory import peak_memory
-from bench.providers import GAMMA, Arguments
-from bench.timing import interleaved
+from bench.providers import Provider
+from bench.results import Row
+from bench.timing import figures, interleaved, timer
+from bench.variants import GAMMA, Arguments
 from dqn_fused import fused_dqn_loss, fused_linear_dqn_loss
+from dqn_fused._backends import serving
 
 N = 256
 ACTIONS = (1_000, 10_000, 50_257, 151_936)
@@ -24,16 +24,42 @@ FEATURES = (64, 512, 1024)
 CHUNK = 8192  # actions that the expert takes at a time
 
 
-def random_arguments(n: int, A: int, D: int, double: bool, device: str) -> Arguments:
+class Work(NamedTuple):
+    A: int
+    D: int
+    double: bool = False
+    dtype: torch.dtype = torch.float32
+    n: int = N
+
+    def __str__(self) -> str:
+        return f"{self.A} x {self.D}{' double' if self.double else ''} {str(self.dtype).removeprefix('torch.')}"
+
+
+def quick(device: str, variants: list[str]) -> list[Work]:
+    return [Work(10_000, 64)]
+
+
+def full(device: str, variants: list[str]) -> list[Work]:
+    """In half precision on a GPU only: a CPU multiplies it no faster."""
+    work = [Work(A, D) for D in FEATURES for A in ACTIONS] + [Work(50_257, 512, double=True)]
+    if device == "cuda":
+        work += [Work(A, D, dtype=torch.bfloat16) for D in FEATURES[1:] for A in ACTIONS[2:]]
+    return work
+
+
+def random_arguments(work: Work, device: str, seed: int = 0) -> Arguments:
+    torch.manual_seed(seed)
+    n, A, D, double = work.n, work.A, work.D, work.double
+
     def normal(*size: int) -> Tensor:
-        return torch.randn(size, device=device)
+        return torch.randn(size, device=device).to(work.dtype)
 
     arguments = {
         "hidden": normal(n, D).requires_grad_(),
         "weight": (normal(A, D) / D**0.5).requires_grad_(),
         "bias": normal(A).requires_grad_(),
         "actions": torch.randint(A, (n,), device=device),
-        "rewards": normal(n),
+        "rewards": torch.randn(n, device=device),
         "next_hidden": normal(n, D),
         "next_weight": normal(A, D) / D**0.5,
         "next_bias": normal(A),
@@ -102,6 +128,18 @@ LOSSES: dict[str, Callable[[Arguments], Any]] = {
     "fused": lambda a: fused_linear_dqn_loss(**a, gamma=GAMMA),
     "fused, sparse": lambda a: fused_linear_dqn_loss(**a, gamma=GAMMA, sparse_grad=True),
 }
+PRODUCT = "linear"  # one product of the size of the matrix and nothing else
+
+
+def losses(device: str) -> dict[str, Callable[[Arguments], Any]]:
+    """On a GPU each backend as well, whatever "auto" takes."""
+    if device == "cpu":
+        return LOSSES
+    return LOSSES | {f"fused[{name}]": partial(_fused_by, name) for name in serving(torch.device(device))}
+
+
+def _fused_by(backend: str, a: Arguments) -> Any:
+    return fused_linear_dqn_loss(**a, gamma=GAMMA, backend=backend)
 
 
 def step(loss: Callable[[Arguments], Any], a: Arguments) -> tuple[Tensor, ...]:
@@ -110,74 +148,27 @@ def step(loss: Callable[[Arguments], Any], a: Arguments) -> tuple[Tensor, ...]:
     return value, *torch.autograd.grad(value, [a[name] for name in ("hidden", "weight", "bias")])
 
 
-def check(results: dict[str, tuple[Tensor, ...]]) -> None:
-    """No figure without the right result."""
-    for name, result in results.items():
-        for got, expected in zip(result, results["eager"], strict=True):
-            try:
-                torch.testing.assert_close(got.to_dense(), expected, rtol=1e-3, atol=1e-5)
-            except AssertionError as error:
-                raise AssertionError(f"{name} differs from eager: {error}") from error
-
-
-def measure(n: int, A: int, D: int, double: bool, device: str, seconds: float) -> list[dict[str, Any]]:
-    arguments = random_arguments(n, A, D, double, device)
-    calls: dict[str, Callable[[], object]] = {name: partial(step, loss, arguments) for name, loss in LOSSES.items()}
-    check({name: call() for name, call in calls.items()})  # type: ignore[misc]
+def measure(work: Work, device: str, seconds: float, problems: list[str], rounds: int = 7) -> list[Row]:
+    arguments = random_arguments(work, device)
+    found = passed(
+        {name: partial(Provider, partial(step, loss, arguments)) for name, loss in losses(device).items()},
+        work.dtype,
+        work,
+        problems,
+    )
+    if not found:
+        return []
+    calls: dict[str, Callable[[], object]] = {name: provider.call for name, provider in found.items()}
     peaks = {name: peak_memory(call) for name, call in calls.items()}
-    calls["linear"] = lambda: F.linear(arguments["next_hidden"], arguments["next_weight"], arguments["next_bias"])
-    times = interleaved(calls, seconds, rounds=9)
-    rows = []
-    for name, values in times.items():
-        ordered = sorted(values)
-        rows.append(
-            {
-                "variant": "double" if double else "dqn",
-                "n": n,
-                "A": A,
-                "D": D,
-                "dtype": "float32",
-                "provider": name,
-                "ms": round(1e3 * median(ordered), 3),
-                "ms_p20": round(1e3 * ordered[len(ordered) // 5], 3),
-                "ms_p80": round(1e3 * ordered[len(ordered) * 4 // 5], 3),
-                "speedup": round(median(e / t for e, t in zip(times["eager"], values, strict=True)), 2),
-                "of_linear": round(median(t / f for f, t in zip(times["linear"], values, strict=True)), 2),
-                "peak_bytes": peaks.get(name, ""),
-            }
-        )
-    return rows
-
-
-def run(out: Path, seconds: float) -> list[dict[str, Any]]:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    about = machine(device)
-    work = [(A, D, False) for A in ACTIONS for D in FEATURES] + [(50_257, 512, True)]
-    rows = []
-    for A, D, double in tqdm(work, desc="heads"):
-        rows += [about | row for row in measure(N, A, D, double, device, seconds)]
-    path = out / f"linear-{device}.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
-    print(table(rows))
-    print(f"\n{about['device']}, {about['threads']} threads, torch {about['torch']}; written to {path}")
-    return rows
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: milliseconds of forward and backward, times as fast as eager, MB at the peak."""
-    providers = list(dict.fromkeys(row["provider"] for row in rows))
-    lines = ["| A x D | " + " | ".join(providers) + " |", "|---|" + "---:|" * len(providers)]
-    sizes = dict.fromkeys((row["A"], row["D"], row["variant"]) for row in rows)
-    for A, D, variant in sizes:
-        found = {row["provider"]: row for row in rows if (row["A"], row["D"], row["variant"]) == (A, D, variant)}
-        label = f"{A:,} x {D}" + (" double" if variant == "double" else "")
-        lines.append(f"| {label} | " + " | ".join(cell(found[p]) for p in providers) + " |")
-    return "\n".join(lines)
-
-
-def cell(row: dict[str, Any]) -> str:
-    text = f"{row['ms']:,.1f} ms ({row['speedup']:.2f}x)"
-    return text if row["peak_bytes"] == "" else f"{text}, {row['peak_bytes'] / 1e6:,.1f} MB"
+    calls[PRODUCT] = partial(F.linear, *(arguments[name] for name in ("next_hidden", "next_weight", "next_bias")))
+    times = interleaved({name: timer(call) for name, call in calls.items()}, seconds, rounds)
+    on_device = {name: cuda.device_us(call) for name, call in calls.items()} if device == "cuda" else {}
+    about = machine.about("linear", device)
+    return [
+        about
+        | {"variant": "double" if work.double else "dqn", "n": work.n, "A": work.A, "D": work.D}
+        | {"dtype": str(work.dtype).removeprefix("torch."), "provider": name}
+        | figures(times[name], times["eager"])._asdict()
+        | {"device_us": on_device.get(name, ""), "peak_bytes": peaks.get(name, "")}
+        for name in calls
+    ]

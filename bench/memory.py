@@ -1,5 +1,6 @@
 """Bytes that a call holds at once beyond what was there before it."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,24 +11,36 @@ from torch.profiler import ProfilerActivity, profile
 
 def peak_memory(call: Callable[[], object]) -> int:
     """Largest sum of live allocations during a call that has run before: of PyTorch's allocator, results included."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        return torch.cuda.max_memory_allocated() - before
-    with _silent_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        call()
+    gc.collect()
+    gc.disable()  # garbage of before that is freed during the call would count for it
+    try:
+        return _peak_on_a_gpu(call) if torch.cuda.is_available() else _peak_on_the_cpu(call)
+    finally:
+        gc.enable()
+
+
+def _peak_on_a_gpu(call: Callable[[], object]) -> int:
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _peak_on_the_cpu(call: Callable[[], object]) -> int:
+    with silent_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        result = call()
     live = peak = 0
     for event in sorted(recorded.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
         if event.name() == "[memory]":
             live += event.nbytes()
             peak = max(peak, live)
+    del result
     return peak
 
 
 @contextmanager
-def _silent_stderr() -> Iterator[None]:
+def silent_stderr() -> Iterator[None]:
     """The profiler's library writes two lines to file descriptor 2 each time."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)

@@ -1,53 +1,35 @@
 """The same loss, forward and backward, by each way there is to compute it."""
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from bench import cuda, torchrl_loss
+from bench.rlax_process import RlaxProcess
+from bench.timing import Timer, timer
+from bench.variants import GAMMA, VARIANTS, Arguments, Variant
 from dqn_fused import fused_dqn_loss, fused_dqn_loss_and_grad
 from dqn_fused._backends import serving
 from dqn_fused.arguments import check_loss
 
-GAMMA = 0.99
-Arguments = dict[str, Any]
+FLOOR = "floor"
 
 
-def random_batch(n: int, A: int, dtype: torch.dtype, device: str) -> Arguments:
-    """Arguments of the loss; q requires a gradient."""
-    return {
-        "q": torch.randn(n, A, dtype=dtype, device=device, requires_grad=True),
-        "actions": torch.randint(A, (n,), device=device),
-        "rewards": torch.randn(n, device=device),
-        "next_q": torch.randn(n, A, dtype=dtype, device=device),
-        "terminated": torch.rand(n, device=device) < 0.1,
-    }
+class Provider(NamedTuple):
+    call: Callable[[], Sequence[Tensor]]  # one forward and backward: (loss, dq, ...), or gradients
+    elsewhere: Timer | None = None  # its timer, where it runs in a process of its own
+    capturable: bool = False  # in a CUDA graph
+    replays: bool = False  # one already, whose memory is its own
+
+    @property
+    def timer(self) -> Timer:
+        return self.elsewhere or timer(self.call)
 
 
-def eager_loss(q: Tensor, actions: Tensor, rewards: Tensor, next_q: Tensor, terminated: Tensor) -> Tensor:
-    """The lines a DQN script writes: max, target, gather, mean squared error."""
-    with torch.no_grad():
-        target_max, _ = next_q.max(dim=1)
-        target = rewards + GAMMA * target_max * (1 - terminated.float())
-    taken = q.gather(1, actions.unsqueeze(1)).squeeze(1)
-    return F.mse_loss(taken.float(), target.float())
-
-
-def losses(device: str, eager: Callable[..., Any], **options: Any) -> dict[str, Callable[..., Any]]:
-    """Name -> loss of a batch, for every road that runs on this device; eager first."""
-    found: dict[str, Callable[..., Any]] = {"eager": eager}
-    if device == "cuda" or _can_compile():
-        found["torch.compile"] = torch.compile(eager, dynamic=False)
-    spec = check_loss(**{k: x for k, x in options.items() if k in ("target", "cql_alpha")})
-    for name in serving(torch.device(device), spec):
-        found[f"fused[{name}]"] = partial(fused_dqn_loss, gamma=GAMMA, backend=name, **options)
-    return found
-
-
-def step(loss: Callable[..., Any], batch: Arguments) -> Callable[[], Any]:
+def step(loss: Callable[..., Any], batch: Arguments) -> Callable[[], tuple[Tensor, Tensor]]:
     """One forward and backward; returns (loss, dq)."""
 
     def run() -> tuple[Tensor, Tensor]:
@@ -59,34 +41,63 @@ def step(loss: Callable[..., Any], batch: Arguments) -> Callable[[], Any]:
     return run
 
 
-class Floor(torch.autograd.Function):
-    """The least there is to do: the matrices read once and zeros written once, in an autograd.Function."""
+def providers(
+    name: str, batch: Arguments, device: str, compiled: bool = True, rlax: RlaxProcess | None = None
+) -> dict[str, Callable[[], Provider]]:
+    """Name -> how to make the provider, of all that can run here; eager first."""
+    variant = VARIANTS[name]
+    eager = step(variant.eager, batch)
+    found: dict[str, Callable[[], Provider]] = {"eager": lambda: Provider(eager, capturable=True)}
+    if device == "cuda":
+        found["eager, CUDA graph"] = lambda: Provider(cuda.captured(eager), replays=True)
+    if compiled and (device == "cuda" or can_compile()):
+        found["torch.compile"] = lambda: Provider(step(torch.compile(variant.eager, dynamic=False), batch))
+        if device == "cuda":
+            found["torch.compile, reduce-overhead"] = lambda: Provider(
+                cuda.reduce_overhead(variant.eager, batch, step), replays=True
+            )
+    if name == "dqn" and batch["q"].dtype is torch.float32 and torchrl_loss.installed():
+        found["TorchRL"] = lambda: Provider(torchrl_loss.step(batch))
+    if rlax is not None and rlax.serves(name, batch):
+        found["rlax"] = lambda: Provider(rlax.load(name, batch), rlax.seconds)
+    return found | ours(variant, batch, device)
 
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, *matrices: Tensor) -> Tensor:
-        ctx.q_shape, ctx.count = q.shape, len(matrices)
-        largest = [x.amax(1) for x in matrices]
-        return largest[0][0]
 
-    @staticmethod
-    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad[0].new_zeros(ctx.q_shape), *(None,) * ctx.count
-
-
-def floor(batch: Arguments, *matrices: str) -> Callable[[], Any]:
-    """What PyTorch's own operations take for the least there is to do; its result is none."""
-    inputs = [batch[name].detach() for name in matrices]
-    return lambda: torch.autograd.grad(Floor.apply(batch["q"], *inputs), batch["q"])
-
-
-def steps(device: str, batch: Arguments, eager: Callable[..., Any], **options: Any) -> dict[str, Callable[[], Any]]:
-    """Name -> one forward and backward; last the one call that gives both without autograd."""
-    found = {name: step(loss, batch) for name, loss in losses(device, eager, **options).items()}
-    found["fused_dqn_loss_and_grad"] = partial(fused_dqn_loss_and_grad, **batch, gamma=GAMMA, **options)
+def ours(variant: Variant, batch: Arguments, device: str) -> dict[str, Callable[[], Provider]]:
+    """Each backend of this project that serves the device, with autograd and without."""
+    spec = check_loss(**{k: x for k, x in variant.options.items() if k in ("target", "cql_alpha")})
+    found: dict[str, Callable[[], Provider]] = {}
+    for backend in serving(torch.device(device), spec):
+        options = {"gamma": GAMMA, "backend": backend, **variant.options}
+        fused = step(partial(fused_dqn_loss, **options), batch)
+        both = partial(fused_dqn_loss_and_grad, **batch, **options)
+        found[f"fused[{backend}]"] = partial(Provider, fused, capturable=True)
+        found[f"loss_and_grad[{backend}]"] = partial(Provider, both, capturable=True)
     return found
 
 
-def _can_compile() -> bool:
+def floor(variant: Variant, batch: Arguments, size: int) -> Provider:
+    """The least there is to do, by PyTorch's own operations, and no loss.
+
+    On the CPU each matrix is read once, by amax, and one of zeros is written; on a GPU `size` bytes are copied.
+    """
+    if batch["q"].is_cuda:
+        source = torch.empty(max(size // 2, 1), dtype=torch.uint8, device="cuda")
+        return Provider(partial(_copy, torch.empty_like(source), source), capturable=True)
+    matrices = [batch[name].detach() for name in dict.fromkeys(variant.reads)]
+    return Provider(partial(_read_and_write, matrices, batch["q"].detach()))
+
+
+def _read_and_write(matrices: list[Tensor], q: Tensor) -> tuple[Tensor, ...]:
+    return *(x.amax(1) for x in matrices), torch.zeros_like(q)
+
+
+def _copy(to: Tensor, source: Tensor) -> tuple[Tensor]:
+    return (to.copy_(source),)
+
+
+@cache
+def can_compile() -> bool:
     """Inductor needs a C++ compiler on the CPU."""
     try:
         torch.compile(lambda x: x + 1, dynamic=False)(torch.ones(2))

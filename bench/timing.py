@@ -1,41 +1,70 @@
-"""Times that survive a noisy machine: providers interleaved, medians of rounds, ratios within one run."""
+"""Times that survive a noisy machine: providers interleaved, medians of rounds, ratios within one round."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
+from typing import NamedTuple
 
 import torch
 
+Timer = Callable[[int], float]  # how often -> seconds in all
 
-def interleaved(
-    calls: Mapping[str, Callable[[], object]], seconds: float = 0.5, rounds: int = 15
-) -> dict[str, list[float]]:
-    """Seconds a call, one figure a round; in each round every provider runs for about seconds / rounds."""
-    repeats = {name: max(1, int(seconds / rounds / _once(call))) for name, call in calls.items()}
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            _synchronize()
-            start = time.perf_counter()
-            for _ in range(repeats[name]):
-                call()
-            _synchronize()
-            times[name].append((time.perf_counter() - start) / repeats[name])
+
+class Figures(NamedTuple):
+    us: float
+    us_p20: float
+    us_p80: float
+    speedup: float  # median over the rounds of base / this
+
+
+def timer(call: Callable[[], object]) -> Timer:
+    """Time a call here; on a GPU until everything it has issued is done."""
+
+    def run(repeats: int) -> float:
+        _synchronize()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        _synchronize()
+        return time.perf_counter() - start
+
+    return run
+
+
+def interleaved(timers: Mapping[str, Timer], seconds: float = 0.5, rounds: int = 15) -> dict[str, list[float]]:
+    """Seconds a call, one figure a round; in each round every provider runs for about seconds / rounds.
+
+    Every second round goes backwards, so that nobody always comes after the same neighbour.
+    """
+    repeats = {name: max(1, int(seconds / rounds / _once(timer, seconds / rounds))) for name, timer in timers.items()}
+    times: dict[str, list[float]] = {name: [] for name in timers}
+    for i in range(rounds):
+        for name in list(timers) if i % 2 == 0 else reversed(list(timers)):
+            times[name].append(timers[name](repeats[name]) / repeats[name])
     return times
 
 
-def _once(call: Callable[[], object]) -> float:
+def figures(values: Sequence[float], base: Sequence[float]) -> Figures:
+    """Median and spread of a provider's rounds, and how many times as fast as base it is."""
+    low, middle, high = spread(values)
+    ratio = median(b / v for b, v in zip(base, values, strict=True))
+    return Figures(round(1e6 * middle, 2), round(1e6 * low, 2), round(1e6 * high, 2), round(ratio, 3))
+
+
+def spread(values: Sequence[float]) -> tuple[float, float, float]:
+    """20th percentile, median and 80th percentile."""
+    ordered = sorted(values)
+    return ordered[len(ordered) // 5], median(ordered), ordered[len(ordered) * 4 // 5]
+
+
+def _once(timer: Timer, enough: float) -> float:
     """Seconds of one call when warm."""
-    for _ in range(3):
-        call()
-    times = []
-    for _ in range(5):
-        _synchronize()
-        start = time.perf_counter()
-        call()
-        _synchronize()
-        times.append(time.perf_counter() - start)
-    return median(times)
+    timer(1)
+    seconds = timer(1)
+    if seconds < enough:
+        timer(3)
+        seconds = median(timer(1) for _ in range(5))
+    return max(seconds, 1e-9)
 
 
 def _synchronize() -> None:

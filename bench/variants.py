@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.providers import GAMMA, Arguments, eager_loss, random_batch
 from dqn_fused import Munchausen
 
+Arguments = dict[str, Any]
+
+GAMMA = 0.99
 TEMPERATURE, ALPHA, CLIP = 0.03, 0.9, -1.0
 CQL_ALPHA = 0.5
 
@@ -18,9 +20,26 @@ class Variant(NamedTuple):
     """A member of the family."""
 
     eager: Callable[..., Any]
-    matrices: tuple[str, ...]  # that must be read
+    reads: tuple[str, ...]  # matrices of which every element counts; twice where both passes need it
     options: dict[str, Any]  # of fused_dqn_loss
     more: Callable[[int, int, torch.dtype, str], Arguments]  # arguments beside those of the plain loss
+
+
+def eager_loss(q: Tensor, actions: Tensor, rewards: Tensor, next_q: Tensor, terminated: Tensor) -> Tensor:
+    """The lines a DQN script writes: max, target, gather, mean squared error."""
+    with torch.no_grad():
+        target_max, _ = next_q.max(dim=1)
+        target = rewards + GAMMA * target_max * (1 - terminated.float())
+    taken = q.gather(1, actions.unsqueeze(1)).squeeze(1)
+    return F.mse_loss(taken.float(), target.float())
+
+
+def eager_double(
+    q: Tensor, actions: Tensor, rewards: Tensor, next_q: Tensor, terminated: Tensor, next_q_online: Tensor
+) -> Tensor:
+    with torch.no_grad():
+        target = double_target(rewards, next_q, terminated, next_q_online)
+    return F.mse_loss(q.gather(1, actions.unsqueeze(1)).squeeze(1), target)
 
 
 def double_target(
@@ -90,10 +109,14 @@ def _matrix(n: int, A: int, dtype: torch.dtype, device: str) -> Tensor:
     return torch.randn(n, A, dtype=dtype, device=device)
 
 
+def _double(n: int, A: int, dtype: torch.dtype, device: str) -> Arguments:
+    return {"next_q_online": _matrix(n, A, dtype, device)}
+
+
 def _masked(n: int, A: int, dtype: torch.dtype, device: str) -> Arguments:
     mask = torch.rand(n, A, device=device) < 0.7
     mask[:, 0] = True
-    return {"next_q_online": _matrix(n, A, dtype, device), "next_action_mask": mask}
+    return {**_double(n, A, dtype, device), "next_action_mask": mask}
 
 
 def _prioritised(n: int, A: int, dtype: torch.dtype, device: str) -> Arguments:
@@ -102,6 +125,7 @@ def _prioritised(n: int, A: int, dtype: torch.dtype, device: str) -> Arguments:
 
 VARIANTS = {
     "dqn": Variant(eager_loss, ("next_q",), {}, lambda *size: {}),
+    "double": Variant(eager_double, ("next_q_online",), {}, _double),
     "masked double": Variant(eager_masked_double, ("next_q_online", "next_action_mask"), {}, _masked),
     "prioritised": Variant(
         eager_prioritised, ("next_q_online", "next_action_mask"), {"return_td_error": True}, _prioritised
@@ -112,14 +136,22 @@ VARIANTS = {
         {"target": Munchausen(TEMPERATURE, ALPHA, CLIP)},
         lambda *size: {"target_q": _matrix(*size)},
     ),
-    "cql": Variant(
-        eager_cql,
-        ("next_q_online", "q"),
-        {"cql_alpha": CQL_ALPHA},
-        lambda *size: {"next_q_online": _matrix(*size)},
-    ),
+    "cql": Variant(eager_cql, ("next_q_online", "q", "q"), {"cql_alpha": CQL_ALPHA}, _double),
 }
 
 
-def random_arguments(variant: Variant, n: int, A: int, dtype: torch.dtype, device: str) -> Arguments:
+def random_arguments(variant: Variant, n: int, A: int, dtype: torch.dtype, device: str, seed: int = 0) -> Arguments:
+    """The same on every run; q requires a gradient."""
+    torch.manual_seed(seed)
     return random_batch(n, A, dtype, device) | variant.more(n, A, dtype, device)
+
+
+def random_batch(n: int, A: int, dtype: torch.dtype, device: str) -> Arguments:
+    """Arguments of the plain loss."""
+    return {
+        "q": torch.randn(n, A, dtype=dtype, device=device, requires_grad=True),
+        "actions": torch.randint(A, (n,), device=device),
+        "rewards": torch.randn(n, device=device),
+        "next_q": torch.randn(n, A, dtype=dtype, device=device),
+        "terminated": torch.rand(n, device=device) < 0.1,
+    }

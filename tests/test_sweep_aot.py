@@ -69,8 +69,8 @@ def test_machine_code(target: Target, compiled: Compiled, case: str) -> None:  #
     if target.name not in targets:
         pytest.skip("as on other targets")
     launch(dtype, precision, **options)
-    assert [name for name, _, _ in compiled] == ["sweep_fwd_kernel", "sweep_combine_kernel"]
-    for name, kernel, _ in compiled:
+    assert [name for name, *_ in compiled] == ["sweep_fwd_kernel", "sweep_combine_kernel"]
+    for name, kernel, *_ in compiled:
         check_resources(name, kernel, target)
         check_instructions(name, kernel, target, float64=False)
     kernel = compiled[0].kernel
@@ -85,7 +85,7 @@ def test_few_rows(target: Target, compiled: Compiled, m: int) -> None:  # noqa: 
     if target.name not in ("sm_90", "gfx942"):
         pytest.skip("as on other targets")
     launch(torch.bfloat16, "highest", "argmax", 1024, masked=True, m=m)
-    for name, kernel, _ in compiled:
+    for name, kernel, *_ in compiled:
         check_resources(name, kernel, target)
     assert has(compiled[0].kernel, "v_mfma_f32" if target.name == "gfx942" else "HMMA" if m == 1 else "HGMMA")
 

@@ -51,12 +51,10 @@ def target(request: pytest.FixtureRequest) -> Iterator[Target]:
 
 
 @pytest.fixture
-def compiled(target: Target, monkeypatch: pytest.MonkeyPatch) -> Compiled:
+def compiled(target: Target) -> Iterator[Compiled]:
     """Compile instead of launching; what would have been launched, in that order."""
-    launches: Compiled = []
-    monkeypatch.setattr(triton_backend, "run", aot.compile_only(launches))
-    monkeypatch.setattr(triton_backend, "_sms", lambda device: aot.SMS)
-    return launches
+    with aot.compiling() as launches:
+        yield launches
 
 
 NARROW = {"td_loss_fwd_kernel", "td_loss_bwd_kernel"}
@@ -106,7 +104,7 @@ def test_machine_code(target: Target, compiled: Compiled, case: str, dtype: torc
     """Both regimes in every dtype. 4,099 and 50,257 are odd: rows start at any alignment and are read 16 bytes wide."""
     shape, kernels = CASES[case]
     launch(make(shape, dtype))
-    assert {name for name, _, _ in compiled} == kernels
+    assert {name for name, *_ in compiled} == kernels
     check(compiled, target, dtype)
 
 
@@ -129,7 +127,7 @@ def test_machine_code_of_the_family(
     shape, kernels = CASES[case]
     arguments, options = family(variant, shape, dtype)
     launch(arguments, **options)
-    assert {name for name, _, _ in compiled} == kernels
+    assert {name for name, *_ in compiled} == kernels
     check(compiled, target, dtype)
 
 
@@ -139,7 +137,7 @@ def test_wide_loads_from_a_misaligned_tensor(target: Target, compiled: Compiled,
     next_q = MISALIGNED[case]()
     assert next_q.data_ptr() % 16
     launch({**make(next_q.shape), "next_q": next_q})
-    assert all(loads_128_bits(kernel) for name, kernel, _ in compiled if name == "row_fwd_kernel")
+    assert all(loads_128_bits(kernel) for name, kernel, *_ in compiled if name == "row_fwd_kernel")
 
 
 def test_numbers_reach_a_float64_kernel_in_memory(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,14 +176,14 @@ def test_variants_compile(target: Target, compiled: Compiled, variant: str, redu
         arguments["next_action_mask"] = arguments["action_mask"] = torch.ones(70, dtype=torch.bool).expand(24, 70)
         options = {"target": Soft(), "cql_alpha": 0.5}
     launch(arguments, reduction=reduction, **options)
-    for name, kernel, _ in compiled:
+    for name, kernel, *_ in compiled:
         check_resources(name, kernel, target)
         check_instructions(name, kernel, target, float64=False)
 
 
 def check(compiled: Compiled, target: Target, dtype: torch.dtype) -> None:
     """Hold every kernel against what is promised of it."""
-    for name, kernel, _ in compiled:
+    for name, kernel, *_ in compiled:
         check_resources(name, kernel, target)
         check_instructions(name, kernel, target, float64=dtype is torch.float64)
         if name == "row_fwd_kernel":
