@@ -21,7 +21,7 @@ from bench.results import Row, Table
 from bench.update import BOTH, CARTPOLE, EAGER, FUSED, Learner
 from bench.variants import VARIANTS, random_arguments
 
-OPTIONAL = ("matplotlib", "tqdm", "torchrl", "pytest", "hypothesis")
+OPTIONAL = ("matplotlib", "tqdm", "rlax", "torchrl", "pytest", "hypothesis", "numpy")
 PROFILED = [(32, 18), (256, 50257)]
 TESTS, PROFILE = 0.35, 0.1  # of the time; the rest is for the figures
 
@@ -38,11 +38,15 @@ class Log:
 
 
 def run(out: Path, seconds: float, variants: Sequence[str], only: Sequence[str], limit: float) -> int:
-    """Everything within `limit` seconds, or nearly; 2 without a GPU, 1 where something failed or was left out."""
+    """Everything within `limit` seconds, or nearly, in a folder of the GPU's name.
+
+    2 without a GPU, 1 where something failed or was left out.
+    """
     if not torch.cuda.is_available():
         print("python -m bench gpu: torch sees no CUDA or ROCm device", file=sys.stderr)
         return 2
     deadline = Deadline(limit)
+    out = out / machine.slug(machine.device_name("cuda"))
     out.mkdir(parents=True, exist_ok=True)
     log = Log(out / "gpu.log")
     about(log)

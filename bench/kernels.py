@@ -33,8 +33,8 @@ class Case(NamedTuple):
 
 CASES = [
     Case("small", "dqn", (128, 2), F32),
-    Case("atari", "dqn", (32, 18), F32),
-    Case("atari", "dqn", (512, 18), F32),
+    Case("Atari", "dqn", (32, 18), F32),
+    Case("Atari", "dqn", (512, 18), F32),
     Case("many rows", "dqn", (16384, 18), F32),
     Case("many rows", "dqn", (16384, 18), BF16),
     Case("hundreds", "dqn", (1024, 512), F32),
@@ -59,6 +59,7 @@ MATRICES = {
 
 
 def run() -> None:
+    machine.commit()  # before a file of it changes
     table = Table(report.RESULTS, "kernels")
     targets = [(i, target.name) for i, target in enumerate(aot.TARGETS)]
     for i, _ in track(targets, len(targets), "Triton", lambda item: item[1]):

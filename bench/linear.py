@@ -79,7 +79,7 @@ def eager_loss(a: Arguments) -> Tensor:
             value = next_q.max(1).values
         target = a["rewards"] + GAMMA * value * (1 - a["terminated"].float())
     q = F.linear(a["hidden"], a["weight"], a["bias"])
-    return F.mse_loss(q.gather(1, a["actions"].unsqueeze(1)).squeeze(1), target)
+    return F.mse_loss(q.gather(1, a["actions"].unsqueeze(1)).squeeze(1).float(), target)
 
 
 def expert_loss(a: Arguments) -> Tensor:
@@ -92,7 +92,7 @@ def expert_loss(a: Arguments) -> Tensor:
             value, _ = _chunked_max(a["next_hidden"], a["next_weight"], a["next_bias"])
         target = a["rewards"] + GAMMA * value * (1 - a["terminated"].float())
     taken = (a["hidden"] * a["weight"][a["actions"]]).sum(-1) + a["bias"][a["actions"]]
-    return F.mse_loss(taken, target)
+    return F.mse_loss(taken.float(), target)
 
 
 def _chunked_max(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

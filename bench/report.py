@@ -15,7 +15,6 @@ from bench.results import Row, read
 
 RESULTS, README, DOCS = ROOT / "bench/results", ROOT / "README.md", ROOT / "docs"
 OTHERS = ("eager", "torch.compile", "torch.compile, reduce-overhead", "eager, CUDA graph", "TorchRL", "rlax")
-KERNEL_TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")
 
 
 def run(folders: Sequence[Path]) -> None:
@@ -132,7 +131,7 @@ def shares(rows: Sequence[Row]) -> str:
     """What the whole update gains by a faster loss."""
     text = []
     for network in dict.fromkeys(row["network"] for row in rows):
-        found = {row["provider"]: row for row in rows if row["network"] == network and row["mode"] == ""}
+        found = {row["provider"]: row for row in rows if row["network"] == network and row["mode"] == "eager"}
         eager = found.pop("eager")
         gains = [f"{row['speedup']:.2f} times as fast with {code(name)}" for name, row in found.items() if "_" in name]
         text.append(
@@ -143,15 +142,21 @@ def shares(rows: Sequence[Row]) -> str:
 
 
 def kernels(rows: Sequence[Row]) -> str:
-    shown = [row for row in rows if row["target"] in KERNEL_TARGETS]
-    languages = {"triton": "Triton", "cuda": "CUDA"}
-
-    def case(row: Row) -> str:
-        where = f", {row['case']} {row['shape']}".rstrip() if row["case"] else ""
-        return f"{languages[row['language']]} `{row['kernel']}`{where}, {row['dtype']}"
-
+    """Those that move matrices, in float32; the linear head's in half precision, too."""
+    shown = [row for row in rows if row["language"] == "cuda" or row["bytes"]]
+    shown = [row for row in shown if row["dtype"] == "float32" or row["call"] == "sweep"]
+    # Where there are many actions loss_and_grad is the launches of forward and backward.
+    shown = [row for row in shown if row["call"] != "loss_and_grad" or row["kernel"] == "td_loss_fwd_kernel"]
     about = rows[0]
-    return f"{tables.kernels(shown, case)}\n\nTriton {about['triton']}, at {about['commit']}."
+    return f"{tables.kernels(shown, kernel_case)}\n\nTriton {about['triton']}, at {about['commit']}."
+
+
+def kernel_case(row: Row) -> str:
+    if row["language"] == "cuda":
+        return f"CUDA `{row['kernel']}`"
+    whole = ", and the gradient" if row["call"] == "loss_and_grad" else ""
+    half = "" if row["dtype"] == "float32" else f", {row['dtype']}"
+    return f"`{row['kernel']}`, {row['case']} {row['shape']}{half}{whole}"
 
 
 def code(name: str) -> str:

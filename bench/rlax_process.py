@@ -10,7 +10,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,6 +43,8 @@ class RlaxProcess:
         """Compile there for these arguments; returns what gives (loss, dq), computed once."""
         if not self.serves(variant, batch):
             raise ValueError(f"rlax has no {variant} loss for these tensors")
+        import numpy as np
+
         arrays: dict[str, Any] = {name: x.detach().numpy() for name, x in batch.items()}
         arrays |= {"actions": arrays["actions"].astype(np.int32), "gamma": np.float32(GAMMA)}
         with tempfile.TemporaryDirectory() as folder:

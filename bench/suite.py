@@ -6,7 +6,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from bench import linear, loss, plots, tables, update
+from bench import linear, loss, machine, plots, tables, update
 from bench.deadline import Deadline
 from bench.progress import track
 from bench.results import Row, Table
@@ -30,6 +30,7 @@ def run(
 ) -> list[str]:
     """Measure, write and print; returns what went wrong or was left out, a line each."""
     problems: list[str] = []
+    machine.commit()  # before a file of it changes
     deadline = deadline or Deadline()
     for kind in [kind for kind in KINDS if kind in only]:
         work = getattr(KINDS[kind], size)(device, list(variants))

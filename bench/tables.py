@@ -44,7 +44,7 @@ def update(rows: Sequence[Row]) -> str:
     for row in rows:
         threads = f"{row['threads']} thread{'s' if row['threads'] != 1 else ''}"
         network = f"{row['network']}, {row['n']} x {row['A']}, {threads}"
-        cells = [network, row["mode"] or "eager", f"`{row['provider']}`" if "_" in row["provider"] else row["provider"]]
+        cells = [network, row["mode"], f"`{row['provider']}`" if "_" in row["provider"] else row["provider"]]
         cells += [time(row["us"]), f"{row['speedup']:.2f}x"]
         if row["adds_us"] == "":
             cells += ["", ""]

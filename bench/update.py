@@ -19,7 +19,7 @@ from bench.variants import GAMMA, eager_loss
 from dqn_fused import fused_dqn_loss, fused_dqn_loss_and_grad
 
 NOTHING, EAGER, FUSED, BOTH = "no loss", "eager", "fused_dqn_loss", "fused_dqn_loss_and_grad"
-PLAIN, COMPILED, GRAPH = "", "torch.compile", "CUDA graph"  # how the update is run
+PLAIN, COMPILED, GRAPH = "eager", "torch.compile", "CUDA graph"  # how network and loss are run
 
 
 class Work(NamedTuple):
