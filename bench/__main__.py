@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from bench.suite import KINDS
+from bench.suite import KINDS, run
 from bench.variants import VARIANTS
 
 
@@ -33,29 +33,28 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     args = parse()
     if args.what == "demo":
-        from bench import demo
+        from bench.demo import run as run_demo
 
-        demo.run(args.plot, args.seed)
+        run_demo(args.plot, args.seed)
         return 0
     if args.what == "report":
-        from bench import report
+        from bench.report import result_folders
+        from bench.report import run as run_report
 
-        report.run([args.results] if args.results else report.result_folders())
+        run_report([args.results] if args.results else result_folders())
         return 0
     if args.what == "kernels":
-        from bench import kernels
+        from bench.kernels import run as run_kernels
 
-        kernels.run()
+        run_kernels()
         return 0
     if args.what == "gpu":
-        from bench import gpu
+        from bench.gpu import run as run_gpu
 
-        return gpu.run(args.out, args.seconds or 0.5, args.variants, args.only, args.limit)
-    from bench import suite
-
+        return run_gpu(args.out, args.seconds or 0.5, args.variants, args.only, args.limit)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     seconds = args.seconds or (0.1 if args.what == "quick" else 0.5)
-    return 1 if suite.run(args.out, device, seconds, args.variants, args.what, args.only) else 0
+    return 1 if run(args.out, device, seconds, args.variants, args.what, args.only) else 0
 
 
 if __name__ == "__main__":

@@ -160,6 +160,7 @@ def machine_code(kernel: Any) -> str:
     return kernel.asm["amdgcn"] if "amdgcn" in kernel.asm else disassembled("nvdisasm", "-c", kernel.asm["cubin"])
 
 
+@functools.cache  # backward is compiled once and launched twice
 def disassembled(tool: str, option: str, cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)

@@ -21,6 +21,7 @@ from dqn_fused._backends import serving
 N = 256
 ACTIONS = (1_000, 10_000, 50_257, 151_936)
 FEATURES = (64, 512, 1024)
+LARGE = 50_000_000  # weights from which a round takes seconds
 CHUNK = 8192  # actions that the expert takes at a time
 
 
@@ -148,7 +149,7 @@ def step(loss: Callable[[Arguments], Any], a: Arguments) -> tuple[Tensor, ...]:
     return value, *torch.autograd.grad(value, [a[name] for name in ("hidden", "weight", "bias")])
 
 
-def measure(work: Work, device: str, seconds: float, problems: list[str], rounds: int = 7) -> list[Row]:
+def measure(work: Work, device: str, seconds: float, problems: list[str], rounds: int | None = None) -> list[Row]:
     arguments = random_arguments(work, device)
     found = passed(
         {name: partial(Provider, partial(step, loss, arguments)) for name, loss in losses(device).items()},
@@ -161,7 +162,9 @@ def measure(work: Work, device: str, seconds: float, problems: list[str], rounds
     calls: dict[str, Callable[[], object]] = {name: provider.call for name, provider in found.items()}
     peaks = {name: peak_memory(call) for name, call in calls.items()}
     calls[PRODUCT] = partial(F.linear, *(arguments[name] for name in ("next_hidden", "next_weight", "next_bias")))
-    times = interleaved({name: timer(call) for name, call in calls.items()}, seconds, rounds)
+    times = interleaved(
+        {name: timer(call) for name, call in calls.items()}, seconds, rounds or (7 if work.A * work.D < LARGE else 5)
+    )
     on_device = {name: cuda.device_us(call) for name, call in calls.items()} if device == "cuda" else {}
     about = machine.about("linear", device)
     return [

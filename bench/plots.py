@@ -16,12 +16,16 @@ STYLE: dict[str, dict[str, Any]] = {
     "torch.compile, reduce-overhead": {"color": "0.55", "marker": "s", "linestyle": ":"},
     "TorchRL": {"color": "tab:brown", "marker": "v"},
     "rlax": {"color": "tab:olive", "marker": "^"},
-    "expert": {"color": "0.55", "marker": "s"},
+    "expert": {"color": "tab:green", "linestyle": "--"},
     "matrix": {"color": "tab:olive", "marker": "^"},
     "fused": {"color": "tab:blue", "marker": "o"},
     "fused, sparse": {"color": "tab:orange", "marker": "D"},
 }
 OURS = {"compiled": "-", "triton": "--", "torch": ":"}  # a line style for each backend
+# Two lines lie on two others.
+AROUND = {
+    name: {"marker": "o", "markersize": 10, "markerfacecolor": "none", "zorder": 3} for name in ("eager", "expert")
+}
 FAMILY = (256, 26702)
 D = 512
 
@@ -120,7 +124,7 @@ def memory(loss: Sequence[Row], linear: Sequence[Row], path: Path) -> bool:
     left, right = figure.subplots(1, 2)
     for name in tables.seen(heads):
         points = sorted((row["A"], row["peak_bytes"] / 1e6) for row in heads if row["provider"] == name)
-        left.plot(*zip(*points, strict=True), label=name, **style(name))
+        left.plot(*zip(*points, strict=True), label=name, **style(name) | AROUND.get(name, {}))
     left.set(xscale="log", yscale="log", xlabel="actions A", ylabel="peak memory of a call, MB")
     left.set_title(f"linear head, {heads[0]['n']} rows of {D} features", fontsize="medium")
     left.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")

@@ -5,6 +5,7 @@ it, such as cpu/loss, or kernels.
 """
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from math import inf
 from pathlib import Path
@@ -77,8 +78,9 @@ def of_folder(folder: Path) -> dict[str, str]:
 
 
 def columns(rows: Sequence[Row]) -> list[str]:
-    """What a table has room for: the PyTorch road of this project is in the CSV."""
-    names = tables.seen(rows)
+    """What a table has room for: the PyTorch road of this project, and who has few of the losses, are in the CSV."""
+    counts = Counter(row["provider"] for row in rows)
+    names = [name for name in tables.seen(rows) if 2 * counts[name] >= counts["eager"]]
     ours = [name for name in names if "[" in name and not name.endswith("[torch]")]
     return [name for name in OTHERS if name in names] + ours + ["floor"]
 
@@ -132,7 +134,9 @@ def shares(rows: Sequence[Row]) -> str:
     text = []
     for network in dict.fromkeys(row["network"] for row in rows):
         found = {row["provider"]: row for row in rows if row["network"] == network and row["mode"] == "eager"}
-        eager = found.pop("eager")
+        eager = found.pop("eager", None)
+        if eager is None or eager["share"] == "":
+            continue
         gains = [f"{row['speedup']:.2f} times as fast with {code(name)}" for name, row in found.items() if "_" in name]
         text.append(
             f"{network}: the eager loss is {100 * eager['share']:.1f} % of an update, and the whole update is "

@@ -56,15 +56,22 @@ def update(rows: Sequence[Row]) -> str:
 
 
 def kernels(rows: Sequence[Row], case_of: Callable[[Row], str]) -> str:
-    """A line a kernel and case, a column a target: registers, spilled bytes, occupancy."""
+    """A line a kernel and case, a column a target: registers, spilled bytes, occupancy.
+
+    The first case of each, where a kernel takes the same in several.
+    """
     targets = list(dict.fromkeys(row["target"] for row in rows))
     lines = ["| kernel | " + " | ".join(targets) + " |", "|---|" + "---:|" * len(targets)]
     by_case: dict[str, dict[str, Row]] = {}
     for row in rows:
         by_case.setdefault(case_of(row), {})[row["target"]] = row
+    said = set()
     for case, found in by_case.items():
-        cells = [resources(found[target]) if target in found else "" for target in targets]
-        lines.append(f"| {case} | " + " | ".join(cells) + " |")
+        text = " | ".join(resources(found[target]) if target in found else "" for target in targets)
+        kernel = next(iter(found.values()))["kernel"]
+        if (kernel, text) not in said:
+            lines.append(f"| {case} | {text} |")
+        said.add((kernel, text))
     return "\n".join(lines)
 
 

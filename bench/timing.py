@@ -58,8 +58,7 @@ def spread(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def _once(timer: Timer, enough: float) -> float:
-    """Seconds of one call when warm."""
-    timer(1)
+    """Seconds of one call when warm; a slow one is believed at once."""
     seconds = timer(1)
     if seconds < enough:
         timer(3)
