@@ -58,12 +58,11 @@ def spread(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def _once(timer: Timer, enough: float) -> float:
-    """Seconds of one call when warm; a slow one is believed at once."""
-    seconds = timer(1)
-    if seconds < enough:
-        timer(3)
-        seconds = median(timer(1) for _ in range(5))
-    return max(seconds, 1e-9)
+    """Seconds of one call when warm: the least of a few, lest one hiccup settle how often it is repeated."""
+    seconds = [timer(1)]
+    while len(seconds) < 6 and sum(seconds) < 4 * enough:
+        seconds.append(timer(1))
+    return max(min(seconds), 1e-9)
 
 
 def _synchronize() -> None:

@@ -135,6 +135,17 @@ def test_slow_calls_are_not_warmed_up_at_length() -> None:
     assert calls == [1] * 4
 
 
+def test_a_hiccup_does_not_settle_how_often_a_call_is_repeated() -> None:
+    calls: list[int] = []
+
+    def timer(repeats: int) -> float:
+        calls.append(repeats)
+        return 0.02 if len(calls) == 1 else 0.001 * repeats
+
+    interleaved({"quick": timer}, seconds=0.1, rounds=10)
+    assert calls[-10:] == [10] * 10
+
+
 @pytest.mark.parametrize(
     ("variant", "itemsize", "expected"),
     [
