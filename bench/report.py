@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from math import inf
 from pathlib import Path
+from statistics import median
 
 from bench import plots, tables
 from bench.machine import ROOT
@@ -67,7 +68,7 @@ def of_folder(folder: Path) -> dict[str, str]:
     family = [row for row in loss if row["variant"] != "dqn"]
     found = {}
     if plain:
-        found["loss"] = f"{tables.loss(plain, columns(plain))}\n\n{machine(plain[0])}\n\n{speeds(plain)}"
+        found["loss"] = f"{tables.loss(plain, columns(plain))}\n\n{machine(plain[0])} {noise(plain)}\n\n{speeds(plain)}"
     if family:
         found["family"] = f"{tables.loss(family, columns(family), memory=True)}\n\n{gradient(family)}"
     if linear:
@@ -91,6 +92,12 @@ def machine(row: Row) -> str:
         f"{row['device']}, {row['cores']} cores, {row['threads']} {threads}, {row['os']}, Python {row['python']}, "
         f"torch {row['torch']}, at {row['commit']}."
     )
+
+
+def noise(rows: Sequence[Row]) -> str:
+    """How far the rounds of a typical cell are apart."""
+    apart = median((row["us_p80"] - row["us_p20"]) / row["us"] for row in rows)
+    return f"From the 20th to the 80th percentile of its rounds a typical cell spans {100 * apart:.0f} % of its time."
 
 
 def speeds(rows: Sequence[Row]) -> str:
