@@ -81,7 +81,7 @@ def measure(work: Work, device: str, seconds: float, problems: list[str], rlax: 
             | measured._asdict()
             | {"device_us": on_device.get(name, ""), "graph_us": graphs.get(name, "")}
             | {"bytes": sizes[name], "gb_per_s": round(rate[name] * 1e6 / GIGA, 3)}
-            | {"of_floor": round(rate[name] / rate[FLOOR], 4), "peak_bytes": peaks.get(name, "")}
+            | {"of_floor": float(f"{rate[name] / rate[FLOOR]:.4g}"), "peak_bytes": peaks.get(name, "")}
         )
     return rows
 
