@@ -32,6 +32,21 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else _cpu()
 
 
+def busy() -> str | None:
+    """Whether other work takes the cores: an operation whose threads wait for one takes a hundred times as long.
+
+    It need not be a large one: torch.max over a dimension asks for all threads even at 32 rows.
+    """
+    if not hasattr(os, "getloadavg"):  # Windows
+        return None
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load < cores / 4:
+        return None
+    return (
+        f"the machine is busy: load {load:.1f} on {cores} cores; figures of operations on several threads will be off"
+    )
+
+
 def slug(name: str) -> str:
     """A device as the name of a folder: NVIDIA H200 is nvidia-h200."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

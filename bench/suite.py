@@ -31,6 +31,8 @@ def run(
     """Measure, write and print; returns what went wrong or was left out, a line each."""
     problems: list[str] = []
     machine.commit()  # before a file of it changes
+    if device == "cpu" and (warning := machine.busy()):
+        say(f"WARNING: {warning}")
     deadline = deadline or Deadline()
     for kind in [kind for kind in KINDS if kind in only]:
         work = getattr(KINDS[kind], size)(device, list(variants))

@@ -2,6 +2,7 @@
 
 import gc
 import math
+import os
 import re
 import subprocess
 import sys
@@ -264,6 +265,13 @@ def test_the_commit_is_unknown_without_git(monkeypatch: pytest.MonkeyPatch) -> N
     machine.commit.cache_clear()
     assert machine.commit() == "unknown"
     machine.commit.cache_clear()
+
+
+def test_a_busy_machine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    for load, said in ((1.9, False), (2.1, True)):
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
+        assert (machine.busy() is not None) == said
 
 
 def test_the_readme_says_what_the_csv_says() -> None:
