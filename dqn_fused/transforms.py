@@ -118,7 +118,7 @@ def fold(q: Tensor, batch: Batch, q_dim: int | None, dims: Batch, members: int) 
             compacted = batch.non_final_mask is not None and name in MATRICES
             changed[name] = x.reshape(-1, x.shape[-1]) if compacted else rows(x)
     gamma, mask = batch.gamma, batch.non_final_mask
-    if isinstance(gamma, Tensor) and (gamma.dim() or dims.gamma is not None):
+    if isinstance(gamma, Tensor) and gamma.dim():  # () is one number for all members
         gamma = lead(gamma, dims.gamma)  # type: ignore[arg-type]
         per_member = q.shape[1:-1].numel()
         changed["gamma"] = flat(gamma if gamma.dim() == 2 else gamma.unsqueeze(1).expand(-1, per_member))

@@ -2,6 +2,8 @@
 
 import importlib
 import os
+import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,6 +11,9 @@ import pytest
 import torch
 
 from dqn_fused._backends import serving
+
+# Behind the installed package: bench/ and examples/ are imported from the source tree.
+sys.path.append(str(Path(__file__).parents[1]))
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
