@@ -13,7 +13,7 @@ from bench.machine_code import widest
 from bench.occupancy import occupancy
 from bench.progress import track
 from bench.results import Row, Table
-from bench.variants import VARIANTS, random_arguments
+from bench.variants import VARIANTS, dtype_name, random_arguments
 from dqn_fused.head import Sweep
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -82,7 +82,7 @@ def of_target(index: int, cases: list[Case] = CASES) -> Iterator[Row]:
                     make()
                 for launch in found:
                     about_case = {"call": call, "case": case.name, "shape": " x ".join(map(str, case.shape))}
-                    about_case["dtype"] = str(case.dtype).removeprefix("torch.")
+                    about_case["dtype"] = dtype_name(case.dtype)
                     yield about | about_case | measured(launch, target, case)
 
 

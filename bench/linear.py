@@ -14,7 +14,7 @@ from bench.memory import peak_memory
 from bench.providers import Provider
 from bench.results import Row
 from bench.timing import figures, interleaved, timer
-from bench.variants import GAMMA, Arguments
+from bench.variants import GAMMA, Arguments, dtype_name
 from dqn_fused import fused_dqn_loss, fused_linear_dqn_loss
 from dqn_fused._backends import serving
 
@@ -33,7 +33,7 @@ class Work(NamedTuple):
     n: int = N
 
     def __str__(self) -> str:
-        return f"{self.A} x {self.D}{' double' if self.double else ''} {str(self.dtype).removeprefix('torch.')}"
+        return f"{self.A} x {self.D}{' double' if self.double else ''} {dtype_name(self.dtype)}"
 
 
 def quick(device: str, variants: list[str]) -> list[Work]:
@@ -170,7 +170,7 @@ def measure(work: Work, device: str, seconds: float, problems: list[str], rounds
     return [
         about
         | {"variant": "double" if work.double else "dqn", "n": work.n, "A": work.A, "D": work.D}
-        | {"dtype": str(work.dtype).removeprefix("torch."), "provider": name}
+        | {"dtype": dtype_name(work.dtype), "provider": name}
         | figures(times[name], times["eager"])._asdict()
         | {"device_us": on_device.get(name, ""), "peak_bytes": peaks.get(name, "")}
         for name in calls

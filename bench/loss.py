@@ -13,7 +13,7 @@ from bench.results import Row
 from bench.rlax_process import RlaxProcess
 from bench.timing import figures, interleaved, timer
 from bench.traffic import GIGA, least_bytes, matrix_bytes
-from bench.variants import VARIANTS, random_arguments
+from bench.variants import VARIANTS, dtype_name, random_arguments
 
 SIZES = [
     (32, 4), (128, 2), (32, 6), (32, 18), (128, 18), (512, 15), (1024, 18), (16384, 18),
@@ -33,10 +33,6 @@ class Work(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.variant} {self.n} x {self.A} {dtype_name(self.dtype)}"
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def quick(device: str, variants: list[str]) -> list[Work]:

@@ -155,3 +155,7 @@ def random_batch(n: int, A: int, dtype: torch.dtype, device: str) -> Arguments:
         "next_q": torch.randn(n, A, dtype=dtype, device=device),
         "terminated": torch.rand(n, device=device) < 0.1,
     }
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

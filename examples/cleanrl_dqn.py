@@ -73,24 +73,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description="DQN with CleanRL's arguments.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--loss", choices=tuple(LOSSES), default="fused", help=" ")
-    add(
-        "--env-id",
-        default="CartPole-v1",
-        help="with a Box of one dimension and Discrete actions",
-    )
-    add("--seed", type=int, default=1, help=" ")
-    add("--total-timesteps", type=int, default=50_000, help=" ")
-    add("--learning-rate", type=float, default=2.5e-4, help=" ")
-    add("--buffer-size", type=int, default=10_000, help=" ")
-    add("--gamma", type=float, default=0.99, help=" ")
+    add("--loss", choices=tuple(LOSSES), default="fused", help="whose lines")
+    add("--env-id", default="CartPole-v1", help="with a Box of one dimension and Discrete actions")
+    add("--seed", type=int, default=1, help="of everything random")
+    add("--total-timesteps", type=int, default=50_000, help="environment steps")
+    add("--learning-rate", type=float, default=2.5e-4, help="of Adam")
+    add("--buffer-size", type=int, default=10_000, help="transitions kept for replay")
+    add("--gamma", type=float, default=0.99, help="discount")
     add("--tau", type=float, default=1.0, help="of the target network's update")
     add("--target-network-frequency", type=int, default=500, help="steps between them")
-    add("--batch-size", type=int, default=128, help=" ")
+    add("--batch-size", type=int, default=128, help="transitions a gradient step")
     add("--start-e", type=float, default=1.0, help="epsilon at the start")
     add("--end-e", type=float, default=0.05, help="epsilon at the end")
     add("--exploration-fraction", type=float, default=0.5, help="of all steps, to reach it")
-    add("--learning-starts", type=int, default=10_000, help=" ")
+    add("--learning-starts", type=int, default=10_000, help="environment steps before the first gradient step")
     add("--train-frequency", type=int, default=10, help="steps a gradient step")
     return parser.parse_args(argv)
 
@@ -124,7 +120,7 @@ def train(args: argparse.Namespace, report: Callable[[str], object] = print) -> 
         )
         obs = next_obs
         if terminated or truncated:
-            if len(losses) and step % 10 == 0:
+            if losses and step % 10 == 0:
                 report(f"step {step}: episodic return {float(info['episode']['r']):.0f}, loss {losses[-1]:.3g}")
             obs, _ = env.reset()
 

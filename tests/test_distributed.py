@@ -18,6 +18,7 @@ from dqn_fused import (
     fused_dqn_loss,
     fused_dqn_loss_and_grad,
     fused_linear_dqn_loss,
+    fused_td_loss,
 )
 from dqn_fused.reference import dqn_loss
 
@@ -150,6 +151,14 @@ def test_gradient_of_the_joined_batch(results: dict[str, dict[str, Tensor]], way
 
 def test_what_is_no_process_group() -> None:
     arguments = make((B, A))
-    for function in (fused_dqn_loss, fused_dqn_loss_and_grad, dqn_loss):
+    q, actions, rewards, next_q = (arguments[name] for name in ("q", "actions", "rewards", "next_q"))
+    calls = (
+        (fused_dqn_loss, (q, actions, rewards, next_q)),
+        (fused_dqn_loss_and_grad, (q, actions, rewards, next_q)),
+        (dqn_loss, (q, actions, rewards, next_q)),
+        (fused_td_loss, (q, actions, rewards)),
+        (fused_linear_dqn_loss, (q, next_q, actions, rewards, q, next_q)),
+    )
+    for function, given in calls:
         with pytest.raises(TypeError, match=r"process_group: expected a torch.distributed.ProcessGroup, got str"):
-            function(**arguments, reduction="weighted_mean", process_group="gloo")  # type: ignore[operator]
+            function(*given, reduction="weighted_mean", process_group="gloo")

@@ -1,6 +1,5 @@
 """What only a GPU shows: streams, graphs, several live losses, more than 2^31 elements, no synchronisation."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from test_loss import compact, dtype_id, make
 
 import dqn_fused
+from bench.cuda import captured
 from dqn_fused import backends, fused_dqn_loss, fused_linear_dqn_loss
 from dqn_fused._backends import serving
 
@@ -60,24 +60,9 @@ def test_no_synchronisation_and_graphs_in_the_family(backend: str, shape: tuple[
         step(static, backend, **options)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    loss, grad = captured(lambda: step(static, backend, **options))
+    loss, grad = captured(lambda: step(static, backend, **options))()
     assert torch.equal(loss, expected[0])
     assert torch.equal(grad, expected[1])
-
-
-def captured(call: Callable[[], Any]) -> Any:
-    """Results of a call, captured in a graph and replayed."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = call()
-    graph.replay()
-    return results
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
@@ -104,7 +89,7 @@ def test_linear_head_without_synchronisation_and_in_a_graph(backend: str, double
         call()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    for got, value in zip(captured(call), expected, strict=True):
+    for got, value in zip(captured(call)(), expected, strict=True):
         assert torch.equal(got, value)
 
 
@@ -126,20 +111,12 @@ def test_no_synchronisation(backend: str, shape: tuple[int, int], dtype: torch.d
 def test_cuda_graph(backend: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
     """Captured once, replayed on other data."""
     static = make(shape, dtype, "cuda")
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step(static, backend)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss, grad = step(static, backend)
+    replay = captured(lambda: step(static, backend))
     for seed in (1, 2):
         fresh = make(shape, dtype, "cuda", seed=seed)
         for name, x in fresh.items():
             static[name].copy_(x)
-        graph.replay()
+        loss, grad = replay()
         expected = step(fresh, backend)
         assert torch.equal(loss, expected[0])
         assert torch.equal(grad, expected[1])
