@@ -1,4 +1,7 @@
-"""The loss in float64 as nested loops over Python numbers: shares no code and no operation with the package."""
+"""The loss in float64 as a loop over the samples, each number with a bound on what arithmetic may make of it.
+
+It shares no code and no operation with the package. ``eager`` is the loss as users write it, the second yardstick.
+"""
 
 import itertools
 import math
@@ -8,65 +11,91 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from bounds import ARGUMENT, LOG, Arithmetic, LogSum, Number, Values, log_sum
 from torch import Tensor
 
 from dqn_fused import Munchausen, Soft
+from dqn_fused.arguments import accumulation_dtype
 
 
 class Expected(NamedTuple):
-    loss: np.ndarray
-    td_error: np.ndarray
-    grad_q: np.ndarray
-    cql: np.ndarray
+    loss: Values
+    td_error: Values
+    grad_q: Values
+    cql: Values
 
 
-def _values(x: Tensor) -> list[Any]:
+Row = tuple[np.ndarray, np.ndarray]  # Q-values of a sample and the errors they come with
+
+
+def _numbers(x: Tensor) -> list[Any]:
     return x.detach().cpu().reshape(-1).tolist()
 
 
-def _matrix(x: Tensor) -> list[list[float]]:
-    return x.detach().cpu().double().reshape(-1, x.shape[-1]).tolist()
+def _matrix(x: Tensor) -> np.ndarray:
+    return x.detach().cpu().double().reshape(-1, x.shape[-1]).numpy()
 
 
-def _rows(x: Tensor | None) -> Iterator[Any]:
-    return itertools.repeat(None) if x is None else iter(_matrix(x))
+def _rows(x: Tensor | None, errors: np.ndarray | None, arithmetic: Arithmetic) -> Iterator[Row]:
+    if x is None:
+        return iter(())
+    values = _matrix(x)
+    known = arithmetic.conversion(values)
+    return zip(values, known if errors is None else known + errors.reshape(values.shape), strict=True)
 
 
-def _log_sum(row: list[float], mask: list[float] | None, temperature: float = 1.0) -> float:
-    """temperature * log(sum of exp(x / temperature)) over the legal actions; NaN without one."""
-    legal = [x for j, x in enumerate(row) if mask is None or mask[j]]
-    if any(math.isnan(x) for x in legal) or not legal:
-        return math.nan
-    largest = max(legal)
-    if largest == -math.inf:
-        return -math.inf if mask is None else math.nan
-    if largest == math.inf:
-        return math.inf
-    return largest + temperature * math.log(math.fsum(math.exp((x - largest) / temperature) for x in legal))
+def _masks(x: Tensor | None) -> Iterator[Any]:
+    return itertools.repeat(None) if x is None else iter(_matrix(x).astype(bool))
 
 
-def _first_largest(row: list[float], mask: list[float] | None) -> int | None:
-    """Index of the first largest legal action; None for NaN, or without a legal one."""
-    legal = [(x, j) for j, x in enumerate(row) if mask is None or mask[j]]
-    if any(math.isnan(x) for x, _ in legal) or not legal:
-        return None
-    largest = max(x for x, _ in legal)
-    if largest == -math.inf and mask is not None:
-        return None
-    return next(j for x, j in legal if x == largest)
+def chosen(chooser: Row, values: Row, legal: np.ndarray | None) -> Number:
+    """Value of the first largest legal action; NaN for NaN, or without one. It may be that of any action that errors
+    of the chooser let pass for the largest."""
+    x, error = chooser
+    found = np.arange(len(x)) if legal is None else np.flatnonzero(legal)
+    if not found.size or np.isnan(x[found]).any():
+        return Number(math.nan)
+    largest = float(x[found].max())
+    if largest == -math.inf and legal is not None:
+        return Number(math.nan)
+    first = found[x[found] == largest][0]
+    value = float(values[0][first])
+    if not math.isfinite(largest) or not math.isfinite(value):
+        return Number(value)
+    near = found[x[found] > largest - error[first] - error[found]]
+    return Number(value, float(max((abs(values[0][j] - value) + values[1][j] for j in near), default=values[1][first])))
 
 
-def _rho(td: float, loss: str, delta: float) -> tuple[float, float]:
+def _rho(arithmetic: Arithmetic, td: Number, loss: str, delta: float) -> tuple[Number, Number]:
     """Loss of a TD error, and its derivative."""
-    if math.isnan(td):
-        return math.nan, math.nan
+    if math.isnan(td.value):
+        return Number(math.nan), Number(math.nan)
     if loss == "mse":
-        return td * td, 2 * td
-    sign = math.copysign(1, td) if td else 0.0
-    value, slope = (td * td / 2, td) if abs(td) < delta else (delta * (abs(td) - delta / 2), delta * sign)
-    if loss == "huber":
-        return value, slope
-    return (value / delta, slope / delta) if delta else (abs(td), sign)
+        return arithmetic.multiply(td, td), Number(2 * td.value, 2 * td.error)
+    size, edge = Number(abs(td.value), td.error), arithmetic.given(delta)
+    sign = math.copysign(1, td.value) if td.value else 0.0
+    if size.value < delta:
+        value = arithmetic.multiply(Number(0.5 * td.value, 0.5 * td.error), td)
+        slope = td
+    else:
+        value = arithmetic.multiply(edge, arithmetic.subtract(size, Number(0.5 * delta, 0.5 * edge.error)))
+        slope = Number(delta * sign, edge.error + (td.error if size.value - td.error < delta else 0.0))
+    if loss == "smooth_l1":
+        if delta == 0:  # the slope jumps
+            return size, Number(sign, 0.0 if size.value > size.error or size.error == 0 else 2.0)
+        value, slope = arithmetic.divide(value, edge), arithmetic.divide(slope, edge)
+    return value, slope
+
+
+def _policy(arithmetic: Arithmetic, sums: LogSum) -> Values:
+    """Softmax of a row, as exp(x - log_sum)."""
+    if not math.isfinite(sums.number.value):
+        return Values(np.full_like(sums.powers, math.nan), np.zeros_like(sums.powers))
+    unit = arithmetic.unit
+    value = sums.powers / sums.total.value
+    log = LOG * math.log(sums.total.value) + abs(sums.number.value)
+    share = sums.total.error / sums.total.value + unit * (log + ARGUMENT)
+    return Values(value, value * (sums.errors + share))
 
 
 def oracle(
@@ -89,62 +118,86 @@ def oracle(
     cql_alpha: float = 0.0,
     action_mask: Tensor | None = None,
     grad_loss: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    errors: dict[str, np.ndarray] | None = None,
 ) -> Expected:
-    """Loss, TD errors, dq for an upstream gradient (ones if None) and the conservative terms, by the definition."""
+    """Loss, TD errors, dq for an upstream gradient (ones if None) and the conservative terms, by the definition.
+
+    dtype is what the loss is computed in, by default as q's dtype has it; errors are those that matrices come with.
+    """
     shape, A = q.shape[:-1], q.shape[-1]
     n = shape.numel()
+    arithmetic = Arithmetic(dtype or accumulation_dtype(q))
+    add, multiply, given = arithmetic.add, arithmetic.multiply, arithmetic.given
     target = {"soft": Soft(), "munchausen": Munchausen()}.get(target, target) if isinstance(target, str) else target
-    rows, target_rows, masks = _rows(q), _rows(target_q), _rows(action_mask)
-    next_rows, online_rows, next_masks = _rows(next_q), _rows(next_q_online), _rows(next_action_mask)
-    acts, rews = _values(actions), _values(rewards)
-    ends = [False] * n if terminated is None else [x != 0 for x in _values(terminated)]
+    known = errors or {}
+    rows, target_rows = (_rows(x, known.get(k), arithmetic) for k, x in {"q": q, "target_q": target_q}.items())
+    next_rows = _rows(next_q, known.get("next_q"), arithmetic)
+    online_rows = _rows(next_q_online, known.get("next_q_online"), arithmetic)
+    masks, next_masks = _masks(action_mask), _masks(next_action_mask)
+    acts, rews = _numbers(actions), _numbers(rewards)
+    ends = [False] * n if terminated is None else [x != 0 for x in _numbers(terminated)]
     if non_final_mask is not None:
-        ends = [not x for x in _values(non_final_mask)]
-    gammas = [float(gamma)] * n if not isinstance(gamma, Tensor) or gamma.dim() == 0 else _values(gamma)
-    ws = [1.0] * n if weights is None else _values(weights)
-    scale = {"mean": max(n, 1), "weighted_mean": math.fsum(ws)}.get(reduction, 1)
-    upstream = [1.0] * n if grad_loss is None else _values(grad_loss.double().expand(shape))
+        ends = [not x for x in _numbers(non_final_mask)]
+    gammas = [float(gamma)] * n if not isinstance(gamma, Tensor) or gamma.dim() == 0 else _numbers(gamma)
+    ws = [given(1.0)] * n if weights is None else [given(x) for x in _numbers(weights)]
+    scale = arithmetic.total(ws) if reduction == "weighted_mean" else Number({"mean": max(n, 1)}.get(reduction, 1))
+    upstream = [1.0] * n if grad_loss is None else _numbers(grad_loss.double().expand(shape))
 
-    td, losses, cqls, grad = [], [], [], np.zeros((n, A))
+    td, losses, cqls, grad, grad_error = [], [], [], np.zeros((n, A)), np.zeros((n, A))
     for i in range(n):
-        row, mask, target_row, action = next(rows), next(masks), next(target_rows), acts[i]
+        row, mask, action = next(rows), next(masks), acts[i]
+        target_row = next(target_rows, None)
         legal = 0 <= action < A
-        y = float(rews[i])
-        if isinstance(target, Munchausen) and legal:
-            taken = target_row[action] if mask is None or mask[action] else -math.inf
-            log_policy = taken - _log_sum(target_row, mask, target.temperature)
-            y += target.alpha * (log_policy if math.isnan(log_policy) else min(max(log_policy, target.clip), 0.0))
+        taken = Number(float(row[0][action]), float(row[1][action])) if legal else Number(math.nan)
+        y = given(float(rews[i]))
+        if isinstance(target, Munchausen) and legal and target_row is not None:
+            likely = (
+                Number(*(float(x[action]) for x in target_row)) if mask is None or mask[action] else Number(-math.inf)
+            )
+            policy = arithmetic.subtract(likely, log_sum(arithmetic, *target_row, mask, target.temperature).number)
+            if not math.isnan(policy.value):
+                bonus = min(max(policy.value, target.clip), 0.0)
+                policy = Number(bonus, policy.error if math.isfinite(policy.value) else 0.0)
+            y = add(y, multiply(given(target.alpha), policy))
         if non_final_mask is None or not ends[i]:
-            next_row, online_row, next_mask = next(next_rows), next(online_rows), next(next_masks)
+            next_row, next_mask = next(next_rows, None), next(next_masks)
+            online_row = next(online_rows, next_row)
         if not ends[i] and next_row is not None:
             if target != "max":
-                value = _log_sum(next_row, next_mask, target.temperature)
+                value = log_sum(arithmetic, *next_row, next_mask, target.temperature).number
             else:
-                best = _first_largest(next_row if online_row is None else online_row, next_mask)
-                value = math.nan if best is None else next_row[best]
-            y += gammas[i] * value
-        td.append(row[action] - y if legal else math.nan)
-        log_sum = _log_sum(row, mask)
-        cqls.append(log_sum - row[action] if legal else math.nan)
-        value, slope = _rho(td[i], loss, delta)
-        losses.append(ws[i] * (value + (cql_alpha * cqls[i] if cql_alpha else 0.0)))
+                value = chosen(online_row, next_row, next_mask)
+            y = add(y, multiply(given(gammas[i]), value))
+        td.append(arithmetic.subtract(taken, y))
+        sums = log_sum(arithmetic, *row, mask)
+        cqls.append(arithmetic.subtract(sums.number, taken))
+        value, slope = _rho(arithmetic, td[i], loss, delta)
+        alpha = given(cql_alpha)
+        whole = add(value, multiply(alpha, cqls[i])) if cql_alpha else value
+        losses.append(multiply(ws[i], whole))
         if legal:
-            grad[i, action] = slope - cql_alpha
-            for j in range(A) if cql_alpha else ():
-                if mask is None or mask[j]:
-                    grad[i, j] += cql_alpha * (math.exp(row[j] - log_sum) if math.isfinite(log_sum) else math.nan)
-            grad[i] *= upstream[i] * ws[i] / scale
-    per_sample = np.array(losses, dtype=np.float64)
+            factor = arithmetic.divide(multiply(given(upstream[i]), ws[i]), scale)
+            terms = [[slope] if j == action else [] for j in range(A)] if cql_alpha else {action: [slope]}
+            if cql_alpha:
+                policy = _policy(arithmetic, sums)
+                for j in range(A) if mask is None else np.flatnonzero(mask):
+                    terms[j].append(multiply(alpha, Number(float(policy.value[j]), float(policy.error[j]))))
+                terms[action].append(Number(-cql_alpha, alpha.error))
+            for j, found in terms.items() if isinstance(terms, dict) else enumerate(terms):
+                grad[i, j], grad_error[i, j] = multiply(arithmetic.total(found), factor)
+    each = Values.of(losses, (n,))
     if reduction == "none":
-        result = per_sample.reshape(shape)
+        result = Values(each.value.reshape(shape), each.error.reshape(shape))
+    elif reduction == "sum":
+        result = Values.of([arithmetic.total(losses)], ())
     else:
-        total = math.nan if np.isnan(per_sample).any() else math.fsum(per_sample)
-        result = np.array(total if reduction == "sum" else total / scale if n else math.nan)
+        result = Values.of([arithmetic.divide(arithmetic.total(losses), scale) if n else Number(math.nan)], ())
     return Expected(
         result,
-        np.array(td, dtype=np.float64).reshape(shape),
-        grad.reshape(*shape, A),
-        np.array(cqls, dtype=np.float64).reshape(shape),
+        Values.of(td, shape),
+        Values(grad.reshape(*shape, A), grad_error.reshape(*shape, A)),
+        Values.of(cqls, shape),
     )
 
 
@@ -215,21 +268,3 @@ def eager(
         return per_sample.view(q.shape[:-1]), td.detach().view(q.shape[:-1])
     total = per_sample.mean() if reduction == "mean" else per_sample.sum()
     return total / w.sum() if reduction == "weighted_mean" else total, td.detach().view(q.shape[:-1])
-
-
-def assert_close(name: str, got: Tensor, exact: np.ndarray, yardstick: Tensor, ulps: int = 4) -> None:
-    """Assert that got errs at most twice as much as the eager code, plus a few units in the last place."""
-    assert tuple(got.shape) == exact.shape, f"{name}: shape {tuple(got.shape)}, expected {exact.shape}"
-    values = got.detach().cpu().double().numpy()
-    np.testing.assert_array_equal(np.isnan(values), np.isnan(exact), err_msg=f"{name}: NaN in the wrong places")
-    finite = np.isfinite(exact)
-    np.testing.assert_array_equal(values[~finite], exact[~finite], err_msg=f"{name}: infinities differ")
-    if not finite.any():
-        return
-    exact, values = exact[finite], values[finite]
-    scale = np.abs(exact).max()
-    eager_errors = np.abs(yardstick.detach().cpu().double().numpy().reshape(finite.shape)[finite] - exact)
-    eager_error = eager_errors[np.isfinite(eager_errors)].max(initial=0)  # where eager is not even finite: no excuse
-    error = np.abs(values - exact).max()
-    bound = 2 * eager_error + ulps * torch.finfo(got.dtype).eps * scale
-    assert error <= bound, f"{name}: error {error:.3e}, eager's {eager_error:.3e}, bound {bound:.3e}"

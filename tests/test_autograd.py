@@ -4,8 +4,10 @@ import gc
 import weakref
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from bounds import Arithmetic, Values, assert_close
 from conftest import Road
 from oracle import oracle
 from test_family import on, skip_where_not_served, variant
@@ -61,7 +63,7 @@ def test_two_backwards_with_different_upstream_gradients(road: Road) -> None:
         upstream = torch.randn(7, device=road.device)
         (grad,) = torch.autograd.grad(loss, q, upstream, retain_graph=True)
         expected = oracle(**arguments, reduction="none", grad_loss=upstream).grad_q
-        torch.testing.assert_close(grad.cpu().double(), torch.from_numpy(expected), rtol=1e-5, atol=1e-6)
+        assert_close("grad_q", grad, expected)
 
 
 def test_two_live_losses_do_not_share_anything(road: Road) -> None:
@@ -71,9 +73,8 @@ def test_two_live_losses_do_not_share_anything(road: Road) -> None:
     for arguments, loss in zip(batches, losses, strict=True):
         loss.backward()
         expected = oracle(**arguments)
-        torch.testing.assert_close(loss.item(), float(expected.loss), rtol=1e-5, atol=1e-6)
-        got = arguments["q"].grad.cpu().double()
-        torch.testing.assert_close(got, torch.from_numpy(expected.grad_q), rtol=1e-5, atol=1e-6)
+        assert_close("loss", loss, expected.loss)
+        assert_close("grad_q", arguments["q"].grad, expected.grad_q)
 
 
 def test_the_loss_need_not_be_the_last_node(road: Road) -> None:
@@ -81,8 +82,11 @@ def test_the_loss_need_not_be_the_last_node(road: Road) -> None:
     q = arguments["q"].requires_grad_()
     loss = loss_of_q(road, arguments)(q)
     (3 * loss + q.square().sum()).backward()
-    expected = 3 * oracle(**arguments).grad_q + 2 * q.detach().cpu().double().numpy()
-    torch.testing.assert_close(q.grad.cpu().double(), torch.from_numpy(expected), rtol=1e-5, atol=1e-5)
+    arithmetic, of_square = Arithmetic(torch.float32), 2 * q.detach().cpu().double().numpy()
+    value, error = oracle(**arguments).grad_q
+    expected = 3 * value + of_square
+    error = 3 * error + arithmetic.unit * (np.abs(3 * value) + np.abs(expected))
+    assert_close("grad", q.grad, Values(expected, error))
 
 
 def test_an_expanded_upstream_gradient(road: Road) -> None:
@@ -196,14 +200,13 @@ def test_illegal_actions_where_nothing_looks(road: Road, A: int) -> None:
     per_sample, td_error = fused_dqn_loss(**arguments, reduction="none", return_td_error=True, backend=road.backend)
     (grad,) = torch.autograd.grad(per_sample, q, torch.ones_like(per_sample))
     expected = oracle(**arguments, reduction="none")
-    close = {"rtol": 1e-5, "atol": 1e-6, "equal_nan": True}
-    torch.testing.assert_close(td_error.cpu().double(), torch.from_numpy(expected.td_error), **close)
-    torch.testing.assert_close(grad.cpu().double(), torch.from_numpy(expected.grad_q), **close)
+    assert_close("td_error", td_error, expected.td_error)
+    assert_close("grad_q", grad, expected.grad_q)
     assert td_error.isnan().sum() == 4
     (grad,) = torch.autograd.grad(
         loss_of_q(road, arguments, "none")(q), q, torch.ones_like(per_sample), create_graph=True
     )
-    torch.testing.assert_close(grad.detach().cpu().double(), torch.from_numpy(expected.grad_q), **close)
+    assert_close("grad_q", grad, expected.grad_q)
     assert fused_dqn_loss(**arguments, backend=road.backend).isnan()
 
 
@@ -225,9 +228,7 @@ def test_illegal_actions_in_the_family(road: Road, shape: tuple[int, ...], name:
         (grad,) = torch.autograd.grad(loss, q, create_graph=create_graph)
         assert loss.isnan()
         assert td_error.flatten().isnan().tolist() == [False, True, False, True, True, False]
-        torch.testing.assert_close(
-            grad.detach().cpu().double(), torch.from_numpy(expected.grad_q), rtol=1e-4, atol=1e-5
-        )
+        assert_close("grad_q", grad, expected.grad_q)
     if "cql" in name:
         cql = fused_dqn_loss(**arguments, return_cql=True, backend=road.backend)[1]
         assert cql.flatten().isnan().tolist() == [False, True, False, True, True, False]

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Road
+from data import SEED
 from torch import Tensor, nn
 
 from dqn_fused import Munchausen, fused_dqn_loss, fused_td_loss
@@ -18,7 +19,7 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
 
 
 def networks(road: Road) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Road
+from data import SEED
 from test_family import VARIANTS, compacted, variant
 from test_loss import REDUCTIONS, compact, make
 from torch import Tensor, nn
@@ -400,7 +401,7 @@ def test_no_element_is_left_unwritten(form: Callable[..., dict[str, Any]]) -> No
 @pytest.mark.parametrize("form", [dict, compact], ids=["terminated", "mask"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_torch_compile(backend: str, form: Callable[..., dict[str, Any]], reduction: str) -> None:
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     network = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))
     arguments = form(make((8, 3)))
     arguments["q"] = torch.randn(8, 4)

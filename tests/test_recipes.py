@@ -251,8 +251,9 @@ class TestCartPole:
 def test_ddp_is_one_process_on_the_joined_batch(weighted: bool, tmp_path: Path) -> None:
     weights = []
     for processes in (1, 2):
-        path = tmp_path / f"{processes}.pt"
-        command = [str(ROOT / "examples/ddp.py"), "--steps", "5", "--batch-size", "32", "--save", str(path)]
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        command = [str(ROOT / "examples/ddp.py"), "--steps", "5", "--batch-size", "32", "--save", str(folder)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         if processes > 1:
             command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *command]
@@ -263,8 +264,10 @@ def test_ddp_is_one_process_on_the_joined_batch(weighted: bool, tmp_path: Path) 
             command.append("--weighted")
         run = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=120)
         assert run.returncode == 0, run.stderr
-        weights.append(torch.load(path))
-    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
+        weights.append([torch.load(folder / f"{rank}.pt") for rank in range(processes)])
+    (alone,), (first, second) = weights
+    assert torch.equal(first, second), "the ranks hold different weights"
+    torch.testing.assert_close(first, alone, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["sb3_dqn", "torchrl_dqn", "cleanrl_dqn", "ddp", "cartpole", "large_actions"])

@@ -1,12 +1,17 @@
-"""The sweep over the actions as a kernel, against head.sweep in float64; and the choice between the two."""
+"""The sweep over the actions as a kernel, against products in float64; and the choice between it and head.sweep."""
 
 import importlib
+import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from bounds import Arithmetic, Number, Values, assert_close, log_sum
 from conftest import INTERPRETED
+from data import source
+from oracle import chosen
 from torch import Tensor
 
 from dqn_fused import head
@@ -20,35 +25,47 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def make(m: int, A: int, D: int, kind: str = "max", dtype: torch.dtype = torch.float32, **change: Any) -> Sweep:
-    g = torch.Generator().manual_seed(0)
+    g = source()
     hidden, weight, bias = (torch.randn(size, generator=g).to(DEVICE, dtype) for size in ((m, D), (A, D), (A,)))
     return Sweep(hidden, weight, bias, None, kind, 0.5)._replace(**change)
 
 
 def legal(m: int, A: int) -> Tensor:
-    mask = torch.rand((m, A), generator=torch.Generator().manual_seed(3)) < 0.4
+    mask = torch.rand((m, A), generator=source(3)) < 0.4
     mask[:, A // 2] = True
     return mask.to(DEVICE)
 
 
 def check(work: Sweep) -> Tensor:
-    """Value and index against those of head.sweep in float64; returns the value."""
+    """Value and index against products in float64, within what float32 may make of them; returns the value."""
     from dqn_fused._backends.triton_sweep import sweep
 
     value, index = sweep(work)
-    wide = [None if x is None else x.double() for x in (work.hidden, work.weight, work.bias)]
-    expected, where = head.sweep(Sweep(*wide, work.mask, work.kind, work.temperature))  # type: ignore[arg-type]
     assert value.dtype is torch.float32
-    assert value.shape == expected.shape
-    # The products are rounded alike; the library's own error at these lengths is of the same size.
-    scale = torch.linalg.vector_norm(wide[0], dim=1) * torch.linalg.vector_norm(wide[1], dim=1).max()
-    error = (value.double() - expected).abs() / (1 + scale + expected.abs())
-    same = (value == expected) | (value.isnan() & expected.isnan())
-    assert (same | (error < 2e-6)).all(), f"error {error[~same].max()}"
     assert (index is None) == (work.kind != "argmax")
-    if index is not None and where is not None:
-        assert index.dtype is torch.int64
-        assert torch.equal(index, where)
+    arithmetic = Arithmetic(torch.float32)
+    hidden, weight = (x.to(work.hidden.dtype).double().cpu().numpy() for x in (work.hidden, work.weight))
+    with np.errstate(invalid="ignore"):
+        q = arithmetic.product(hidden, weight.T)
+        if work.bias is not None:
+            q = arithmetic.rounded_to(torch.float32, q._replace(value=q.value + work.bias.double().cpu().numpy()))
+    masks = [None] * len(hidden) if work.mask is None else work.mask.cpu().numpy()
+    expected = []
+    for i, (x, error, mask) in enumerate(zip(*q, masks, strict=True)):
+        if mask is not None and not mask.any():
+            expected.append(Number(-math.inf))
+        elif work.kind == "soft":
+            expected.append(log_sum(arithmetic, x, error, mask, work.temperature).number)
+        else:
+            expected.append(chosen((x, error), (x, error), mask))
+        if index is None or math.isnan(expected[i].value) or expected[i].value == -math.inf:
+            continue
+        j, first = int(index[i]), int(np.flatnonzero((x == expected[i].value) & (True if mask is None else mask))[0])
+        assert mask is None or mask[j]
+        assert j == first or x[j] + error[j] > x[first] - error[first], (
+            f"row {i}: {j} is not the first largest, {first}"
+        )
+    assert_close("value", value, Values.of(expected, (len(hidden),)))
     return value
 
 
@@ -156,9 +173,10 @@ def test_rows_without_a_legal_action(kind: str) -> None:
 
 
 def test_ties() -> None:
-    """Equal rows of the weight in one tile, in two and in two splits: the first is chosen."""
+    """Equal rows of the weight in one tile, in two and in two splits: the first is chosen. Integers are exact."""
     for places in ([5, 6], [5, 70], [5, 280, 299], [299]):
         work = make(6, 300, 3, "argmax")
+        work = work._replace(hidden=work.hidden.round(), weight=work.weight.round(), bias=torch.zeros_like(work.bias))
         work.bias[:] = -100
         work.bias[places] = 100
         work.weight[places] = work.weight[places[0]].clone()

@@ -1,0 +1,68 @@
+"""The numerical tests on every processor that this one can be: python tests/anywhere.py [--seeds 20].
+
+Each run has a seed of its own for the data, and the next of all combinations of the vector instructions of PyTorch, of
+those of csrc/ and of one or two threads, so that twenty runs have seen each of them. Two runs at a time; each is one
+line, and a failed one is followed by what pytest said. What does not depend on any of it (packaging, code compiled
+ahead of time, the benchmark, recipes) is left to the suite.
+"""
+
+import argparse
+import itertools
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+TESTS = [
+    "test_loss", "test_family", "test_linear", "test_autograd", "test_reference", "test_golden", "test_compiled",
+    "test_properties", "test_transforms", "test_call_sites", "test_training_loop", "test_distributed",
+]  # fmt: skip
+# Compiling graphs takes most of the time, and graphs call the same functions.
+SELECTED = "not torch_compile and not opcheck"
+
+
+def environment(seed: int) -> dict[str, str]:
+    """One of the 18 combinations; 18 seeds in a row have them all, and neighbours differ in most."""
+    combinations = [*itertools.product([None, "default", "avx2"], [None, "default", "avx2"], ["2", "1"])]
+    names = ("ATEN_CPU_CAPABILITY", "DQN_FUSED_CPU_CAPABILITY", "OMP_NUM_THREADS")
+    chosen = zip(names, combinations[5 * seed % len(combinations)], strict=True)
+    return {name: value for name, value in chosen if value is not None}
+
+
+def run(seed: int, interpreted: bool) -> bool:
+    """Run the tests once; print one line, and the failures."""
+    changed = environment(seed)
+    own = {**os.environ, **changed, "DQN_FUSED_TEST_SEED": str(seed)}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", "-k", SELECTED]
+    command += [f"tests/{name}.py" for name in TESTS]
+    if interpreted:
+        own["TRITON_INTERPRET"] = "1"
+        command += ["tests/test_sweep.py", "-m", "interpret"]
+    start = time.monotonic()
+    result = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True)
+    lines = result.stdout.strip().splitlines() or [result.stderr]
+    what = " ".join(f"{name}={value}" for name, value in changed.items())
+    print(f"seed {seed:2}: {lines[-1]} ({time.monotonic() - start:.0f} s) {what}", flush=True)
+    if result.returncode:
+        print("\n".join(lines[-80:]), result.stderr[-2000:], sep="\n", flush=True)
+    return result.returncode == 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=20, help="runs (default: 20)")
+    parser.add_argument("--first", type=int, default=1, help="first seed; the suite's own is 0 (default: 1)")
+    parser.add_argument("--interpret", action="store_true", help="the Triton kernels in their interpreter instead")
+    args = parser.parse_args()
+    seeds = range(args.first, args.first + args.seeds)
+    with ThreadPoolExecutor(2) as pool:
+        passed = list(pool.map(run, seeds, itertools.repeat(args.interpret)))
+    print(f"{sum(passed)} passed, {len(passed) - sum(passed)} failed")
+    sys.exit(not all(passed))
+
+
+if __name__ == "__main__":
+    main()
