@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 import dqn_fused
+from dqn_fused._backends.compiled_backend import cpu_capability
 
 
 def report() -> str:
@@ -19,7 +20,8 @@ def report() -> str:
         f"torch      {torch.__version__} (CUDA {torch.version.cuda}, HIP {torch.version.hip})",
         f"triton     {triton}",
         f"python     {platform.python_version()} on {platform.platform()}",
-        f"cpu        {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+        f"cpu        torch {torch.backends.cpu.get_cpu_capability()}, csrc {cpu_capability() or 'not built'}, "
+        f"{torch.get_num_threads()} threads",
     ]
     for i in range(torch.cuda.device_count()):
         capability = ".".join(map(str, torch.cuda.get_device_capability(i)))

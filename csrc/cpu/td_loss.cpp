@@ -4,6 +4,7 @@
 
 #include "../ops.h"
 #include "loss.h"
+#include "versions.h"
 
 namespace dqn_fused::cpu {
 namespace {
@@ -57,3 +58,8 @@ struct Cpu {
 STABLE_TORCH_LIBRARY_IMPL(dqn_fused, CPU, m) { Ops<Cpu>::implement(m); }
 
 }  // namespace dqn_fused::cpu
+
+// The instruction set in use, for a bug report; see versions.h.
+extern "C" __attribute__((visibility("default"))) const char* dqn_fused_cpu_capability() {
+  return dqn_fused::cpu::CAPABILITIES[static_cast<int>(dqn_fused::cpu::capability())];
+}

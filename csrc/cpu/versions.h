@@ -1,6 +1,11 @@
-// One function compiled for several vector instruction sets; the processor chooses at the first call.
+// One function compiled for several vector instruction sets; the processor chooses at the first call, and no better one
+// than the environment variable DQN_FUSED_CPU_CAPABILITY names: default, avx2 or avx512.
 
 #pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
 
 namespace dqn_fused::cpu {
 
@@ -10,6 +15,34 @@ namespace dqn_fused::cpu {
 #if defined(__x86_64__) && defined(__GNUC__)
 #define DQN_FUSED_MULTIVERSION 1
 #endif
+
+enum class Capability { DEFAULT, AVX2, AVX512 };
+constexpr const char* CAPABILITIES[] = {"default", "avx2", "avx512"};
+
+// What the processor has.
+inline Capability supported() {
+#ifdef DQN_FUSED_MULTIVERSION
+  // Asked by hand, not by target_clones: an ifunc resolver runs before a sanitizer does, and musl has none.
+  const bool fma = __builtin_cpu_supports("fma");
+  if (fma && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    return Capability::AVX512;
+  if (fma && __builtin_cpu_supports("avx2")) return Capability::AVX2;
+#endif
+  return Capability::DEFAULT;
+}
+
+// What is used of it, read once; dqn_fused/_backends/compiled_backend.py refuses other words.
+inline Capability capability() {
+  static const Capability found = [] {
+    const char* const wanted = std::getenv("DQN_FUSED_CPU_CAPABILITY");
+    for (int k = 0; wanted != nullptr && k < 3; ++k) {
+      if (std::strcmp(wanted, CAPABILITIES[k]) == 0) return std::min(static_cast<Capability>(k), supported());
+    }
+    return supported();
+  }();
+  return found;
+}
 
 template <class Op, class Signature = decltype(Op::run)>
 struct Versions;
@@ -30,12 +63,8 @@ struct Versions<Op, Result(Arguments...)> {
 
   static Function best() {
 #ifdef DQN_FUSED_MULTIVERSION
-    // Asked by hand, not by target_clones: an ifunc resolver runs before a sanitizer does, and musl has none.
-    const bool fma = __builtin_cpu_supports("fma");
-    if (fma && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
-      return avx512;
-    if (fma && __builtin_cpu_supports("avx2")) return avx2;
+    if (capability() == Capability::AVX512) return avx512;
+    if (capability() == Capability::AVX2) return avx2;
 #endif
     return baseline;
   }

@@ -1,6 +1,7 @@
 """The ops compiled from csrc/: a library for the CPU and one for CUDA, either of which may be missing."""
 
 import ctypes
+import os
 from pathlib import Path
 
 import torch
@@ -17,11 +18,15 @@ from dqn_fused.head import sweep
 __all__ = ["sweep"]
 
 auto_sweep = sweep  # the product is the library's
+CAPABILITIES = ("default", "avx2", "avx512")  # instruction sets that the CPU's functions are compiled for
 CHECKS_CPU = True  # on CUDA a look at the values would cost a synchronisation
 
 
 def _load(device: str, folder: Path = Path(__file__).parents[1]) -> str | None:
     """Load a library; say why it cannot be."""
+    wanted = os.environ.get("DQN_FUSED_CPU_CAPABILITY")
+    if device == "cpu" and wanted and wanted not in CAPABILITIES:
+        return f"DQN_FUSED_CPU_CAPABILITY: expected one of {', '.join(CAPABILITIES)}, got {wanted!r}"
     path = folder / f"_C_{device}.so"
     how = f"in a source tree, DQN_FUSED_BUILD={device} pip install --no-build-isolation . builds it"
     if not path.exists():
@@ -38,6 +43,15 @@ def _load(device: str, folder: Path = Path(__file__).parents[1]) -> str | None:
 
 _REASONS = {device: _load(device) for device in ("cpu", "cuda")}
 PARTLY = "; ".join(reason for reason in _REASONS.values() if reason)
+
+
+def cpu_capability() -> str | None:
+    """Instruction set in use on the CPU, the best there is or what DQN_FUSED_CPU_CAPABILITY asks for; None unbuilt."""
+    if _REASONS["cpu"]:
+        return None
+    ask = ctypes.CDLL(str(Path(__file__).parents[1] / "_C_cpu.so")).dqn_fused_cpu_capability
+    ask.restype = ctypes.c_char_p
+    return ask().decode()
 
 
 def unavailable() -> str | None:
