@@ -64,7 +64,8 @@ def load_legal(mask, stride_row, stride_action, rows, columns, ROWS: tl.constexp
     lane = tl.arange(0, 32)[None, None, :]
     column = tl.arange(0, COLUMNS // 32)[None, :, None] * 32 + lane  # [1, words, 32]
     inside = (row < rows) & (column < columns)
-    legal = tl.load(mask + (row * stride_row + column * stride_action), mask=inside, other=0)
+    offset = row.to(tl.int64) * stride_row + column.to(tl.int64) * stride_action  # a view's strides have no bound
+    legal = tl.load(mask + offset, mask=inside, other=0)
     return tl.sum((legal != 0).to(tl.int32) << lane, 2)
 
 
@@ -101,7 +102,7 @@ def sweep_fwd_kernel(
     start = split * (chunk // COLUMNS) * COLUMNS
     stop = tl.minimum(start + chunk, A)
     D = units * VEC
-    hidden_row = hidden + row.to(tl.int64)[:, None] * (hidden_stride * VEC)
+    hidden_row = hidden + row.to(tl.int64)[:, None] * hidden_stride * VEC
     best = tl.full([ROWS], float("-inf"), tl.float32)
     aux = tl.zeros([ROWS], tl.int32) + start if KIND == "argmax" else tl.zeros([ROWS], tl.float32)
     scale = tl.full([], scale, tl.float32)
@@ -126,13 +127,12 @@ def sweep_fwd_kernel(
                 words = load_legal(corner, mask_stride_row, mask_stride_action, m - first_row, A - first, ROWS, COLUMNS)
         if not ONCE:
             h = load_features(hidden_row, 1, inside[:, None], feature, D, EVEN, FEATURES).to(OPERAND)
-        weight_row = weight + column.to(tl.int64)[:, None] * (weight_stride_action * VEC)
+        weight_row = weight + column.to(tl.int64)[:, None] * weight_stride_action * VEC
         w = load_features(weight_row, weight_stride_feature, exists[:, None], feature, D, EVEN, FEATURES)
         q = tl.dot(h, tl.trans(w.to(hidden.dtype.element_ty).to(OPERAND)), q, input_precision=PRECISION)
         if last:
             if bias is not None:
-                here = bias + first.to(tl.int64) * bias_stride
-                shift = tl.load(here + tl.arange(0, COLUMNS) * bias_stride, mask=exists, other=0.0)
+                shift = tl.load(bias + column.to(tl.int64) * bias_stride, mask=exists, other=0.0)
                 q += shift.to(tl.float32)[None, :]
             legal = exists[None, :]
             if mask is not None:

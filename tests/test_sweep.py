@@ -4,6 +4,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import INTERPRETED
@@ -111,6 +112,25 @@ def test_strides(name: str) -> None:
         check(work._replace(weight=view(work.weight)))
         check(work._replace(mask=view(work.mask)))
         check(work._replace(bias=torch.stack([work.bias, work.bias], 1)[:, 0]))
+
+
+def test_strides_beyond_int32() -> None:
+    """A mask[:, t] of (B, T, A): the last row of a tile lies 2^31 elements behind its first.
+
+    The offset within a tile was int32 and wrapped round to the other side, which is part of the same storage here.
+    """
+    if DEVICE == "cuda" and torch.cuda.get_device_properties(0).total_memory < 12 << 30:
+        pytest.skip("12 GB")
+    m, A = 16, 5
+    stride = 2**31 // (m - 1) + 64
+    start = 2**31
+    if DEVICE == "cuda":
+        storage = torch.zeros(start + m * stride, dtype=torch.bool, device=DEVICE)
+    else:  # of calloc: pages are there once they are written
+        storage = torch.from_numpy(np.zeros(start + m * stride, dtype=bool))
+    mask = storage.as_strided((m, A), (stride, 1), start)
+    mask[:] = legal(m, A)
+    check(make(m, A, 3, "argmax", mask=mask))
 
 
 def test_the_weight_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,8 +94,8 @@ def check_resources(name: str, kernel: Any, target: Target) -> None:  # noqa: F8
     assert kernel.metadata.shared <= MAX_SHARED.get(target.name, MAX_SHARED_ELSEWHERE)
     if "ptx" in kernel.asm:
         usage = resource_usage(kernel.asm["cubin"])
-        # At 128 registers ptxas now and then parks a word or four to fit a second program of 8 warps: choice, not want.
-        allowed = 16 if usage["REG"] == 128 else 0
+        # At 128 or 80 registers ptxas now and then parks a few words to fit a second or third program of 8 warps.
+        allowed = 24 if usage["REG"] in (80, 128) else 0
         assert usage["LOCAL"] == 0, f"{name} on {target.name} uses local memory: {usage}"
         assert usage["STACK"] <= allowed, f"{name} on {target.name} spills: {usage}"
         assert usage["REG"] <= MAX_REGISTERS, f"{name} on {target.name}: {usage}"
