@@ -96,7 +96,8 @@ def fused_dqn_loss(
 
     Returns:
         The loss, or a tuple of it and what else is asked for, in that order: loss, td_error, cql. All in float32, or in
-        float64 if q is float64.
+        float64 if q is float64. The same call gives the same bits: the same values in the same layout on the same
+        machine, at any number of threads. In another layout they may be added up in another order.
 
     Raises:
         ValueError: a shape, a device or an option does not fit. Nothing is broadcast, no argument is ignored.
