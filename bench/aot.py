@@ -86,7 +86,7 @@ def targeting(index: int) -> Iterator[str | None]:
 def why_not(index: int) -> str | None:
     """Why this triton compiles nothing at all for a target: too new for it, or a linker is missing."""
     try:
-        probe_kernel.warmup(torch.float32, grid=(1,))
+        probe_kernel.warmup(torch.float32, grid=(1,), **triton_backend.OPTIONS)
     except Exception as error:
         return str(error)
     return None
@@ -107,7 +107,7 @@ def compile_only(found: list[Launch]) -> Callable[..., None]:
     """What takes the place of triton_backend.run: compiles instead of launching."""
 
     def run(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
-        compiled = kernel.warmup(*args, grid=(programs,), **meta)
+        compiled = kernel.warmup(*args, grid=(programs,), **triton_backend.OPTIONS, **meta)
         named = dict(zip(kernel.arg_names, args, strict=False))
         found.append(Launch(kernel.fn.__name__, compiled, programs, named))
 

@@ -186,6 +186,7 @@ def check(compiled: Compiled, target: Target, dtype: torch.dtype) -> None:
     for name, kernel, *_ in compiled:
         check_resources(name, kernel, target)
         check_instructions(name, kernel, target, float64=dtype is torch.float64)
+        check_no_fusion(name, kernel)
         if name == "row_fwd_kernel":
             assert loads_128_bits(kernel), "rows are not read 16 bytes at a time"
         if name == "td_loss_bwd_kernel" and (dtype.itemsize >= 4 or target.name.startswith("sm_")):
@@ -204,6 +205,16 @@ def check_resources(name: str, kernel: Any, target: Target) -> None:
     usage = amd_usage(kernel.asm["amdgcn"])
     assert usage["vgpr_spill_count"] == usage["private_segment_fixed_size"] == 0, f"{name} on {target.name}: {usage}"
     assert usage["vgpr_count"] <= MAX_REGISTERS, f"{name} on {target.name}: {usage}"
+
+
+def check_no_fusion(name: str, kernel: Any) -> None:
+    """Lanes that hold the same row must add up the same: in one `mul; add` was fused, in its copy `mul; shfl; add` not.
+
+    Triton's default was to fuse, up to 3.9. The exponentials and logarithms of the library are fma with .ftz.
+    """
+    assert not kernel.metadata.enable_fp_fusion, name
+    if "ptx" in kernel.asm:
+        assert not re.search(r"\bfma\.rn\.f32\b", kernel.asm["ptx"]), f"{name}: fused"
 
 
 def check_instructions(name: str, kernel: Any, target: Target, float64: bool) -> None:
