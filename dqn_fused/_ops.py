@@ -53,8 +53,10 @@ for _kind, _more in (("", ""), ("triton_", ", bool auto")):
         f"{_kind}sweep(Tensor hidden, Tensor weight, Tensor? bias, Tensor? mask, str kind, float temperature{_more}) "
         "-> (Tensor value, Tensor index)"
     )
+# Of torch.compile alone, whose own code for a sum by index adds by atomics on a GPU.
+_library.define("add_rows(Tensor values, Tensor index, int A, ScalarType dtype) -> Tensor")
 NAMES = tuple(f"{kind}td_loss{what}" for kind in ("", "general_", "triton_") for what in ("", "_and_grad", "_backward"))
-for _name in (*NAMES, "sweep", "triton_sweep"):
+for _name in (*NAMES, "sweep", "triton_sweep", "add_rows"):
     # Autograd stops here: TDLoss has the derivative, and loss_and_grad gives it.
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
@@ -119,6 +121,11 @@ def _sweep(
     return hidden.new_empty((m,), dtype=_accumulation(hidden)), index
 
 
+@torch.library.register_fake("dqn_fused::add_rows", lib=_library)
+def _add_rows(values: Tensor, index: Tensor, A: int, dtype: torch.dtype) -> Tensor:
+    return values.new_empty((A, values.shape[1]), dtype=dtype)
+
+
 def _on_one_device(q: Tensor, *others: object) -> None:
     for x in others:
         if isinstance(x, Tensor) and x.device != q.device:
@@ -148,3 +155,4 @@ triton_td_loss_and_grad = torch.ops.dqn_fused.triton_td_loss_and_grad.default
 triton_td_loss_backward = torch.ops.dqn_fused.triton_td_loss_backward.default
 sweep = torch.ops.dqn_fused.sweep.default
 triton_sweep = torch.ops.dqn_fused.triton_sweep.default
+add_rows = torch.ops.dqn_fused.add_rows.default
