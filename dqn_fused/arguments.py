@@ -26,6 +26,7 @@ from dqn_fused.checks import (
 from dqn_fused.targets import Munchausen, Soft, number
 
 CPU = torch.device("cpu")
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
 
 LOSSES = ("mse", "huber", "smooth_l1")
 REDUCTIONS = ("mean", "sum", "none", "weighted_mean")
@@ -304,5 +305,7 @@ def check_values(batch: Batch, A: int, m: int, next_name: str = "next_q") -> Bat
 def looks_at_values(device: torch.device) -> bool:
     """Whether check_values looks, so that everything behind it may rely on legal actions."""
     if torch.compiler.is_compiling():
+        return False
+    if device.type == "meta" or torch._C._get_dispatch_mode(_FAKE) is not None:  # shapes without values
         return False
     return device == CPU or os.environ.get("DQN_FUSED_CHECK", "0") not in ("", "0")

@@ -88,7 +88,7 @@ def check_head(head: Head, samples: Batch, spec: LossSpec) -> tuple[Head, Batch]
 def autocast(head: Head) -> Head:
     """Hidden states as ``nn.Linear`` would read them: under autocast in its dtype, float64 excepted."""
     device = head.hidden.device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):  # meta has none
         return head
     dtype = torch.get_autocast_dtype(device)
     names = ("hidden", "next_hidden", "next_hidden_online")
