@@ -32,9 +32,14 @@ class Target(NamedTuple):
     target: Any
 
 
-TARGETS = [Target(f"sm_{arch}", GPUTarget("cuda", arch, 32)) for arch in CUDA] + [
-    Target(arch, GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)) for arch in HIP
-]
+def _targets(cuda: list[int], hip: list[str]) -> list[Target]:
+    return [Target(f"sm_{arch}", GPUTarget("cuda", arch, 32)) for arch in cuda] + [
+        Target(arch, GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)) for arch in hip
+    ]
+
+
+TARGETS = _targets(CUDA, HIP)
+MORE_TARGETS = _targets([86, 89], ["gfx90a", "gfx950", "gfx1201"])  # of which a sample is compiled
 
 
 class Launch(NamedTuple):
@@ -73,8 +78,8 @@ def probe_kernel(x):  # type: ignore[no-untyped-def]
 
 @contextmanager
 def targeting(index: int) -> Iterator[str | None]:
-    """Compile for one of TARGETS; yields why this triton cannot."""
-    driver.set_active(StubDriver(1000 + index, TARGETS[index].target))
+    """Compile for one of TARGETS, and MORE_TARGETS behind them; yields why this triton cannot."""
+    driver.set_active(StubDriver(1000 + index, (TARGETS + MORE_TARGETS)[index].target))
     try:
         yield why_not(index)
     finally:
