@@ -135,9 +135,9 @@ def calls(arguments: dict[str, Any], **options: Any) -> dict[str, Callable[[], o
         outputs[:] = triton_backend.forward(batch, spec)
 
     def backward() -> None:
-        _, td_error, log_sum = outputs
+        _, td_error, normaliser = outputs
         grad_loss = torch.ones_like(td_error) if spec.reduction == "none" else torch.ones((), dtype=td_error.dtype)
-        triton_backend.backward(grad_loss, Saved.of(batch, spec, td_error, log_sum), spec)
+        triton_backend.backward(grad_loss, Saved.of(batch, spec, td_error, normaliser), spec)
 
     return {
         "forward": forward,

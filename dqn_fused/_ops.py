@@ -31,20 +31,20 @@ _library.define(
     "td_loss_backward(Tensor grad_loss, Tensor td_error, Tensor actions, int A, ScalarType dtype, int reduction) "
     "-> Tensor grad_q"
 )
-# log_sum is empty, (0,), without the conservative term. The Triton ops are for torch.compile, which calls a launch from
+# normaliser is (2, n), and empty, (0,), without the conservative term. The Triton ops are for torch.compile, which calls a launch from
 # its graph without a look into it, and check no values.
 for _kind, _check in (("general", ", bool check"), ("triton", "")):
     _library.define(
         f"{_kind}_td_loss({GENERAL_BATCH}, {GENERAL_LOSS}, int reduction{_check}) "
-        "-> (Tensor loss, Tensor td_error, Tensor log_sum)"
+        "-> (Tensor loss, Tensor td_error, Tensor normaliser)"
     )
     _library.define(
         f"{_kind}_td_loss_and_grad({GENERAL_BATCH}, {GENERAL_LOSS}, int reduction{_check}) "
-        "-> (Tensor loss, Tensor grad_q, Tensor td_error, Tensor log_sum)"
+        "-> (Tensor loss, Tensor grad_q, Tensor td_error, Tensor normaliser)"
     )
     _library.define(
         f"{_kind}_td_loss_backward(Tensor grad_loss, Tensor td_error, Tensor actions, Tensor? weights, "
-        "Tensor? log_sum, Tensor? q, Tensor? action_mask, int A, ScalarType dtype, int loss, float delta, "
+        "Tensor? normaliser, Tensor? q, Tensor? action_mask, int A, ScalarType dtype, int loss, float delta, "
         "float cql_alpha, int reduction) -> Tensor grad_q"
     )
 # index is empty, (0,), but for the argmax.
@@ -87,14 +87,14 @@ def _td_loss_backward(
 def _general_td_loss(q: Tensor, actions: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
     *others, cql, _, reduction = rest
     _on_one_device(q, actions, *others)
-    log_sum = _per_sample(q, actions) if cql else q.new_empty((0,), dtype=_accumulation(q))
-    return _loss(q, actions, reduction), _per_sample(q, actions), log_sum
+    normaliser = q.new_empty((2, actions.shape[0]) if cql else (0,), dtype=_accumulation(q))
+    return _loss(q, actions, reduction), _per_sample(q, actions), normaliser
 
 
 @torch.library.register_fake("dqn_fused::triton_td_loss_and_grad", lib=_library)
 def _general_td_loss_and_grad(q: Tensor, actions: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    loss, td_error, log_sum = _general_td_loss(q, actions, *rest)
-    return loss, q.new_empty((actions.shape[0], q.shape[-1])), td_error, log_sum
+    loss, td_error, normaliser = _general_td_loss(q, actions, *rest)
+    return loss, q.new_empty((actions.shape[0], q.shape[-1])), td_error, normaliser
 
 
 for _name, _fake in (("td_loss", _general_td_loss), ("td_loss_and_grad", _general_td_loss_and_grad)):

@@ -225,28 +225,28 @@ def fused_dqn_loss_and_grad(
         q, actions, rewards, next_q, terminated, gamma, non_final_mask,
         next_q_online, next_action_mask, weights, target_q, action_mask,
     )  # fmt: skip
-    batch, (result, grad_q, td_error, log_sum) = _run(_loss_and_grad, batch, spec, backend, process_group)
+    batch, (result, grad_q, td_error, normaliser) = _run(_loss_and_grad, batch, spec, backend, process_group)
     found = [result, grad_q]
     if return_td_error:
         found.append(td_error)
     if return_cql:
-        found.append(_cql(log_sum, batch))
+        found.append(_cql(normaliser, batch))
     return tuple(found)
 
 
 def _returned(
     batch: Batch, outputs: tuple[Tensor, ...], return_td_error: bool, return_cql: bool
 ) -> Tensor | tuple[Tensor, ...]:
-    result, td_error, log_sum = outputs
+    result, td_error, normaliser = outputs
     if return_cql:
-        cql = _cql(log_sum, batch)
+        cql = _cql(normaliser, batch)
         return (result, apart(td_error), cql) if return_td_error else (result, cql)
     return (result, apart(td_error)) if return_td_error else result
 
 
 @torch.no_grad()
-def _cql(log_sum: Tensor, batch: Batch) -> Tensor:
-    return conservative_term(log_sum, batch)
+def _cql(normaliser: Tensor, batch: Batch) -> Tensor:
+    return conservative_term(normaliser, batch)
 
 
 def _loss_and_grad(batch: Batch, spec: LossSpec, road: ModuleType, q: Tensor) -> tuple[Tensor, ...]:

@@ -55,19 +55,21 @@ def sample_scale(grad_loss, weights, row, inside, count, PER_ROW: tl.constexpr, 
 
 
 @triton.jit
-def log_sum_exp(best, total, temperature, MASKED: tl.constexpr):
-    """Soft value of a row; NaN where no action is legal."""
-    value = best + temperature * tl.log(total)
+def soft_value(best, total, temperature, MASKED: tl.constexpr):
+    """Soft value of a row in two parts: the maximum, NaN where no action is legal, and what the sum adds to it.
+
+    They are not added before a difference is taken: the sum would round away what a row far from zero is about.
+    """
     if MASKED:
-        value = tl.where(best == float("-inf"), float("nan"), value)
-    return value
+        best = tl.where(best == float("-inf"), float("nan"), best)
+    return best, temperature * tl.log(total)
 
 
 @triton.jit
-def policy_gradient(x, sums, scale, legal):
+def policy_gradient(x, largest, rest, scale, legal):
     """Derivative of the conservative term, scale * softmax(x): NaN where the sum is infinite, 0 where not legal."""
-    sums = tl.where(tl.abs(sums) == float("inf"), float("nan"), sums)
-    return tl.where(legal, tl.exp(x - sums) * scale, 0.0)
+    largest = tl.where(tl.abs(largest) == float("inf"), float("nan"), largest)
+    return tl.where(legal, tl.exp((x - largest) - rest) * scale, 0.0)
 
 
 @triton.jit(
@@ -78,7 +80,7 @@ def policy_gradient(x, sums, scale, legal):
 )  # fmt: skip
 def td_loss_fwd_kernel(
     loss,  # (n,) with PER_ROW, else one sum a program: (programs,)
-    td_error, log_sum,  # (n,), (n,) or None
+    td_error, normaliser,  # (n,), (2, n) or None
     grad_q,  # (n, A), contiguous, or None; only with NARROW
     q, actions, rewards, weights,  # (n, A), (n,), (n,), (n,) or None
     next_q, next_q_online, next_action_mask,  # (n, A), or (m, A) with rank; or None
@@ -157,7 +159,8 @@ def td_loss_fwd_kernel(
                     mask=legal, other=0,
                 )  # fmt: skip
                 log_policy = tl.where(allowed != 0, log_policy, float("-inf"))
-            log_policy -= log_sum_exp(best, aux, soft, action_mask is not None)
+            largest, rest = soft_value(best, aux, soft, action_mask is not None)
+            log_policy = (log_policy - largest) - rest
             low = scalar(clip, ACC)
             log_policy = tl.where(log_policy < low, low, tl.where(log_policy > 0, 0.0, log_policy))  # NaN stays
             target += scalar(alpha, ACC) * log_policy
@@ -186,7 +189,8 @@ def td_loss_fwd_kernel(
                     next_row, there, A, scale, VALUE, BLOCK, ACC,
                 )  # fmt: skip
             if VALUE == "sum_exp":
-                value = log_sum_exp(best, aux, soft, next_action_mask is not None)
+                largest, rest = soft_value(best, aux, soft, next_action_mask is not None)
+                value = largest + rest
             else:
                 value = best.to(ACC)
                 if VALUE == "argmax":
@@ -208,17 +212,18 @@ def td_loss_fwd_kernel(
         td = tl.where(legal, taken - target, float("nan"))
         tl.store(td_error + row, td, mask=inside)
         sample = td_loss(td, margin, LOSS)
-        if log_sum is not None:
+        if normaliser is not None:
             if NARROW:
                 best, aux = reduce_tile(
                     q, q_strides, action_mask, mask_strides, row, inside, A, 1.0, "sum_exp", BLOCK, ACC
                 )
             else:
                 best, aux = reduce_partials(q_best, q_aux, q_splits, n, row, inside, 1.0, "sum_exp", BLOCK, ACC)
-            sums = log_sum_exp(best, aux, 1.0, action_mask is not None)
-            tl.store(log_sum + row, sums, mask=inside)
+            largest, rest = soft_value(best, aux, 1.0, action_mask is not None)
+            tl.store(normaliser + row, largest, mask=inside)
+            tl.store(normaliser + n.to(tl.int64) + row, rest, mask=inside)
             if cql_alpha is not None:
-                sample += pull * (sums - taken)
+                sample += pull * ((largest - taken) + rest)
         if weights is not None:
             sample *= tl.load(weights + row, mask=inside, other=0.0).to(ACC)
         if PER_ROW:
@@ -240,7 +245,7 @@ def td_loss_fwd_kernel(
                     mask_offset += column.to(tl.int64)[None, :] * mask_stride_action
                 x, allowed = load_legal(q, action_mask, offset, mask_offset, here, ACC)
                 push = tl.where(legal, upstream * pull, 0.0)
-                gradient += policy_gradient(x, sums[:, None], push[:, None], legal[:, None] & allowed)
+                gradient += policy_gradient(x, largest[:, None], rest[:, None], push[:, None], legal[:, None] & allowed)
             block = grad_q + tl.full([], start, tl.int64) * A  # int64 once a block, int32 within it
             offset = (tl.arange(0, ROWS) * A)[:, None] + column[None, :]
             tl.store(block + offset, gradient.to(grad_q.dtype.element_ty), mask=here)

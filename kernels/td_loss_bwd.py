@@ -9,25 +9,27 @@ from .td_loss import legal_action, policy_gradient, sample_scale, td_loss_grad
 
 @triton.jit
 def row_gradient(
-    row, grad_loss, td_error, actions, weights, log_sum, margin, pull, n, A, count,
+    row, grad_loss, td_error, actions, weights, normaliser, margin, pull, n, A, count,
     LOSS: tl.constexpr, PER_ROW: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Action of each row, the gradient there, and scale and sum of the conservative term everywhere."""
+    """Action of each row, the gradient there, and scale and normaliser of the conservative term everywhere."""
     inside = row < n
     action = legal_action(tl.load(actions + row, mask=inside, other=-1), A)
     td = tl.load(td_error + row, mask=inside, other=0.0)
     scale = sample_scale(grad_loss, weights, row, inside, count, PER_ROW, ACC)
-    sums = td
-    if log_sum is not None:
-        sums = tl.load(log_sum + row, mask=inside, other=0.0)
-    return action, scale * (td_loss_grad(td, margin, LOSS) - pull), scale * pull, sums
+    largest = td
+    rest = td
+    if normaliser is not None:
+        largest = tl.load(normaliser + row, mask=inside, other=0.0)
+        rest = tl.load(normaliser + n.to(tl.int64) + row, mask=inside, other=0.0)
+    return action, scale * (td_loss_grad(td, margin, LOSS) - pull), scale * pull, largest, rest
 
 
 @triton.jit(do_not_specialize=["n", "count", "q_inner", "mask_inner"])
 def td_loss_bwd_kernel(
     grad_q,  # (n, A), contiguous
     grad_loss, td_error, actions, weights,  # (), (n,) or None for ones, (n,), (n,), (n,) or None
-    log_sum, q, action_mask,  # (n,), (n, A), (n, A) or None: None without the conservative term
+    normaliser, q, action_mask,  # (2, n), (n, A), (n, A) or None: None without the conservative term
     delta, cql_alpha,
     n, A, count,
     q_inner, q_stride_outer, q_stride_inner, q_stride_action,  # None where q is contiguous, too
@@ -50,23 +52,24 @@ def td_loss_bwd_kernel(
     column = (start - first * A).to(tl.int32) + tl.arange(0, BLOCK)  # columns, counted from the first row's start
     if WIDE:
         second = column >= A
-        a, taken_a, scale_a, sums_a = row_gradient(
-            first, grad_loss, td_error, actions, weights, log_sum, margin, pull, n, A, count, LOSS, PER_ROW, ACC
+        a, taken_a, scale_a, largest_a, rest_a = row_gradient(
+            first, grad_loss, td_error, actions, weights, normaliser, margin, pull, n, A, count, LOSS, PER_ROW, ACC
         )
-        b, taken_b, scale_b, sums_b = row_gradient(
-            first + 1, grad_loss, td_error, actions, weights, log_sum, margin, pull, n, A, count, LOSS, PER_ROW, ACC
+        b, taken_b, scale_b, largest_b, rest_b = row_gradient(
+            first + 1, grad_loss, td_error, actions, weights, normaliser, margin, pull, n, A, count, LOSS, PER_ROW, ACC
         )
         row = first + second
         column = tl.where(second, column - A, column)
         action = tl.where(second, b, a)
         taken = tl.where(second, taken_b, taken_a)
         scale = tl.where(second, scale_b, scale_a)
-        sums = tl.where(second, sums_b, sums_a)
+        largest = tl.where(second, largest_b, largest_a)
+        rest = tl.where(second, rest_b, rest_a)
     else:
         row = first + column // A
         column = column % A
-        action, taken, scale, sums = row_gradient(
-            row, grad_loss, td_error, actions, weights, log_sum, margin, pull, n, A, count, LOSS, PER_ROW, ACC
+        action, taken, scale, largest, rest = row_gradient(
+            row, grad_loss, td_error, actions, weights, normaliser, margin, pull, n, A, count, LOSS, PER_ROW, ACC
         )
     value = tl.where(column == action, taken, 0.0)
 
@@ -85,10 +88,10 @@ def td_loss_bwd_kernel(
     if start + BLOCK <= size:
         if cql_alpha is not None:
             x, allowed = load_legal(q, action_mask, q_offset, mask_offset, None, ACC)
-            value += policy_gradient(x, sums, scale, allowed & (action >= 0))
+            value += policy_gradient(x, largest, rest, scale, allowed & (action >= 0))
         tl.store(grad_q + here, value.to(grad_q.dtype.element_ty))
     else:
         if cql_alpha is not None:
             x, allowed = load_legal(q, action_mask, q_offset, mask_offset, here < size, ACC)
-            value += policy_gradient(x, sums, scale, allowed & (action >= 0))
+            value += policy_gradient(x, largest, rest, scale, allowed & (action >= 0))
         tl.store(grad_q + here, value.to(grad_q.dtype.element_ty), mask=here < size)

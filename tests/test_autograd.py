@@ -343,7 +343,7 @@ def test_memory_of_the_family(road: Road, name: str) -> None:
         loss = fused_dqn_loss(**arguments, backend=road.backend)
     assert max(forward.sizes) <= 4 * n
     saved = sum(x.numel() for x in loss.grad_fn.saved_tensors if x is not None and x is not q and x.numel() < n * A)
-    assert saved <= 4 * n
+    assert saved <= 5 * n
     with Allocations(arguments) as backward:
         (grad,) = torch.autograd.grad(loss, q)
     assert sorted(backward.sizes)[-1] == grad.numel() == n * A

@@ -54,13 +54,13 @@ def refuses(device: torch.device, spec: LossSpec) -> str | None:
 
 
 def forward(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return (loss, td_error, log_sum)."""
-    plain, log_sum = _plain_arguments(batch, spec), None
+    """Return (loss, td_error, normaliser)."""
+    plain, normaliser = _plain_arguments(batch, spec), None
     if plain is not None:
         loss, td_error = _ops.td_loss(*plain)
     else:
-        loss, td_error, log_sum = _ops.general_td_loss(*_arguments(batch, spec))
-    return shaped_forward(loss, td_error, log_sum, batch, spec)
+        loss, td_error, normaliser = _ops.general_td_loss(*_arguments(batch, spec))
+    return shaped_forward(loss, td_error, normaliser, batch, spec)
 
 
 def backward(grad_loss: Tensor, saved: Saved, spec: LossSpec) -> Tensor:
@@ -75,16 +75,16 @@ def backward(grad_loss: Tensor, saved: Saved, spec: LossSpec) -> Tensor:
 
 
 def loss_and_grad(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return (loss, grad_q, td_error, log_sum)."""
-    plain, log_sum = _plain_arguments(batch, spec), None
+    """Return (loss, grad_q, td_error, normaliser)."""
+    plain, normaliser = _plain_arguments(batch, spec), None
     if plain is not None:
         loss, grad_q, td_error = _ops.td_loss_and_grad(*plain)
     else:
-        loss, grad_q, td_error, log_sum = _ops.general_td_loss_and_grad(*_arguments(batch, spec))
-    loss, td_error, log_sum = shaped_forward(loss, td_error, log_sum, batch, spec)
+        loss, grad_q, td_error, normaliser = _ops.general_td_loss_and_grad(*_arguments(batch, spec))
+    loss, td_error, normaliser = shaped_forward(loss, td_error, normaliser, batch, spec)
     if len(batch.shape) != 1:
         grad_q = shaped(grad_q, (*batch.shape, grad_q.shape[-1]))
-    return loss, grad_q, td_error, log_sum
+    return loss, grad_q, td_error, normaliser
 
 
 def _plain_arguments(batch: Batch, spec: LossSpec) -> tuple[object, ...] | None:

@@ -55,7 +55,7 @@ def refuses(device: torch.device, spec: LossSpec) -> str | None:
 
 
 def forward(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return (loss, td_error, log_sum).
+    """Return (loss, td_error, normaliser).
 
     Up to 64 actions: one launch for a small batch, a second one where several programs share the work. Above, the rows
     of each matrix whose every action counts are reduced first, in a launch of their own.
@@ -77,17 +77,17 @@ def backward(grad_loss: Tensor, saved: Saved, spec: LossSpec) -> Tensor:
 
 
 def loss_and_grad(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return (loss, grad_q, td_error, log_sum): up to 64 actions the forward launch writes grad_q, above one more."""
+    """Return (loss, grad_q, td_error, normaliser): up to 64 actions the forward launch writes grad_q, above one more."""
     if torch.compiler.is_compiling():
         return triton_ops.loss_and_grad(batch, spec)
     q = batch.q
     A = q.shape[-1]
     grad_q = torch.empty((*batch.shape, A), dtype=q.dtype, device=q.device)
     narrow = A <= launch.NARROW
-    loss, td_error, log_sum = _forward(batch, spec, grad_q if narrow else None)
+    loss, td_error, normaliser = _forward(batch, spec, grad_q if narrow else None)
     if not narrow:
-        _store_gradient(grad_q, None, Saved.of(batch, spec, td_error, log_sum), spec)
-    return loss, grad_q, td_error, log_sum
+        _store_gradient(grad_q, None, Saved.of(batch, spec, td_error, normaliser), spec)
+    return loss, grad_q, td_error, normaliser
 
 
 class Partial(NamedTuple):
@@ -99,7 +99,7 @@ class Partial(NamedTuple):
 
 
 def _forward(batch: Batch, spec: LossSpec, grad_q: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Loss, TD errors and sums of the conservative term; grad_q is filled if given."""
+    """Loss, TD errors and normaliser of the conservative term; grad_q is filled if given."""
     # A pointer does not carry the lazy minus sign of conj().imag; per-sample tensors lost it when made contiguous.
     q, next_q, online, target_q = (
         None if x is None else x.resolve_neg() for x in (batch.q, batch.next_q, batch.next_q_online, batch.target_q)
@@ -108,9 +108,9 @@ def _forward(batch: Batch, spec: LossSpec, grad_q: Tensor | None) -> tuple[Tenso
     device, dtype = q.device, accumulation_dtype(q)
     n, A = batch.actions.numel(), q.shape[-1]
     td_error = torch.empty(batch.shape, dtype=dtype, device=device)
-    log_sum = torch.empty(batch.shape, dtype=dtype, device=device) if spec.cql else None
+    normaliser = torch.empty((2, *batch.shape), dtype=dtype, device=device) if spec.cql else None
     if n == 0:
-        return loss_of_td_error(td_error, log_sum, batch, spec), td_error, log_sum
+        return loss_of_td_error(td_error, normaliser, batch, spec), td_error, normaliser
     m = 0 if next_q is None else next_q.shape[:-1].numel()
     next_mask, mask = batch.next_action_mask, batch.action_mask
     rank, final = None, batch.terminated
@@ -154,7 +154,7 @@ def _forward(batch: Batch, spec: LossSpec, grad_q: Tensor | None) -> tuple[Tenso
         )
         run(
             td_loss_fwd_kernel, plan.programs,
-            loss, td_error, log_sum, grad_q,
+            loss, td_error, normaliser, grad_q,
             q, batch.actions, batch.rewards, batch.weights,
             next_q, online, next_mask, final, rank, target_q, mask,
             next_partial.best, next_partial.aux, policy_partial.best, policy_partial.aux, q_partial.best, q_partial.aux,
@@ -171,7 +171,7 @@ def _forward(batch: Batch, spec: LossSpec, grad_q: Tensor | None) -> tuple[Tenso
         if not per_row and plan.programs > 1:
             partial, loss = loss, torch.empty((), dtype=dtype, device=device)
             run(sum_kernel, 1, loss, partial, plan.programs, BLOCK=SUM_BLOCK, ACC=_ACC[dtype], num_warps=4)
-    return loss, td_error, log_sum
+    return loss, td_error, normaliser
 
 
 def _store_gradient(grad_q: Tensor, grad_loss: Tensor | None, saved: Saved, spec: LossSpec) -> None:
@@ -184,7 +184,7 @@ def _store_gradient(grad_q: Tensor, grad_loss: Tensor | None, saved: Saved, spec
     with _on(td_error.device):
         run(
             td_loss_bwd_kernel, launch.cdiv(n * A, block),
-            grad_q, grad_loss, td_error, saved.actions, saved.weights, saved.log_sum, q, saved.action_mask,
+            grad_q, grad_loss, td_error, saved.actions, saved.weights, saved.normaliser, q, saved.action_mask,
             *_numbers(spec, td_error.dtype, td_error.device),
             n, A, _count(n, spec), *_strides_unless_flat(q), *_strides_unless_flat(saved.action_mask),
             LOSS=spec.loss, PER_ROW=spec.reduction == "none", WIDE=wide, BLOCK=block, num_warps=4,
