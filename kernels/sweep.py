@@ -76,14 +76,14 @@ def unpack_legal(words, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return tl.reshape(bits, [ROWS, COLUMNS]) != 0
 
 
-@triton.jit(do_not_specialize=["m", "row_tiles", "chunk"])
+@triton.jit(do_not_specialize=["m", "row_tiles", "group", "chunk"])
 def sweep_fwd_kernel(
     value, index,  # (m,); index with "argmax", else None
     partial, partial_aux,  # (splits, m), instead of value and index where there are several splits
     hidden, weight, bias, mask,  # (m, D), (A, D), (A,) or None, (m, A) or None
     m, A, units,  # units * VEC = D
     hidden_stride, weight_stride_action, weight_stride_feature, bias_stride, mask_stride_row, mask_stride_action,
-    row_tiles, chunk,  # columns of a split, a multiple of COLUMNS
+    row_tiles, group, chunk,  # row tiles of a group; columns of a split, a multiple of COLUMNS
     scale, temperature,
     KIND: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, VEC: tl.constexpr, EVEN: tl.constexpr,
     ONCE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr,
@@ -93,12 +93,16 @@ def sweep_fwd_kernel(
     The first two strides count VEC elements, as units does: spelt as its multiples, so that the compiler sees that rows
     are aligned. EVEN: FEATURES divides D. ONCE: it is no less than D, and the tile of hidden is read once for all.
     """
-    # Rows are the fastest: programs that run together read the same columns of the weight, which is the operand too
-    # large for the cache, and so read it from memory once.
-    first_row = tl.program_id(0) % row_tiles * ROWS
+    # What runs at once is a group of row tiles, the fastest, by all splits: it reads a column of the weight from memory
+    # once, and its rows of hidden stay in the cache.
+    splits = tl.num_programs(0) // row_tiles
+    first_of_group = tl.program_id(0) // (group * splits) * group
+    among_group = tl.program_id(0) - first_of_group * splits
+    size = tl.minimum(row_tiles - first_of_group, group)
+    first_row = (first_of_group + among_group % size) * ROWS
     row = first_row + tl.arange(0, ROWS)  # [rows]
     inside = row < m
-    split = tl.program_id(0) // row_tiles
+    split = among_group // size
     start = split * (chunk // COLUMNS) * COLUMNS
     stop = tl.minimum(start + chunk, A)
     D = units * VEC

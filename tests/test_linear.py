@@ -25,7 +25,7 @@ Arguments = dict[str, Any]
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles of actions and of rows in small problems, the last of them not full."""
-    monkeypatch.setattr(head, "TILE", 1)
+    monkeypatch.setattr(head, "TILE", {"cpu": 1})
     monkeypatch.setattr(head, "MIN_COLUMNS", 13)
     monkeypatch.setattr(head, "TILE_ROWS", 5)
 
@@ -311,7 +311,7 @@ def test_module_and_reference(road: Road) -> None:
 @pytest.mark.parametrize("road_sparse", [False, True])
 def test_memory(road: Road, road_sparse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """No matrix of n * A; with sparse gradients nothing of size A at all, and what is held does not grow with A."""
-    monkeypatch.setattr(head, "TILE", 4096)
+    monkeypatch.setattr(head, "TILE", {"cpu": 4096})
     monkeypatch.setattr(head, "MIN_COLUMNS", 64)
     monkeypatch.setattr(head, "TILE_ROWS", 64)
     n, D = 64, 8

@@ -175,6 +175,21 @@ def test_rows_without_a_legal_action(kind: str) -> None:
     assert value.isneginf().tolist() == [True, False, False, True, False, False]
 
 
+def test_precision_is_what_torch_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dqn_fused._backends import triton_sweep
+
+    try:
+        for level, precision in {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}.items():
+            torch.set_float32_matmul_precision(level)
+            assert triton_sweep._precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    # Where fp32_precision itself was set, there is no level to ask for.
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: (_ for _ in ()).throw(RuntimeError()))
+    assert triton_sweep._precision() == "tf32"
+
+
 def test_ties() -> None:
     """Equal rows of the weight in one tile, in two and in two splits: the first is chosen."""
     for places in ([5, 6], [5, 70], [5, 280, 299], [299]):
@@ -217,9 +232,14 @@ def test_the_choice_between_the_two(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         return triton_sweep.pays(Sweep(hidden, weight, None, None, "max", 1.0))
 
-    assert [pays(1024, D, torch.bfloat16) for D in (64, 1024, 8192)] == [True, True, False]
-    assert [pays(1024, D, torch.float32) for D in (64, 1024, 8192)] == [True, False, False]
-    assert pays(16, 8192, torch.bfloat16)
+    assert [pays(1024, D, torch.bfloat16) for D in (64, 480, 496)] == [True, True, False]
+    assert pays(128, 8192, torch.bfloat16)
+    bounds = {"highest": 24, "high": 80, "medium": 480}
+    for precision, D in bounds.items():
+        torch.set_float32_matmul_precision(precision)
+        assert pays(1024, D, torch.float32)
+        assert not pays(1024, D + 16, torch.float32)
+    torch.set_float32_matmul_precision("highest")
     assert not pays(16, 64, torch.float64)
     work = make(5, 41, 3)
     for choice in (True, False):
