@@ -39,6 +39,11 @@ def _amd_bits(name: str) -> int:
     return next((bits for word, bits in NAMED.items() if word in name), 0)
 
 
+def instructions(sass: str) -> list[str]:
+    """Of NVIDIA's machine code, as it is disassembled: one a line, after its address."""
+    return re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(\S.*?);", sass, re.MULTILINE)
+
+
 def main_loop(code: str, instruction: str) -> str:
     """The innermost loop of the machine code in which an instruction stands; "" where it stands in none."""
     found = [body for body in _loops(code) if re.search(instruction, body)]

@@ -22,7 +22,8 @@ def row_gradient(
     if normaliser is not None:
         largest = tl.load(normaliser + row, mask=inside, other=0.0)
         rest = tl.load(normaliser + n.to(tl.int64) + row, mask=inside, other=0.0)
-    return action, scale * (td_loss_grad(td, margin, LOSS) - pull), scale * pull, largest, rest
+    everywhere = tl.where(inside, scale * pull, 0.0)
+    return action, scale * (td_loss_grad(td, margin, LOSS) - pull), everywhere, largest, rest
 
 
 @triton.jit(do_not_specialize=["n", "count", "q_inner", "mask_inner"])
@@ -34,11 +35,12 @@ def td_loss_bwd_kernel(
     n, A, count,
     q_inner, q_stride_outer, q_stride_inner, q_stride_action,  # None where q is contiguous, too
     mask_inner, mask_stride_outer, mask_stride_inner, mask_stride_action,
-    LOSS: tl.constexpr, PER_ROW: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    LOSS: tl.constexpr, PER_ROW: tl.constexpr, FAR: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One dense store over grad_q as a flat array: every store is aligned.
 
-    With WIDE (A >= BLOCK) a block touches at most two rows, whose actions and gradients are scalars.
+    A block is made of runs of RUN <= A + 1 elements, which touch at most two rows: a division and the values of two
+    rows for each run, not for each element. FAR: n * A is beyond int32, whose division is the cheaper one.
     """
     ACC: tl.constexpr = td_error.dtype.element_ty
     margin = 0.0
@@ -47,37 +49,35 @@ def td_loss_bwd_kernel(
     pull = 0.0
     if cql_alpha is not None:
         pull = scalar(cql_alpha, ACC)
-    start = tl.program_id(0).to(tl.int64) * BLOCK
+    start = tl.program_id(0)
+    if FAR:
+        start = start.to(tl.int64)
+    start = start * BLOCK
     first = start // A
-    column = (start - first * A).to(tl.int32) + tl.arange(0, BLOCK)  # columns, counted from the first row's start
-    if WIDE:
-        second = column >= A
-        a, taken_a, scale_a, largest_a, rest_a = row_gradient(
-            first, grad_loss, td_error, actions, weights, normaliser, margin, pull, n, A, count, LOSS, PER_ROW, ACC
-        )
-        b, taken_b, scale_b, largest_b, rest_b = row_gradient(
-            first + 1, grad_loss, td_error, actions, weights, normaliser, margin, pull, n, A, count, LOSS, PER_ROW, ACC
-        )
-        row = first + second
-        column = tl.where(second, column - A, column)
-        action = tl.where(second, b, a)
-        taken = tl.where(second, taken_b, taken_a)
-        scale = tl.where(second, scale_b, scale_a)
-        largest = tl.where(second, largest_b, largest_a)
-        rest = tl.where(second, rest_b, rest_a)
-    else:
-        row = first + column // A
-        column = column % A
-        action, taken, scale, largest, rest = row_gradient(
-            row, grad_loss, td_error, actions, weights, normaliser, margin, pull, n, A, count, LOSS, PER_ROW, ACC
-        )
-    value = tl.where(column == action, taken, 0.0)
+    column = (start - first * A).to(tl.int32) + tl.arange(0, BLOCK // RUN) * RUN  # [runs], from the first row's start
+    skipped = column // A if RUN < BLOCK else tl.zeros([BLOCK // RUN], tl.int32)
+    row = first + skipped
+    a, taken_a, scale_a, largest_a, rest_a = row_gradient(
+        row, grad_loss, td_error, actions, weights, normaliser, margin, pull, n, A, count, LOSS, PER_ROW, ACC
+    )
+    b, taken_b, scale_b, largest_b, rest_b = row_gradient(
+        row + 1, grad_loss, td_error, actions, weights, normaliser, margin, pull, n, A, count, LOSS, PER_ROW, ACC
+    )
+    column = (column - skipped * A)[:, None] + tl.arange(0, RUN)[None, :]  # [runs, elements]
+    second = column >= A
+    column = tl.where(second, column - A, column)
+    action = tl.where(second, b[:, None], a[:, None])
+    value = tl.where(column == action, tl.where(second, taken_b[:, None], taken_a[:, None]), 0.0)
 
     size = n.to(tl.int64) * A
-    here = start + tl.arange(0, BLOCK)
+    here = (start + tl.arange(0, BLOCK // RUN) * RUN)[:, None] + tl.arange(0, RUN)[None, :]
     q_offset = here
     mask_offset = here
     if cql_alpha is not None:
+        scale = tl.where(second, scale_b[:, None], scale_a[:, None])
+        largest = tl.where(second, largest_b[:, None], largest_a[:, None])
+        rest = tl.where(second, rest_b[:, None], rest_a[:, None])
+        row = row[:, None] + second
         if q_stride_action is not None:
             q_offset = row_offset(row, (q_inner, q_stride_outer, q_stride_inner, q_stride_action))
             q_offset += column.to(tl.int64) * q_stride_action

@@ -23,9 +23,11 @@ from bench.aot import (  # noqa: E402
     amd_usage,
     launch,
     loads_128_bits,
+    machine_code,
     resource_usage,
     stores_128_bits,
 )
+from bench.machine_code import instructions  # noqa: E402
 from dqn_fused._backends import triton_backend  # noqa: E402
 from dqn_fused.arguments import FLOATS  # noqa: E402
 from dqn_fused.targets import Munchausen, Soft  # noqa: E402
@@ -61,8 +63,10 @@ NARROW = {"td_loss_fwd_kernel", "td_loss_bwd_kernel"}
 WIDE = {"row_fwd_kernel", *NARROW}
 CASES = {
     "small": ((128, 2), NARROW),
-    "atari": ((512, 18), NARROW),
-    "many_rows": ((16384, 18), {*NARROW, "sum_kernel"}),
+    "atari": ((64, 18), NARROW),
+    "two_tiles": ((256, 18), NARROW),
+    "several_programs": ((512, 18), NARROW),
+    "many_rows": ((16384, 18), NARROW),
     "hundreds": ((1024, 512), WIDE),
     "large": ((2048, 4099), WIDE),
     "split": ((3, 50257), WIDE),
@@ -104,7 +108,7 @@ def test_machine_code(target: Target, compiled: Compiled, case: str, dtype: torc
     """Both regimes in every dtype. 4,099 and 50,257 are odd: rows start at any alignment and are read 16 bytes wide."""
     shape, kernels = CASES[case]
     launch(make(shape, dtype))
-    assert {name for name, *_ in compiled} == kernels
+    assert {name for name, *_ in compiled} - {"sum_kernel"} == kernels  # which few rows need in float64 alone
     check(compiled, target, dtype)
 
 
@@ -127,7 +131,7 @@ def test_machine_code_of_the_family(
     shape, kernels = CASES[case]
     arguments, options = family(variant, shape, dtype)
     launch(arguments, **options)
-    assert {name for name, *_ in compiled} == kernels
+    assert {name for name, *_ in compiled} - {"sum_kernel"} == kernels
     check(compiled, target, dtype)
 
 
@@ -181,16 +185,29 @@ def test_variants_compile(target: Target, compiled: Compiled, variant: str, redu
         check_instructions(name, kernel, target, float64=False)
 
 
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 330), (torch.bfloat16, 290)], ids=["float32", "bfloat16"])
+def test_instructions_of_the_narrow_backward(target: Target, compiled: Compiled, dtype: torch.dtype, most: int) -> None:
+    """A warp stores 256 elements of 18 actions: 296 and 248 on sm_80. It was 536 and 544, a division an element."""
+    if target.name not in ALWAYS:
+        pytest.skip("counted on sm_80 and sm_90")
+    calls = aot.calls(make((16384, 18), dtype))
+    calls["forward"]()
+    compiled.clear()
+    calls["backward"]()
+    assert len(instructions(machine_code(compiled[0].kernel))) <= most
+
+
 def check(compiled: Compiled, target: Target, dtype: torch.dtype) -> None:
     """Hold every kernel against what is promised of it."""
-    for name, kernel, *_ in compiled:
+    for name, kernel, _, named in compiled:
         check_resources(name, kernel, target)
         check_instructions(name, kernel, target, float64=dtype is torch.float64)
         check_no_fusion(name, kernel)
         if name == "row_fwd_kernel":
             assert loads_128_bits(kernel), "rows are not read 16 bytes at a time"
         if name == "td_loss_bwd_kernel" and (dtype.itemsize >= 4 or target.name.startswith("sm_")):
-            assert stores_128_bits(kernel), "grad_q is not written 16 bytes at a time"
+            # A run of one or two rows of two actions is shorter.
+            assert stores_128_bits(kernel) or named["grad_q"].shape[-1] < 4, "grad_q is not written 16 bytes at a time"
 
 
 def check_resources(name: str, kernel: Any, target: Target) -> None:

@@ -9,11 +9,11 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 pytestmark = pytest.mark.interpret if INTERPRETED else pytest.mark.gpu
 
 
-@pytest.mark.parametrize("n", [1, 1023, 1024, 1025, 3000])
+@pytest.mark.parametrize("n", [1, 4095, 4096, 4097, 9000])
 def test_sum_of_any_number_of_partial_sums(n: int) -> None:
-    from dqn_fused._backends.triton_backend import SUM_BLOCK, run, sum_kernel, tl
+    from dqn_fused._backends.triton_backend import launch, run, sum_kernel, tl
 
     partial = torch.randn(n, device=DEVICE)
     loss = torch.empty((), device=DEVICE)
-    run(sum_kernel, 1, loss, partial, n, BLOCK=SUM_BLOCK, ACC=tl.float32, num_warps=4)
+    run(sum_kernel, 1, loss, partial, n, BLOCK=launch.MAX_PROGRAMS, ACC=tl.float32, num_warps=launch.SUM_WARPS)
     torch.testing.assert_close(loss.double(), partial.double().sum(), rtol=1e-5, atol=1e-5)

@@ -27,7 +27,6 @@ OLDEST = (3, 6)
 # Of every kernel. A product and a sum that are fused in one lane and not in the one that holds a copy of the same row
 # differ in the last bit, and both lanes store: which of them comes last is not said.
 OPTIONS = {"enable_fp_fusion": False}
-SUM_BLOCK = 1024
 CHECKS_CPU = False
 PARTLY = ""
 
@@ -77,7 +76,7 @@ def backward(grad_loss: Tensor, saved: Saved, spec: LossSpec) -> Tensor:
 
 
 def loss_and_grad(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return (loss, grad_q, td_error, normaliser): up to 64 actions the forward launch writes grad_q, above one more."""
+    """Return (loss, grad_q, td_error, normaliser): up to 64 actions in the forward launch, above in one more."""
     if torch.compiler.is_compiling():
         return triton_ops.loss_and_grad(batch, spec)
     q = batch.q
@@ -144,11 +143,11 @@ def _forward(batch: Batch, spec: LossSpec, grad_q: Tensor | None) -> tuple[Tenso
                 policy_partial = _reduce_rows(target_q, mask, None, "sum_exp", inverse, dtype)
             if spec.cql:
                 q_partial = _reduce_rows(q, mask, None, "sum_exp", _number(1.0, dtype, device), dtype)
+        per_row = spec.reduction == "none"
         splits = [partial.splits for partial in (next_partial, policy_partial, q_partial)]
         doubles = any(x is not None and x.element_size() > 4 for x in (q, choice, target_q))
         more = grad_q is not None or value != "max" or spec.cql or next_mask is not None
-        plan = launch.forward(n, A if narrow else max(splits), (2 if doubles else 1) * (2 if more else 1))
-        per_row = spec.reduction == "none"
+        plan = launch.forward(n, A if narrow else max(splits), (2 if doubles else 1) * (2 if more else 1), not per_row)
         loss = torch.empty(
             batch.shape if per_row else () if plan.programs == 1 else plan.programs, dtype=dtype, device=device
         )
@@ -170,7 +169,10 @@ def _forward(batch: Batch, spec: LossSpec, grad_q: Tensor | None) -> tuple[Tenso
         )  # fmt: skip
         if not per_row and plan.programs > 1:
             partial, loss = loss, torch.empty((), dtype=dtype, device=device)
-            run(sum_kernel, 1, loss, partial, plan.programs, BLOCK=SUM_BLOCK, ACC=_ACC[dtype], num_warps=4)
+            run(
+                sum_kernel, 1, loss, partial, plan.programs,
+                BLOCK=launch.MAX_PROGRAMS, ACC=_ACC[dtype], num_warps=launch.SUM_WARPS,
+            )  # fmt: skip
     return loss, td_error, normaliser
 
 
@@ -180,14 +182,15 @@ def _store_gradient(grad_q: Tensor, grad_loss: Tensor | None, saved: Saved, spec
     if n == 0:
         return
     q = None if saved.q is None else saved.q.resolve_neg()
-    block, wide = launch.backward(A, grad_q.element_size(), dense=q is not None)
+    block, run_length = launch.backward(A, grad_q.element_size(), dense=q is not None)
+    far = n * A > 2**31 - 1 - block
     with _on(td_error.device):
         run(
             td_loss_bwd_kernel, launch.cdiv(n * A, block),
             grad_q, grad_loss, td_error, saved.actions, saved.weights, saved.normaliser, q, saved.action_mask,
             *_numbers(spec, td_error.dtype, td_error.device),
             n, A, _count(n, spec), *_strides_unless_flat(q), *_strides_unless_flat(saved.action_mask),
-            LOSS=spec.loss, PER_ROW=spec.reduction == "none", WIDE=wide, BLOCK=block, num_warps=4,
+            LOSS=spec.loss, PER_ROW=spec.reduction == "none", FAR=far, RUN=run_length, BLOCK=block, num_warps=4,
         )  # fmt: skip
 
 
