@@ -34,8 +34,8 @@ class Saved(NamedTuple):
         """What a backward needs right after the forward of a batch."""
         q, shape = batch.q, torch.Size((*td_error.shape, batch.q.shape[-1]))
         if not spec.dense_gradient:
-            return cls(td_error, batch.actions, batch.weights, None, None, None, shape, q.dtype)
-        return cls(td_error, batch.actions, batch.weights, normaliser, q, batch.action_mask, shape, q.dtype)
+            return cls(td_error, batch.saved_actions, batch.weights, None, None, None, shape, q.dtype)
+        return cls(td_error, batch.saved_actions, batch.weights, normaliser, q, batch.action_mask, shape, q.dtype)
 
 
 def td_loss(batch: Batch, spec: LossSpec, backend: ModuleType, q: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -109,11 +109,11 @@ def save(
     ctx.set_materialize_grads(False)
     ctx.about = q.shape, q.dtype, spec, backend
     if spec.dense_gradient:
-        ctx.save_for_backward(td_error, batch.actions, batch.weights, normaliser, q, batch.action_mask)
+        ctx.save_for_backward(td_error, batch.saved_actions, batch.weights, normaliser, q, batch.action_mask)
     elif batch.weights is None:
-        ctx.save_for_backward(td_error, batch.actions)
+        ctx.save_for_backward(td_error, batch.saved_actions)
     else:
-        ctx.save_for_backward(td_error, batch.actions, batch.weights)
+        ctx.save_for_backward(td_error, batch.saved_actions, batch.weights)
     if normaliser is not None:
         ctx.mark_non_differentiable(normaliser)
 

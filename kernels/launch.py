@@ -20,6 +20,8 @@ MAX_PROGRAMS = 4096  # of td_loss_fwd_kernel, whose partial sums are one tile of
 SUM_WARPS = 8  # 16 partial sums a thread
 PROGRAMS_PER_SM = 4
 MAX_SPLITS = 128  # whose partial results are one narrow tile again
+COUNTED = 4096  # entries of non_final_mask that count_kernel counts at once, where programs would not read all of it
+COUNTED_A_WARP = 512  # that are read at once: 16 bytes a lane
 BWD_BLOCK = 2048  # elements of grad_q that a program of 4 warps stores: 16 a thread, half of it if it reads q, too
 BWD_BLOCK_NARROW = 1024  # where each 16 bytes find their own rows
 
@@ -99,6 +101,15 @@ def forward(rows: int, columns: int, share: int, summed: bool) -> Forward:
     tile_rows = 4 * per_warp // block
     tiles = next_power_of_2(cdiv(cdiv(rows, tile_rows), MAX_PROGRAMS))
     return Forward(tile_rows, block, tiles, cdiv(rows, tile_rows * tiles), 4)
+
+
+def counts(rows: int, plan: Forward) -> int:
+    """Programs of count_kernel, or 0 where those of the forward count all entries of non_final_mask themselves.
+
+    That is a load after the other; the launch, and the load of its counts, is as much as four of them.
+    """
+    loads = cdiv(rows, COUNTED_A_WARP * plan.num_warps)
+    return 0 if loads * LOAD <= LAUNCH + LOAD else cdiv(rows, COUNTED)
 
 
 def backward(columns: int, itemsize: int, dense: bool) -> tuple[int, int]:

@@ -7,6 +7,7 @@ td_loss and td_loss_grad, what a row of actions is worth in rows.py; here they m
 import triton
 import triton.language as tl
 
+from .mask import count_before
 from .rows import load_legal, reduce_partials, reduce_tile, row_offset, scalar
 
 
@@ -83,8 +84,9 @@ def td_loss_fwd_kernel(
     td_error, normaliser,  # (n,), (2, n) or None
     grad_q,  # (n, A), contiguous, or None; only with NARROW
     q, actions, rewards, weights,  # (n, A), (n,), (n,), (n,) or None
-    next_q, next_q_online, next_action_mask,  # (n, A), or (m, A) with rank; or None
-    final, rank,  # (n,) or None: 1 = terminated; with rank, the running count of non-final rows: 1 = not terminated
+    next_q, next_q_online, next_action_mask,  # (n, A), or (m, A) with non_final; or None
+    final, non_final,  # (n,) or None: true where the episode terminated; where it did not
+    counts, checked,  # of non_final, see mask.py; (n,) int64 or None: actions, -1 if non_final has not m true entries
     target_q, action_mask,  # (n, A) or None
     next_best, next_aux,  # without NARROW what row_fwd_kernel left: (splits, m)
     policy_best, policy_aux,  # of target_q, (splits, n)
@@ -102,6 +104,7 @@ def td_loss_fwd_kernel(
     LOSS: tl.constexpr, VALUE: tl.constexpr,  # VALUE: of the next state, a KIND of rows.py, or None without next_q
     GAMMA: tl.constexpr, PER_ROW: tl.constexpr, NARROW: tl.constexpr,
     TILES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    COUNTED: tl.constexpr, COUNT_BLOCK: tl.constexpr,  # entries of non_final: of a count, and read at once
     ACC: tl.constexpr, CHOICE_ACC: tl.constexpr,  # of the arithmetic, and of the comparison of next_q_online
 ):  # fmt: skip
     """TD error, loss and, if asked for, gradient of TILES * ROWS rows; one program is the loss in one launch.
@@ -127,6 +130,11 @@ def td_loss_fwd_kernel(
     if cql_alpha is not None:
         pull = scalar(cql_alpha, ACC)
 
+    before = 0
+    fits = True
+    if non_final is not None:
+        true, before = count_before(non_final, counts, tl.program_id(0) * TILES * ROWS, n, COUNTED, COUNT_BLOCK)
+        fits = true == m
     total = tl.zeros([ROWS], ACC)
     # Hoisted out of the loop, its many small invariants would spill.
     for tile in tl.range(0, TILES, disable_licm=True):
@@ -135,6 +143,10 @@ def td_loss_fwd_kernel(
         inside = row < n
 
         action = legal_action(tl.load(actions + row, mask=inside, other=0), A)
+        if non_final is not None:
+            action = tl.where(fits, action, -1)
+            if checked is not None:
+                tl.store(checked + row, action.to(tl.int64), mask=inside)
         legal = inside & (action >= 0)
         taken = tl.load(q + row_offset(row, q_strides) + action.to(tl.int64) * q_stride_action, mask=legal, other=0.0)
         taken = taken.to(ACC)
@@ -168,9 +180,11 @@ def td_loss_fwd_kernel(
         if VALUE is not None:
             live = inside
             next_row = row
-            if rank is not None:
-                live = live & (tl.load(final + row, mask=inside, other=0) != 0)
-                next_row = tl.load(rank + row, mask=inside, other=1).to(tl.int32) - 1
+            if non_final is not None:
+                goes_on = tl.load(non_final + row, mask=inside, other=0).to(tl.int32)
+                live = live & (goes_on != 0)
+                next_row = before + tl.cumsum(goes_on, 0) - 1
+                before += tl.sum(goes_on, 0)
             elif final is not None:
                 live = live & (tl.load(final + row, mask=inside, other=1) == 0)
             there = live & (next_row < m)

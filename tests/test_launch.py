@@ -48,6 +48,19 @@ def test_the_second_launch_sums_one_tile() -> None:
     assert launch.forward(10**6, 18, 1, True).programs == 3907
 
 
+def test_entries_of_the_mask_are_counted_in_the_launch_while_that_is_faster() -> None:
+    """Up to four loads in a row; a counter has 15 bits."""
+    for n in (1, 512, 8192, 8193, 10**6):
+        plan = launch.forward(n, 18, 1, True)
+        loads = launch.cdiv(n, launch.COUNTED_A_WARP * plan.num_warps)
+        assert (launch.counts(n, plan) == 0) == (loads <= 4)
+        assert loads > 4 or n < 2**15
+    assert launch.counts(8192, launch.forward(8192, 18, 1, True)) == 0
+    assert launch.counts(10**6, launch.forward(10**6, 18, 1, True)) == 245
+    assert launch.COUNTED < 2**15
+    assert launch.COUNTED % 16 == 0
+
+
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
 @pytest.mark.parametrize("dense", [False, True])
 def test_a_run_of_the_backward_touches_two_rows(itemsize: int, dense: bool) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import INTERPRETED
+from test_linear import Operations
 from test_loss import compact, dtype_id, make
 
 triton = pytest.importorskip("triton")
@@ -28,8 +29,8 @@ from bench.aot import (  # noqa: E402
     stores_128_bits,
 )
 from bench.machine_code import instructions  # noqa: E402
+from dqn_fused import arguments  # noqa: E402
 from dqn_fused._backends import triton_backend  # noqa: E402
-from dqn_fused.arguments import FLOATS  # noqa: E402
 from dqn_fused.targets import Munchausen, Soft  # noqa: E402
 
 pytestmark = [
@@ -124,13 +125,15 @@ FAMILY = [
 ]
 
 
-@pytest.mark.parametrize(("variant", "case", "dtype"), FAMILY, ids=lambda x: dtype_id(x) if x in FLOATS else x)
+@pytest.mark.parametrize(
+    ("variant", "case", "dtype"), FAMILY, ids=lambda x: dtype_id(x) if x in arguments.FLOATS else x
+)
 def test_machine_code_of_the_family(
     target: Target, compiled: Compiled, variant: str, case: str, dtype: torch.dtype
 ) -> None:
     shape, kernels = CASES[case]
-    arguments, options = family(variant, shape, dtype)
-    launch(arguments, **options)
+    given, options = family(variant, shape, dtype)
+    launch(given, **options)
     assert {name for name, *_ in compiled} - {"sum_kernel"} == kernels
     check(compiled, target, dtype)
 
@@ -183,6 +186,24 @@ def test_variants_compile(target: Target, compiled: Compiled, variant: str, redu
     for name, kernel, *_ in compiled:
         check_resources(name, kernel, target)
         check_instructions(name, kernel, target, float64=False)
+
+
+def test_non_final_mask_is_counted_in_the_launch(
+    target: Target, compiled: Compiled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It took a running sum, a sum, a comparison and a selection: six to eight small kernels before ours."""
+    if target.name != "sm_90":
+        pytest.skip("as on other targets")
+    monkeypatch.setattr(arguments, "looks_at_values", lambda device: False)
+    for shape, kernels in (((32, 18), ["td_loss_fwd"]), ((16384, 18), ["count", "td_loss_fwd", "sum"])):
+        compiled.clear()
+        spec = arguments.check_loss()
+        batch = arguments.check_batch(arguments.Batch(**compact(make(shape)), gamma=0.99), spec)
+        with Operations() as operations:
+            batch = arguments.check_values(batch, 18, batch.next_count, counts_mask=triton_backend.COUNTS_MASK)
+            triton_backend.forward(batch, spec)
+        assert {x for x in operations.names if not x.startswith("empty")} <= {"fill_"}  # of the tests' own
+        assert [name.removesuffix("_kernel") for name, *_ in compiled] == kernels
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 330), (torch.bfloat16, 290)], ids=["float32", "bfloat16"])

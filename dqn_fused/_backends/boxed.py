@@ -14,7 +14,7 @@ def arguments(batch: Batch, spec: LossSpec) -> tuple[object, ...]:
     """Arguments of a general forward op, but for what is its own."""
     (
         q, actions, rewards, next_q, terminated, gamma, non_final_mask,
-        next_q_online, next_action_mask, weights, target_q, action_mask, _,
+        next_q_online, next_action_mask, weights, target_q, action_mask, *_,
     ) = batch  # fmt: skip
     loss, delta, reduction, target, temperature, alpha, clip, cql, cql_alpha = spec
     gammas = None

@@ -18,6 +18,7 @@ __all__ = ["sweep"]
 
 auto_sweep = sweep  # the product is the library's
 CHECKS_CPU = True  # on CUDA a look at the values would cost a synchronisation
+COUNTS_MASK = False
 
 
 def _load(device: str, folder: Path = Path(__file__).parents[1]) -> str | None:
@@ -91,7 +92,7 @@ def _plain_arguments(batch: Batch, spec: LossSpec) -> tuple[object, ...] | None:
     """Arguments of the ops of the plain loss, whose calls are cheaper; None where they will not do."""
     (
         q, actions, rewards, next_q, terminated, gamma, non_final_mask,
-        next_q_online, next_action_mask, weights, target_q, action_mask, _,
+        next_q_online, next_action_mask, weights, target_q, action_mask, *_,
     ) = batch  # fmt: skip
     if spec.loss != "mse" or spec.target != "max" or spec.cql or next_q is None:
         return None

@@ -15,6 +15,7 @@ from dqn_fused._backends.triton_sweep import auto_sweep, sweep
 from dqn_fused.arguments import Batch, LossSpec, accumulation_dtype
 from dqn_fused.autograd import Saved, loss_gradient
 from dqn_fused.kernels import launch
+from dqn_fused.kernels.mask import count_kernel
 from dqn_fused.kernels.rows import row_fwd_kernel
 from dqn_fused.kernels.td_loss import sum_kernel, td_loss_fwd_kernel
 from dqn_fused.kernels.td_loss_bwd import td_loss_bwd_kernel
@@ -28,6 +29,7 @@ OLDEST = (3, 6)
 # differ in the last bit, and both lanes store: which of them comes last is not said.
 OPTIONS = {"enable_fp_fusion": False}
 CHECKS_CPU = False
+COUNTS_MASK = True
 PARTLY = ""
 
 
@@ -112,9 +114,7 @@ def _forward(batch: Batch, spec: LossSpec, grad_q: Tensor | None) -> tuple[Tenso
         return loss_of_td_error(td_error, normaliser, batch, spec), td_error, normaliser
     m = 0 if next_q is None else next_q.shape[:-1].numel()
     next_mask, mask = batch.next_action_mask, batch.action_mask
-    rank, final = None, batch.terminated
-    if batch.non_final_mask is not None:
-        rank, final = batch.non_final_mask.cumsum(0), batch.non_final_mask
+    final, non_final = batch.terminated, batch.non_final_mask
     value, choice, choice_dtype = "max" if spec.target == "max" else "sum_exp", next_q, dtype
     if online is not None:
         value, choice = "argmax", online
@@ -137,8 +137,7 @@ def _forward(batch: Batch, spec: LossSpec, grad_q: Tensor | None) -> tuple[Tenso
         next_partial = policy_partial = q_partial = Partial()
         if not narrow:
             if choice is not None:
-                skip = None if rank is not None else final
-                next_partial = _reduce_rows(choice, next_mask, skip, value, inverse, choice_dtype)
+                next_partial = _reduce_rows(choice, next_mask, final, value, inverse, choice_dtype)
             if target_q is not None:
                 policy_partial = _reduce_rows(target_q, mask, None, "sum_exp", inverse, dtype)
             if spec.cql:
@@ -148,6 +147,7 @@ def _forward(batch: Batch, spec: LossSpec, grad_q: Tensor | None) -> tuple[Tenso
         doubles = any(x is not None and x.element_size() > 4 for x in (q, choice, target_q))
         more = grad_q is not None or value != "max" or spec.cql or next_mask is not None
         plan = launch.forward(n, A if narrow else max(splits), (2 if doubles else 1) * (2 if more else 1), not per_row)
+        counts = None if non_final is None else _counts(non_final, plan)
         loss = torch.empty(
             batch.shape if per_row else () if plan.programs == 1 else plan.programs, dtype=dtype, device=device
         )
@@ -155,7 +155,7 @@ def _forward(batch: Batch, spec: LossSpec, grad_q: Tensor | None) -> tuple[Tenso
             td_loss_fwd_kernel, plan.programs,
             loss, td_error, normaliser, grad_q,
             q, batch.actions, batch.rewards, batch.weights,
-            next_q, online, next_mask, final, rank, target_q, mask,
+            next_q, online, next_mask, final, non_final, counts, batch.checked, target_q, mask,
             next_partial.best, next_partial.aux, policy_partial.best, policy_partial.aux, q_partial.best, q_partial.aux,
             gamma, *_numbers(spec, dtype, device), temperature, inverse, alpha, clip,
             n, m, A, *splits,
@@ -165,6 +165,7 @@ def _forward(batch: Batch, spec: LossSpec, grad_q: Tensor | None) -> tuple[Tenso
             LOSS=spec.loss, VALUE=None if next_q is None else value, GAMMA=gamma_kind,
             PER_ROW=per_row, NARROW=narrow,
             TILES=plan.tiles, ROWS=plan.rows, BLOCK=plan.block,
+            COUNTED=launch.COUNTED, COUNT_BLOCK=launch.COUNTED_A_WARP * plan.num_warps,
             ACC=_ACC[dtype], CHOICE_ACC=_ACC[choice_dtype], num_warps=plan.num_warps,
         )  # fmt: skip
         if not per_row and plan.programs > 1:
@@ -174,6 +175,20 @@ def _forward(batch: Batch, spec: LossSpec, grad_q: Tensor | None) -> tuple[Tenso
                 BLOCK=launch.MAX_PROGRAMS, ACC=_ACC[dtype], num_warps=launch.SUM_WARPS,
             )  # fmt: skip
     return loss, td_error, normaliser
+
+
+def _counts(non_final: Tensor, plan: launch.Forward) -> Tensor | None:
+    """True entries of each part of a mask, where the launch that follows does not count all of them itself."""
+    n = non_final.shape[0]
+    programs = launch.counts(n, plan)
+    if programs == 0:
+        return None
+    counts = torch.empty(programs, dtype=torch.int32, device=non_final.device)
+    run(
+        count_kernel, programs, counts, non_final, n,
+        COUNTED=launch.COUNTED, BLOCK=launch.COUNTED_A_WARP * 4, num_warps=4,
+    )  # fmt: skip
+    return counts
 
 
 def _store_gradient(grad_q: Tensor, grad_loss: Tensor | None, saved: Saved, spec: LossSpec) -> None:
