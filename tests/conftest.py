@@ -1,8 +1,12 @@
 """Which roads run here, and torch.empty poisoned with NaN so that an element nobody wrote shows."""
 
 import importlib
+import importlib.util
 import os
+import shutil
 import sys
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +20,10 @@ from dqn_fused._backends import serving
 sys.path.append(str(Path(__file__).parents[1]))
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+# Triton's PTX for NVIDIA GPUs, executed on the CPU (bench/ptx): where Triton compiles and a C++ compiler builds the engine.
+EXECUTED = not INTERPRETED and importlib.util.find_spec("triton") is not None and shutil.which("g++") is not None
+PTX_TARGETS = ("sm_75", "sm_80", "sm_90", "sm_120")
+PTX_SAMPLE = 12  # one of so many cases is executed by default
 
 
 class Road(NamedTuple):
@@ -32,6 +40,8 @@ def _roads() -> list[object]:
             roads.append(pytest.param(Road(name, "cpu"), id="triton-interpreter", marks=pytest.mark.interpret))
         else:
             roads.append(pytest.param(Road(name, "cpu"), id=f"{name}-cpu"))
+    if EXECUTED:
+        roads.append(pytest.param(Road("triton", "cpu"), id="triton-ptx", marks=pytest.mark.ptx))
     if torch.cuda.is_available() and not INTERPRETED:
         for name in serving(torch.device("cuda")):
             roads.append(pytest.param(Road(name, "cuda"), id=f"{name}-cuda", marks=pytest.mark.gpu))
@@ -43,11 +53,26 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("road", _roads())
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--ptx", choices=["sample", "all", "none"], default="sample", help="cases run on executed PTX")
+    parser.addoption("--ptx-target", choices=PTX_TARGETS, help="GPU that they are compiled for; default: by case")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    every = {"sample": PTX_SAMPLE, "all": 1, "none": 0}[config.getoption("--ptx")]
+    dropped = [x for x in items if x.get_closest_marker("ptx") and not (every and _number(x) % every == 0)]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [x for x in items if x not in set(dropped)]
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA or ROCm device"))
+
+
+def _number(item: pytest.Item) -> int:
+    """The same for a case in every run: what samples it, and chooses its target and schedule."""
+    return zlib.crc32(item.nodeid.encode())
 
 
 @pytest.fixture(autouse=True)
@@ -81,3 +106,28 @@ def fast_interpreter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
         return self.min_max(x[0], np.max) if self.combine_fn is nan_max else reduce(self, x)
 
     monkeypatch.setattr(operations, "apply_impl", apply)
+
+
+@pytest.fixture(autouse=True)
+def execute_ptx(request: pytest.FixtureRequest, poison: None) -> Iterator[None]:
+    """In the cases marked ptx the Triton backend serves CPU tensors: its kernels are compiled for a GPU and executed."""
+    if request.node.get_closest_marker("ptx") is None:
+        yield
+        return
+    from bench.ptx.triton import executing
+
+    number = _number(request.node)
+    target = request.config.getoption("--ptx-target") or PTX_TARGETS[number // PTX_SAMPLE % len(PTX_TARGETS)]
+    with executing(target, seed=number):
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Any:
+    """Skip what the executor leaves out by design: wgmma and tcgen05."""
+    try:
+        return (yield)
+    except NotImplementedError as error:
+        if type(error).__name__ != "NotExecutedError":
+            raise
+        pytest.skip(str(error))
