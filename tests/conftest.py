@@ -20,8 +20,9 @@ from dqn_fused._backends import serving
 sys.path.append(str(Path(__file__).parents[1]))
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
-# Triton's PTX for NVIDIA GPUs, executed on the CPU (bench/ptx): where Triton compiles and a C++ compiler builds the engine.
-EXECUTED = not INTERPRETED and importlib.util.find_spec("triton") is not None and shutil.which("g++") is not None
+# PTX executed on the CPU (bench/ptx) by an engine that g++ builds.
+EXECUTED = not INTERPRETED and shutil.which("g++") is not None
+CUDA_SOURCES = shutil.which("nvcc") is not None and (Path(__file__).parents[1] / "csrc/cuda").is_dir()
 PTX_TARGETS = ("sm_75", "sm_80", "sm_90", "sm_120")
 PTX_SAMPLE = 12  # one of so many cases is executed by default
 
@@ -40,8 +41,10 @@ def _roads() -> list[object]:
             roads.append(pytest.param(Road(name, "cpu"), id="triton-interpreter", marks=pytest.mark.interpret))
         else:
             roads.append(pytest.param(Road(name, "cpu"), id=f"{name}-cpu"))
-    if EXECUTED:
+    if EXECUTED and importlib.util.find_spec("triton") is not None:
         roads.append(pytest.param(Road("triton", "cpu"), id="triton-ptx", marks=pytest.mark.ptx))
+    if EXECUTED and CUDA_SOURCES:
+        roads.append(pytest.param(Road("compiled", "cpu"), id="cuda-ptx", marks=pytest.mark.ptx("cuda")))
     if torch.cuda.is_available() and not INTERPRETED:
         for name in serving(torch.device("cuda")):
             roads.append(pytest.param(Road(name, "cuda"), id=f"{name}-cuda", marks=pytest.mark.gpu))
@@ -110,24 +113,33 @@ def fast_interpreter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
 
 @pytest.fixture(autouse=True)
 def execute_ptx(request: pytest.FixtureRequest, poison: None) -> Iterator[None]:
-    """In the cases marked ptx the Triton backend serves CPU tensors: its kernels are compiled for a GPU and executed."""
-    if request.node.get_closest_marker("ptx") is None:
+    """Serve CPU tensors, in the cases marked ptx, by executing what is compiled for a GPU: Triton's, or csrc/cuda."""
+    marker = request.node.get_closest_marker("ptx")
+    if marker is None:
         yield
         return
-    from bench.ptx.triton import executing
-
     number = _number(request.node)
     target = request.config.getoption("--ptx-target") or PTX_TARGETS[number // PTX_SAMPLE % len(PTX_TARGETS)]
-    with executing(target, seed=number):
-        yield
+    if marker.args == ("cuda",):
+        from bench.ptx import cuda
+
+        target = request.config.getoption("--ptx-target") or "sm_90"  # 20 s of nvcc for each
+        with cuda.executing(target, seed=number):
+            yield
+    else:
+        from bench.ptx import triton
+
+        with triton.executing(target, seed=number):
+            yield
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Any:
-    """Skip what the executor leaves out by design: wgmma and tcgen05."""
+    """Skip what is left out by design: wgmma and tcgen05 by the executor, losses by csrc/cuda."""
     try:
         return (yield)
-    except NotImplementedError as error:
-        if type(error).__name__ != "NotExecutedError":
-            raise
-        pytest.skip(str(error))
+    except (NotImplementedError, RuntimeError) as error:
+        ptx = pyfuncitem.get_closest_marker("ptx") is not None
+        if ptx and (type(error).__name__ == "NotExecutedError" or "cannot serve: on CUDA it has no" in str(error)):
+            pytest.skip(str(error))
+        raise

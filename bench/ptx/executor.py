@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,12 +27,15 @@ class PtxError(RuntimeError):
     """What the executor found wrong; the message names kernel, instruction and thread."""
 
 
+Flags = np.ndarray[Any, np.dtype[np.uint8]]
+
+
 class Range(NamedTuple):
     """Bytes of memory that a kernel may access; written has a flag a byte, None where every one is."""
 
     address: int
     size: int
-    written: Tensor | None = None
+    written: Flags | None = None
 
 
 class Counts(dict[str, int]):
@@ -72,7 +76,7 @@ class Kernel:
         """
         described: list[int] = []
         for address, size, written in ranges:
-            described += [address, size, 0 if written is None else written.data_ptr()]
+            described += [address, size, 0 if written is None else written.ctypes.data]
         message = ctypes.create_string_buffer(MESSAGE)
         values = (ctypes.c_uint64 * (len(MEMORY) + len(CATEGORIES)))()
         done = library().ptx_launch(
@@ -94,19 +98,17 @@ def library() -> ctypes.CDLL:
 
 
 def extent(x: Tensor) -> tuple[int, int]:
-    """Address and size of what a tensor spans, to the 16-byte boundaries around it within its storage.
+    """Address and size of what a tensor spans, and up to 15 bytes behind it within its storage.
 
-    Kernels that start at the boundary before a view are given a view that has been moved there.
+    A launch that reads 16 bytes at a time is given a view that begins at the boundary before the tensor, and so ends as
+    much before its end.
     """
     storage = x.untyped_storage()
-    start, end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
     if x.numel() == 0:
-        return start, 0
+        return x.data_ptr(), 0
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    first = x.data_ptr() // 16 * 16
-    after = -(-(x.data_ptr() + (last + 1) * x.element_size()) // 16) * 16
-    first, after = max(first, start), min(after, end)
-    return first, after - first
+    after = x.data_ptr() + (last + 1) * x.element_size() + 15
+    return x.data_ptr(), min(after, storage.data_ptr() + storage.nbytes()) - x.data_ptr()
 
 
 class Memory:
@@ -116,12 +118,12 @@ class Memory:
     """
 
     def __init__(self) -> None:
-        self.flags: dict[int, tuple[torch.UntypedStorage, Tensor]] = {}
+        self.flags: dict[int, tuple[torch.UntypedStorage, Flags]] = {}
 
     def unwritten(self, x: Tensor) -> None:
         storage = x.untyped_storage()
         if storage.nbytes():
-            self.flags[storage.data_ptr()] = storage, torch.zeros(storage.nbytes(), dtype=torch.uint8)
+            self.flags[storage.data_ptr()] = storage, np.zeros(storage.nbytes(), np.uint8)
 
     def ranges(self, tensors: Iterable[Tensor]) -> list[Range]:
         """What may be accessed through tensors; those that overlap become one."""
@@ -138,6 +140,6 @@ class Memory:
                 merged.append((first, after, storage))
         return [Range(first, after - first, self._written(first, storage)) for first, after, storage in merged]
 
-    def _written(self, first: int, storage: int) -> Tensor | None:
+    def _written(self, first: int, storage: int) -> Flags | None:
         found = self.flags.get(storage)
         return None if found is None else found[1][first - storage :]

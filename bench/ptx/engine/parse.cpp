@@ -117,6 +117,10 @@ class Parser {
       if (found == labels_.end()) throw Fault{"no label " + label};
       kernel_.code[instruction].target = found->second;
     }
+    for (size_t i = 0; i < sources_.size(); ++i) {  // a file may be named behind the kernel
+      const auto file = files_.find(sources_[i].first);
+      if (file != files_.end()) kernel_.code[i].place += ", " + file->second + ":" + sources_[i].second;
+    }
     kernel_.rows = static_cast<int>(next_row_);
     kernel_.predicates = static_cast<int>(next_predicate_);
     return std::move(kernel_);
@@ -168,7 +172,7 @@ class Parser {
       if (text_.compare(at_, std::char_traits<char>::length(name), name) != 0) continue;
       const std::vector<std::string> parts = words(take_line());
       if (parts[0] == ".file" && parts.size() > 2) files_[parts[1]] = base_name(parts.back());
-      if (parts[0] == ".loc" && parts.size() > 2) place_ = files_[parts[1]] + ":" + parts[2];
+      if (parts[0] == ".loc" && parts.size() > 2) file_ = parts[1], source_line_ = parts[2];
       return true;
     }
     return false;
@@ -232,6 +236,7 @@ class Parser {
       skip();
       body_statement();
     }
+    sources_.emplace_back();
     Instr end;  // a kernel may end without ret
     end.op.kind = Kind::EXIT;
     end.text = "}";
@@ -386,7 +391,8 @@ class Parser {
   void instruction(const std::string& text, int line) {
     Instr in;
     in.text = text;
-    in.place = "line " + std::to_string(line) + (place_.empty() ? "" : ", " + place_);
+    in.place = "line " + std::to_string(line);
+    sources_.emplace_back(file_, source_line_);
     std::string rest = text;
     if (rest[0] == '@') {
       in.negated = rest[1] == '!';
@@ -424,7 +430,8 @@ class Parser {
   std::string text_;
   size_t at_ = 0;
   int line_ = 1;
-  std::string place_;
+  std::string file_, source_line_;                            // of the last .loc
+  std::vector<std::pair<std::string, std::string>> sources_;  // of each instruction
   std::map<std::string, std::string> files_;
   Kernel kernel_;
   size_t next_row_ = 0, next_predicate_ = 0;
