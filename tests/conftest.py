@@ -27,6 +27,12 @@ PTX_TARGETS = ("sm_75", "sm_80", "sm_90", "sm_120")
 PTX_SAMPLE = 12  # one of so many cases is executed by default
 
 
+# Where the tests of Triton's kernels themselves run: in the interpreter, on a GPU, or on executed PTX.
+_GPU = torch.cuda.is_available() and not INTERPRETED
+TRITON_DEVICE = "cuda" if _GPU else "cpu"
+TRITON_MARK = pytest.mark.interpret if INTERPRETED else pytest.mark.ptx if EXECUTED and not _GPU else pytest.mark.gpu
+
+
 class Road(NamedTuple):
     """A backend and the device its tensors live on."""
 
@@ -45,7 +51,7 @@ def _roads() -> list[object]:
         roads.append(pytest.param(Road("triton", "cpu"), id="triton-ptx", marks=pytest.mark.ptx))
     if EXECUTED and CUDA_SOURCES:
         roads.append(pytest.param(Road("compiled", "cpu"), id="cuda-ptx", marks=pytest.mark.ptx("cuda")))
-    if torch.cuda.is_available() and not INTERPRETED:
+    if _GPU:
         for name in serving(torch.device("cuda")):
             roads.append(pytest.param(Road(name, "cuda"), id=f"{name}-cuda", marks=pytest.mark.gpu))
     return roads
