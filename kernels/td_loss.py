@@ -269,7 +269,12 @@ def td_loss_fwd_kernel(
 
 @triton.jit(do_not_specialize=["n"])
 def sum_kernel(loss, partial, n, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    """Sum of (n,) partial sums in a fixed order: one program."""
+    """Sum of (n,) partial sums in a fixed order: one program, in a launch of its own.
+
+    A ticket, whose last program would add up, saves that launch, but its counter has to be zero before every launch. It
+    would live in a buffer beside the tensors: by stream it is not safe, since a graph captured on one is replayed on
+    another, beside eager calls; one a call has to be zeroed, which is a launch again.
+    """
     total = tl.zeros([BLOCK], ACC)
     for start in range(0, n, BLOCK):
         i = start + tl.arange(0, BLOCK)

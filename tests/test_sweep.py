@@ -189,19 +189,20 @@ def test_rows_without_a_legal_action(kind: str) -> None:
     assert value.isneginf().tolist() == [True, False, False, True, False, False]
 
 
-def test_precision_is_what_torch_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_precision_is_what_torch_is_told() -> None:
     from dqn_fused._backends import triton_sweep
 
+    matmul = torch.backends.cuda.matmul
     try:
         for level, precision in {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}.items():
             torch.set_float32_matmul_precision(level)
             assert triton_sweep._precision() == precision
-    finally:
         torch.set_float32_matmul_precision("highest")
-    # Where fp32_precision itself was set, there is no level to ask for.
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: (_ for _ in ()).throw(RuntimeError()))
-    assert triton_sweep._precision() == "tf32"
+        matmul.fp32_precision = "tf32"  # for which there is no level: asking for it is an error
+        assert triton_sweep._precision() == "tf32"
+    finally:
+        matmul.fp32_precision = "ieee"
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_ties() -> None:
