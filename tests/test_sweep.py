@@ -189,6 +189,21 @@ def test_rows_without_a_legal_action(kind: str) -> None:
     assert value.isneginf().tolist() == [True, False, False, True, False, False]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_three_products_of_tf32_are_as_good_as_float32(kind: str) -> None:
+    """By the bound of the others, which one product misses by far where tensor cores multiply."""
+    try:
+        torch.set_float32_matmul_precision("high")
+        for shape in ((5, 41, 16), (33, 300, 70)):
+            work = make(*shape, kind)
+            check(work)
+            check(work._replace(mask=legal(*shape[:2]), hidden=work.hidden * 1e3))
+        value = check(work._replace(bias=torch.full_like(work.bias, torch.inf)))
+        assert value.isposinf().all()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_precision_is_what_torch_is_told() -> None:
     from dqn_fused._backends import triton_sweep
 
