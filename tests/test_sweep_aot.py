@@ -109,6 +109,24 @@ def test_more_targets(index: int) -> None:
         check_main_loop(compiled[0].kernel, TENSOR_CORES[extra.name])
 
 
+@pytest.mark.parametrize("sms", [108, 132, 170, 304])
+@pytest.mark.parametrize("m", [256, 4096, 17024])
+def test_programs_for_other_devices(
+    target: Target,  # noqa: F811
+    compiled: Compiled,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    m: int,
+    sms: int,
+) -> None:
+    """One program a multiprocessor at a time: of those in the last wave few are missing."""
+    if target.name != "sm_90":
+        pytest.skip("the same for all of NVIDIA's")
+    monkeypatch.setattr(aot, "SMS", sms)
+    launch(torch.bfloat16, "highest", "max", 64, m=m)
+    programs = compiled[0].programs
+    assert programs / sms >= 0.86 * -(-programs // sms)
+
+
 def check_main_loop(kernel: Any, multiplies: str) -> None:
     """All of the weight, and of hidden where it is not read once, is loaded 16 bytes at a time within the loop."""
     loop, constants = main_loop(machine_code(kernel), multiplies), kernel.src.constants

@@ -26,7 +26,8 @@ __all__ = ["auto_sweep", "sweep"]
 INTERPRETED = not isinstance(td_loss_fwd_kernel, triton.runtime.JITFunction)
 OLDEST = (3, 6)
 # Of every kernel. A product and a sum that are fused in one lane and not in the one that holds a copy of the same row
-# differ in the last bit, and both lanes store: which of them comes last is not said.
+# differ in the last bit, and both lanes store: which of them comes last is not said. It costs 4 and 9 registers in two
+# of 67 kernels on sm_90, none on sm_80 and gfx942.
 OPTIONS = {"enable_fp_fusion": False}
 CHECKS_CPU = False
 COUNTS_MASK = True
