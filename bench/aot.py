@@ -32,9 +32,14 @@ class Target(NamedTuple):
     target: Any
 
 
-TARGETS = [Target(f"sm_{arch}", GPUTarget("cuda", arch, 32)) for arch in CUDA] + [
-    Target(arch, GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)) for arch in HIP
-]
+def _targets(cuda: list[int], hip: list[str]) -> list[Target]:
+    return [Target(f"sm_{arch}", GPUTarget("cuda", arch, 32)) for arch in cuda] + [
+        Target(arch, GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)) for arch in hip
+    ]
+
+
+TARGETS = _targets(CUDA, HIP)
+MORE_TARGETS = _targets([86, 89], ["gfx90a", "gfx950", "gfx1201"])  # of which a sample is compiled
 
 
 class Launch(NamedTuple):
@@ -73,8 +78,8 @@ def probe_kernel(x):  # type: ignore[no-untyped-def]
 
 @contextmanager
 def targeting(index: int) -> Iterator[str | None]:
-    """Compile for one of TARGETS; yields why this triton cannot."""
-    driver.set_active(StubDriver(1000 + index, TARGETS[index].target))
+    """Compile for one of TARGETS, and MORE_TARGETS behind them; yields why this triton cannot."""
+    driver.set_active(StubDriver(1000 + index, (TARGETS + MORE_TARGETS)[index].target))
     try:
         yield why_not(index)
     finally:
@@ -86,7 +91,7 @@ def targeting(index: int) -> Iterator[str | None]:
 def why_not(index: int) -> str | None:
     """Why this triton compiles nothing at all for a target: too new for it, or a linker is missing."""
     try:
-        probe_kernel.warmup(torch.float32, grid=(1,))
+        probe_kernel.warmup(torch.float32, grid=(1,), **triton_backend.OPTIONS)
     except Exception as error:
         return str(error)
     return None
@@ -107,7 +112,7 @@ def compile_only(found: list[Launch]) -> Callable[..., None]:
     """What takes the place of triton_backend.run: compiles instead of launching."""
 
     def run(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
-        compiled = kernel.warmup(*args, grid=(programs,), **meta)
+        compiled = kernel.warmup(*args, grid=(programs,), **triton_backend.OPTIONS, **meta)
         named = dict(zip(kernel.arg_names, args, strict=False))
         found.append(Launch(kernel.fn.__name__, compiled, programs, named))
 
@@ -130,9 +135,9 @@ def calls(arguments: dict[str, Any], **options: Any) -> dict[str, Callable[[], o
         outputs[:] = triton_backend.forward(batch, spec)
 
     def backward() -> None:
-        _, td_error, log_sum = outputs
+        _, td_error, normaliser = outputs
         grad_loss = torch.ones_like(td_error) if spec.reduction == "none" else torch.ones((), dtype=td_error.dtype)
-        triton_backend.backward(grad_loss, Saved.of(batch, spec, td_error, log_sum), spec)
+        triton_backend.backward(grad_loss, Saved.of(batch, spec, td_error, normaliser), spec)
 
     return {
         "forward": forward,

@@ -139,6 +139,6 @@ def matrix_bytes(launch: aot.Launch) -> int:
     if launch.name == "td_loss_fwd_kernel":
         reduced = any(name in given for name in ("next_best", "policy_best", "q_best"))  # by row_fwd_kernel before
         unread = {"next_q"} if "next_q_online" in given else set[Any]()
-        unread |= set() if "log_sum" in given else {"q"}
+        unread |= set() if "normaliser" in given else {"q"}
         names = ("grad_q",) if reduced else tuple(name for name in names if name not in unread)
     return sum(given[name].numel() * given[name].element_size() for name in names if name in given)

@@ -1,5 +1,5 @@
 // The ops of dqn_fused/_ops.py for a device, which has
-// - run: the forward, if asked for with the gradient; log_sum is filled where options.cql is set,
+// - run: the forward, if asked for with the gradient; normaliser is filled where options.cql is set,
 // - gradient: the backward.
 
 #pragma once
@@ -15,7 +15,7 @@ namespace dqn_fused {
 using Maybe = std::optional<Tensor>;
 
 struct Outputs {
-  Tensor loss, td, log_sum;
+  Tensor loss, td, normaliser;
   Maybe grad_q;
 };
 
@@ -59,7 +59,7 @@ struct Ops {
     Batch b = batch(q, actions, rewards, next_q ? &*next_q : nullptr, terminated, non_final_mask, gammas, gamma);
     extend(b, options, q, next_q_online, next_action_mask, weights, target_q, action_mask);
     Outputs out = Device::run(b, options, q, non_final_mask, check, with_grad);
-    if (!options.cql) out.log_sum = empty({0}, accumulation_type(b.q.values.type), q);
+    if (!options.cql) out.normaliser = empty({0}, accumulation_type(b.q.values.type), q);
     return out;
   }
 
@@ -72,7 +72,7 @@ struct Ops {
     const Options options{reduction, loss, target, delta, temperature, alpha, clip, cql_alpha, cql};
     Outputs out = general(q, actions, rewards, next_q, terminated, non_final_mask, gammas, gamma, next_q_online,
                           next_action_mask, weights, target_q, action_mask, options, check, false);
-    return {std::move(out.loss), std::move(out.td), std::move(out.log_sum)};
+    return {std::move(out.loss), std::move(out.td), std::move(out.normaliser)};
   }
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor> general_td_loss_and_grad(
@@ -84,11 +84,11 @@ struct Ops {
     const Options options{reduction, loss, target, delta, temperature, alpha, clip, cql_alpha, cql};
     Outputs out = general(q, actions, rewards, next_q, terminated, non_final_mask, gammas, gamma, next_q_online,
                           next_action_mask, weights, target_q, action_mask, options, check, true);
-    return {std::move(out.loss), std::move(*out.grad_q), std::move(out.td), std::move(out.log_sum)};
+    return {std::move(out.loss), std::move(*out.grad_q), std::move(out.td), std::move(out.normaliser)};
   }
 
   static Tensor general_td_loss_backward(const Tensor& grad_loss, const Tensor& td, const Tensor& actions,
-                                         const Maybe& weights, const Maybe& log_sum, const Maybe& q,
+                                         const Maybe& weights, const Maybe& normaliser, const Maybe& q,
                                          const Maybe& action_mask, int64_t A, ScalarType type, int64_t loss,
                                          double delta, double cql_alpha, int64_t reduction) {
     Options options;
@@ -97,8 +97,8 @@ struct Ops {
     options.delta = delta;
     options.cql_alpha = cql_alpha;
     Saved s = saved(grad_loss, td, actions, A, type, reduction);
-    extend(s, options, td, type, weights, log_sum, q, action_mask);
-    return Device::gradient(s, options, grad_loss, td, log_sum, type);
+    extend(s, options, td, type, weights, normaliser, q, action_mask);
+    return Device::gradient(s, options, grad_loss, td, normaliser, type);
   }
 
   template <class Library>

@@ -122,6 +122,19 @@ C10_HOST_DEVICE T td_error(const Batch& batch, int64_t i, int64_t action, bool l
   return batch.q.at<T>(i, action) - (live ? reward + batch.gamma<T>(i) * next_value : reward);
 }
 
+// temperature * logsumexp(x / temperature) of a row in two parts, which are not added before a difference is taken: the
+// sum would round away what a row far from zero is about. The largest legal value, NaN where no action is legal, and
+// what the sum adds to it.
+template <class T>
+struct SoftValue {
+  T largest, rest;
+
+  C10_HOST_DEVICE T sum() const { return largest + rest; }
+
+  // Of a value over the sum.
+  C10_HOST_DEVICE T log_policy(T x) const { return (x - largest) - rest; }
+};
+
 // The loss of a TD error; NaN stays NaN.
 template <class T>
 C10_HOST_DEVICE T loss_value(const Options& options, T td) {

@@ -130,7 +130,7 @@ inline void extend(Batch& b, const Options& options, const Tensor& q, const std:
   }
 }
 
-// What a backward is given. With the conservative term q and log_sum, and its mask if there was one.
+// What a backward is given. With the conservative term q and normaliser, and its mask if there was one.
 struct Saved {
   Column actions, weights;
   Matrix q, legal;
@@ -153,7 +153,7 @@ inline Saved saved(const Tensor& grad_loss, const Tensor& td, const Tensor& acti
 }
 
 inline void extend(Saved& s, const Options& options, const Tensor& td, ScalarType type,
-                   const std::optional<Tensor>& weights, const std::optional<Tensor>& log_sum,
+                   const std::optional<Tensor>& weights, const std::optional<Tensor>& normaliser,
                    const std::optional<Tensor>& q, const std::optional<Tensor>& action_mask) {
   const Place place(td);
   if (weights) {
@@ -161,14 +161,14 @@ inline void extend(Saved& s, const Options& options, const Tensor& td, ScalarTyp
     fits(floating(s.weights.type), "weights");
   }
   const bool dense = options.cql_alpha != 0;
-  fits(dense == q.has_value() && dense == log_sum.has_value() && (dense || !action_mask), "q");
+  fits(dense == q.has_value() && dense == normaliser.has_value() && (dense || !action_mask), "q");
   if (!dense) return;
   s.q = matrix("q", *q, place);
   fits(s.q.rows == s.n && s.q.A == s.A && s.q.values.type == type, "q");
   s.legal = beside(s.q, "action_mask", action_mask, place, true, true);
-  fits(place.holds(*log_sum) && log_sum->scalar_type() == td.scalar_type() && log_sum->is_contiguous() &&
-           log_sum->numel() == s.n,
-       "log_sum");
+  fits(place.holds(*normaliser) && normaliser->scalar_type() == td.scalar_type() && normaliser->is_contiguous() &&
+           normaliser->numel() == 2 * s.n,
+       "normaliser");
 }
 
 // The shim itself: torch::stable::empty looks the operator up by name, 1 us a tensor.

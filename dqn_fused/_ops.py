@@ -31,20 +31,20 @@ _library.define(
     "td_loss_backward(Tensor grad_loss, Tensor td_error, Tensor actions, int A, ScalarType dtype, int reduction) "
     "-> Tensor grad_q"
 )
-# log_sum is empty, (0,), without the conservative term. The Triton ops are for torch.compile, which calls a launch from
-# its graph without a look into it, and check no values.
+# normaliser is (2, n), and empty, (0,), without the conservative term. The Triton ops are for torch.compile, which
+# calls a launch from its graph without a look into it, and check no values.
 for _kind, _check in (("general", ", bool check"), ("triton", "")):
     _library.define(
         f"{_kind}_td_loss({GENERAL_BATCH}, {GENERAL_LOSS}, int reduction{_check}) "
-        "-> (Tensor loss, Tensor td_error, Tensor log_sum)"
+        "-> (Tensor loss, Tensor td_error, Tensor normaliser)"
     )
     _library.define(
         f"{_kind}_td_loss_and_grad({GENERAL_BATCH}, {GENERAL_LOSS}, int reduction{_check}) "
-        "-> (Tensor loss, Tensor grad_q, Tensor td_error, Tensor log_sum)"
+        "-> (Tensor loss, Tensor grad_q, Tensor td_error, Tensor normaliser)"
     )
     _library.define(
         f"{_kind}_td_loss_backward(Tensor grad_loss, Tensor td_error, Tensor actions, Tensor? weights, "
-        "Tensor? log_sum, Tensor? q, Tensor? action_mask, int A, ScalarType dtype, int loss, float delta, "
+        "Tensor? normaliser, Tensor? q, Tensor? action_mask, int A, ScalarType dtype, int loss, float delta, "
         "float cql_alpha, int reduction) -> Tensor grad_q"
     )
 # index is empty, (0,), but for the argmax.
@@ -53,8 +53,10 @@ for _kind, _more in (("", ""), ("triton_", ", bool auto")):
         f"{_kind}sweep(Tensor hidden, Tensor weight, Tensor? bias, Tensor? mask, str kind, float temperature{_more}) "
         "-> (Tensor value, Tensor index)"
     )
+# Of torch.compile alone, whose own code for a sum by index adds by atomics on a GPU.
+_library.define("add_rows(Tensor values, Tensor index, int A, ScalarType dtype) -> Tensor")
 NAMES = tuple(f"{kind}td_loss{what}" for kind in ("", "general_", "triton_") for what in ("", "_and_grad", "_backward"))
-for _name in (*NAMES, "sweep", "triton_sweep"):
+for _name in (*NAMES, "sweep", "triton_sweep", "add_rows"):
     # Autograd stops here: TDLoss has the derivative, and loss_and_grad gives it.
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
@@ -85,14 +87,14 @@ def _td_loss_backward(
 def _general_td_loss(q: Tensor, actions: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
     *others, cql, _, reduction = rest
     _on_one_device(q, actions, *others)
-    log_sum = _per_sample(q, actions) if cql else q.new_empty((0,), dtype=_accumulation(q))
-    return _loss(q, actions, reduction), _per_sample(q, actions), log_sum
+    normaliser = q.new_empty((2, actions.shape[0]) if cql else (0,), dtype=_accumulation(q))
+    return _loss(q, actions, reduction), _per_sample(q, actions), normaliser
 
 
 @torch.library.register_fake("dqn_fused::triton_td_loss_and_grad", lib=_library)
 def _general_td_loss_and_grad(q: Tensor, actions: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    loss, td_error, log_sum = _general_td_loss(q, actions, *rest)
-    return loss, q.new_empty((actions.shape[0], q.shape[-1])), td_error, log_sum
+    loss, td_error, normaliser = _general_td_loss(q, actions, *rest)
+    return loss, q.new_empty((actions.shape[0], q.shape[-1])), td_error, normaliser
 
 
 for _name, _fake in (("td_loss", _general_td_loss), ("td_loss_and_grad", _general_td_loss_and_grad)):
@@ -117,6 +119,11 @@ def _sweep(
     m = hidden.shape[0]
     index = hidden.new_empty((m if kind == "argmax" else 0,), dtype=torch.int64)
     return hidden.new_empty((m,), dtype=_accumulation(hidden)), index
+
+
+@torch.library.register_fake("dqn_fused::add_rows", lib=_library)
+def _add_rows(values: Tensor, index: Tensor, A: int, dtype: torch.dtype) -> Tensor:
+    return values.new_empty((A, values.shape[1]), dtype=dtype)
 
 
 def _on_one_device(q: Tensor, *others: object) -> None:
@@ -148,3 +155,4 @@ triton_td_loss_and_grad = torch.ops.dqn_fused.triton_td_loss_and_grad.default
 triton_td_loss_backward = torch.ops.dqn_fused.triton_td_loss_backward.default
 sweep = torch.ops.dqn_fused.sweep.default
 triton_sweep = torch.ops.dqn_fused.triton_sweep.default
+add_rows = torch.ops.dqn_fused.add_rows.default

@@ -26,6 +26,7 @@ from dqn_fused.checks import (
 from dqn_fused.targets import Munchausen, Soft, number
 
 CPU = torch.device("cpu")
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
 
 LOSSES = ("mse", "huber", "smooth_l1")
 REDUCTIONS = ("mean", "sum", "none", "weighted_mean")
@@ -51,11 +52,17 @@ class Batch(NamedTuple):
     target_q: Tensor | None = None  # as q
     action_mask: Tensor | None = None  # as q
     shape: torch.Size = torch.Size((-1,))  # N; before the checks one dimension, of whatever size q has
+    checked: Tensor | None = None  # (n,), to be filled with the actions, -1 if non_final_mask has not m true entries
 
     @property
     def action_count(self) -> int:
         """Number of actions."""
         return self.q.shape[-1]
+
+    @property
+    def saved_actions(self) -> Tensor:
+        """What the backward takes for actions once the forward has run."""
+        return self.actions if self.checked is None else self.checked
 
     @property
     def next_count(self) -> int:
@@ -145,7 +152,7 @@ _PLAIN: dict[tuple[object, ...], LossSpec] = {
 def check_batch(batch: Batch, spec: LossSpec) -> Batch:
     """Check shapes, dtypes and devices and flatten the leading dimensions. Looks at no value (see check_values)."""
     (
-        q, _, _, next_q, _, _, _, next_q_online, next_action_mask, _, target_q, action_mask, _,
+        q, _, _, next_q, _, _, _, next_q_online, next_action_mask, _, target_q, action_mask, *_,
     ) = batch  # fmt: skip
     dense("q", q, FLOATS)
     q_shape, device = q.shape, q.device
@@ -209,7 +216,7 @@ def check_samples(
     batch: Batch, shape: torch.Size, device: torch.device, like: str
 ) -> tuple[Tensor, Tensor, Tensor | None, float | Tensor, Tensor | None, Tensor | None]:
     """Check and flatten what there is one of for each sample: actions, rewards, terminated, gamma, mask, weights."""
-    _, actions, rewards, next_q, terminated, gamma, mask, _, _, weights, _, _, _ = batch
+    _, actions, rewards, next_q, terminated, gamma, mask, _, _, weights, *_ = batch
     actions = per_sample("actions", actions, INTEGERS, shape, device, like)
     if actions.dtype in WIDE_UNSIGNED:
         actions = actions.to(torch.int64)
@@ -275,17 +282,20 @@ def normalise_weights(
     return batch._replace(weights=weights / weights.sum()), spec._replace(reduction="sum")
 
 
-def check_values(batch: Batch, A: int, m: int, next_name: str = "next_q") -> Batch:
+def check_values(batch: Batch, A: int, m: int, next_name: str = "next_q", counts_mask: bool = False) -> Batch:
     """Check what only the values tell: actions inside [0, A), and m true entries in non_final_mask, as next rows.
 
     On the CPU, and on any device under ``DQN_FUSED_CHECK=1``, a violation is an IndexError. Elsewhere looking would
     cost a synchronisation: an illegal action is left to the backend (td is NaN, the gradient row zero), and a wrong
-    mask makes every action illegal. Inside torch.compile nothing is looked at: a raise would break the graph.
+    mask makes every action illegal, if need be in the backend, which then counts_mask. Inside torch.compile nothing is
+    looked at: a raise would break the graph.
     """
     mask = batch.non_final_mask
     if not looks_at_values(batch.actions.device):
         if mask is None:
             return batch
+        if counts_mask and not torch.compiler.is_compiling():
+            return batch._replace(checked=torch.empty_like(batch.actions, dtype=torch.int64))
         return batch._replace(actions=torch.where(mask.sum() == m, batch.actions.to(torch.int64), -1))
     if batch.actions.numel():
         low, high = (int(x) for x in torch.aminmax(batch.actions))
@@ -304,5 +314,7 @@ def check_values(batch: Batch, A: int, m: int, next_name: str = "next_q") -> Bat
 def looks_at_values(device: torch.device) -> bool:
     """Whether check_values looks, so that everything behind it may rely on legal actions."""
     if torch.compiler.is_compiling():
+        return False
+    if device.type == "meta" or torch._C._get_dispatch_mode(_FAKE) is not None:  # shapes without values
         return False
     return device == CPU or os.environ.get("DQN_FUSED_CHECK", "0") not in ("", "0")

@@ -21,19 +21,21 @@ class Saved(NamedTuple):
     td_error: Tensor  # N
     actions: Tensor  # (n,)
     weights: Tensor | None  # (n,)
-    log_sum: Tensor | None  # N, with the conservative term only, as the two below
+    # With the conservative term only, as the two below: (2, N), the largest of the legal q and the log of the sum of
+    # exp(q - largest). Their sum, logsumexp(q), would round exp(q - sum) by |q| eps.
+    normaliser: Tensor | None
     q: Tensor | None  # (n, A) or (outer, inner, A)
     action_mask: Tensor | None  # as q
     q_shape: torch.Size
     q_dtype: torch.dtype
 
     @classmethod
-    def of(cls, batch: Batch, spec: LossSpec, td_error: Tensor, log_sum: Tensor | None) -> "Saved":
+    def of(cls, batch: Batch, spec: LossSpec, td_error: Tensor, normaliser: Tensor | None) -> "Saved":
         """What a backward needs right after the forward of a batch."""
         q, shape = batch.q, torch.Size((*td_error.shape, batch.q.shape[-1]))
         if not spec.dense_gradient:
-            return cls(td_error, batch.actions, batch.weights, None, None, None, shape, q.dtype)
-        return cls(td_error, batch.actions, batch.weights, log_sum, q, batch.action_mask, shape, q.dtype)
+            return cls(td_error, batch.saved_actions, batch.weights, None, None, None, shape, q.dtype)
+        return cls(td_error, batch.saved_actions, batch.weights, normaliser, q, batch.action_mask, shape, q.dtype)
 
 
 def td_loss(batch: Batch, spec: LossSpec, backend: ModuleType, q: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -43,8 +45,8 @@ def td_loss(batch: Batch, spec: LossSpec, backend: ModuleType, q: Tensor) -> tup
     if forward_mode and torch.compiler.is_compiling():
         refuse_forward_mode()
     if (q.requires_grad and torch.is_grad_enabled()) or forward_mode:
-        loss, td_error, *log_sum = TDLoss.apply(q, batch, spec, backend)
-        return loss, td_error, log_sum[0] if log_sum else None
+        loss, td_error, *normaliser = TDLoss.apply(q, batch, spec, backend)
+        return loss, td_error, normaliser[0] if normaliser else None
     outputs: tuple[Tensor, Tensor, Tensor | None] = backend.forward(batch, spec)
     return outputs
 
@@ -63,7 +65,7 @@ def refuse_forward_mode() -> NoReturn:
 
 
 class TDLoss(torch.autograd.Function):
-    """(loss, td_error) of a batch, and log_sum if it is asked for; only q receives a gradient.
+    """(loss, td_error) of a batch, and the normaliser if it is asked for; only q receives a gradient.
 
     loss and td_error are differentiable inside the graph. A plain backward runs the backend's kernel; a backward that
     is itself recorded (create_graph) is written in differentiable operations on the saved td_error, whose own
@@ -73,22 +75,22 @@ class TDLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, batch: Batch, spec: LossSpec, backend: ModuleType) -> tuple[Tensor, ...]:
         """Run the backend's forward; save (n,) values."""
-        loss, td_error, log_sum = backend.forward(batch, spec)
-        save(ctx, q, batch, spec, backend, td_error, log_sum)
-        return (loss, td_error) if log_sum is None else (loss, td_error, log_sum)
+        loss, td_error, normaliser = backend.forward(batch, spec)
+        save(ctx, q, batch, spec, backend, td_error, normaliser)
+        return (loss, td_error) if normaliser is None else (loss, td_error, normaliser)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:
         """Dense gradient of q: zero but for the action taken in each row, and the softmax of the conservative term."""
         grad_loss, grad_td_error, *_ = grads
         q_shape, q_dtype, spec, backend = ctx.about
-        log_sum = q = mask = None
+        normaliser = q = mask = None
         if spec.dense_gradient:
-            td_error, actions, weights, log_sum, q, mask = ctx.saved_tensors
+            td_error, actions, weights, normaliser, q, mask = ctx.saved_tensors
         else:
             td_error, actions, *given = ctx.saved_tensors
             weights = given[0] if given else None
-        saved = Saved(td_error, actions, weights, log_sum, q, mask, q_shape, q_dtype)
+        saved = Saved(td_error, actions, weights, normaliser, q, mask, q_shape, q_dtype)
         # Traced by torch.compile, grad mode is on and grad_td_error zeros; PyTorch refuses a second order there.
         recorded = torch.is_grad_enabled() or grad_td_error is not None or inside_transform()
         if recorded and not torch.compiler.is_compiling():
@@ -101,19 +103,19 @@ class TDLoss(torch.autograd.Function):
 
 
 def save(
-    ctx: Any, q: Tensor, batch: Batch, spec: LossSpec, backend: ModuleType, td_error: Tensor, log_sum: Tensor | None
+    ctx: Any, q: Tensor, batch: Batch, spec: LossSpec, backend: ModuleType, td_error: Tensor, normaliser: Tensor | None
 ) -> None:
     """Keep (n,) values for the backward, and with the conservative term a reference to q."""
     ctx.set_materialize_grads(False)
     ctx.about = q.shape, q.dtype, spec, backend
     if spec.dense_gradient:
-        ctx.save_for_backward(td_error, batch.actions, batch.weights, log_sum, q, batch.action_mask)
+        ctx.save_for_backward(td_error, batch.saved_actions, batch.weights, normaliser, q, batch.action_mask)
     elif batch.weights is None:
-        ctx.save_for_backward(td_error, batch.actions)
+        ctx.save_for_backward(td_error, batch.saved_actions)
     else:
-        ctx.save_for_backward(td_error, batch.actions, batch.weights)
-    if log_sum is not None:
-        ctx.mark_non_differentiable(log_sum)
+        ctx.save_for_backward(td_error, batch.saved_actions, batch.weights)
+    if normaliser is not None:
+        ctx.mark_non_differentiable(normaliser)
 
 
 def _differentiable_backward(

@@ -96,7 +96,8 @@ def fused_dqn_loss(
 
     Returns:
         The loss, or a tuple of it and what else is asked for, in that order: loss, td_error, cql. All in float32, or in
-        float64 if q is float64.
+        float64 if q is float64. The same call gives the same bits: the same values in the same layout on the same
+        machine, at any number of threads. In another layout they may be added up in another order.
 
     Raises:
         ValueError: a shape, a device or an option does not fit. Nothing is broadcast, no argument is ignored.
@@ -224,28 +225,28 @@ def fused_dqn_loss_and_grad(
         q, actions, rewards, next_q, terminated, gamma, non_final_mask,
         next_q_online, next_action_mask, weights, target_q, action_mask,
     )  # fmt: skip
-    batch, (result, grad_q, td_error, log_sum) = _run(_loss_and_grad, batch, spec, backend, process_group)
+    batch, (result, grad_q, td_error, normaliser) = _run(_loss_and_grad, batch, spec, backend, process_group)
     found = [result, grad_q]
     if return_td_error:
         found.append(td_error)
     if return_cql:
-        found.append(_cql(log_sum, batch))
+        found.append(_cql(normaliser, batch))
     return tuple(found)
 
 
 def _returned(
     batch: Batch, outputs: tuple[Tensor, ...], return_td_error: bool, return_cql: bool
 ) -> Tensor | tuple[Tensor, ...]:
-    result, td_error, log_sum = outputs
+    result, td_error, normaliser = outputs
     if return_cql:
-        cql = _cql(log_sum, batch)
+        cql = _cql(normaliser, batch)
         return (result, apart(td_error), cql) if return_td_error else (result, cql)
     return (result, apart(td_error)) if return_td_error else result
 
 
 @torch.no_grad()
-def _cql(log_sum: Tensor, batch: Batch) -> Tensor:
-    return conservative_term(log_sum, batch)
+def _cql(normaliser: Tensor, batch: Batch) -> Tensor:
+    return conservative_term(normaliser, batch._replace(actions=batch.saved_actions))
 
 
 def _loss_and_grad(batch: Batch, spec: LossSpec, road: ModuleType, q: Tensor) -> tuple[Tensor, ...]:
@@ -286,8 +287,10 @@ def _run(
     except (RuntimeError, AttributeError, TypeError):
         pass
     batch = check_batch(given, spec)
+    road = choose(backend, batch.q.device, spec)
     if not transformed or torch.compiler.is_compiling():
-        batch = check_values(batch, batch.action_count, batch.next_count)
+        counts_mask = road.COUNTS_MASK and not transformed
+        batch = check_values(batch, batch.action_count, batch.next_count, counts_mask=counts_mask)
     if spec.reduction == "weighted_mean":
         batch, spec = normalise_weights(batch, spec, process_group)
-    return batch, what(batch, spec, choose(backend, batch.q.device, spec), q)
+    return batch, what(batch, spec, road, q)

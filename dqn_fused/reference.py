@@ -84,12 +84,12 @@ def dqn_loss(
         batch, spec = normalise_weights(batch, spec, process_group)
     batch = constants(batch)
     td = td_error(batch, spec)
-    sums = log_sum(batch) if spec.cql else None
-    found = [loss_of_td_error(td, sums, batch, spec)]
+    normaliser = normaliser_of(batch) if spec.cql else None
+    found = [loss_of_td_error(td, normaliser, batch, spec)]
     if return_td_error:
         found.append(td.detach())
-    if return_cql and sums is not None:
-        found.append(conservative_term(sums, batch).detach())
+    if return_cql and normaliser is not None:
+        found.append(conservative_term(normaliser, batch).detach())
     return found[0] if len(found) == 1 else tuple(found)
 
 
@@ -107,16 +107,16 @@ def td_error(batch: Batch, spec: LossSpec) -> Tensor:
     return td if legal is None else torch.where(legal.view(batch.shape), td, torch.nan)
 
 
-def loss_of_td_error(td: Tensor, log_sum: Tensor | None, batch: Batch, spec: LossSpec) -> Tensor:
-    """Reduced loss of TD errors, N, and of the sums of CQL, if they are asked for."""
+def loss_of_td_error(td: Tensor, normaliser: Tensor | None, batch: Batch, spec: LossSpec) -> Tensor:
+    """Reduced loss of TD errors, N, and of the normaliser of CQL, (2, N), if it is asked for."""
     if spec.loss == "mse":
         per_sample = td.square()
     elif spec.loss == "huber":
         per_sample = F.huber_loss(td, td.new_zeros(()).expand_as(td), reduction="none", delta=spec.delta)
     else:
         per_sample = F.smooth_l1_loss(td, td.new_zeros(()).expand_as(td), reduction="none", beta=spec.delta)
-    if log_sum is not None and spec.cql_alpha != 0:
-        per_sample = per_sample + spec.cql_alpha * conservative_term(log_sum, batch)
+    if normaliser is not None and spec.cql_alpha != 0:
+        per_sample = per_sample + spec.cql_alpha * conservative_term(normaliser, batch)
     if batch.weights is not None:
         per_sample = per_sample * _cast(batch.weights, td.dtype).view(td.shape)
     if spec.reduction == "none":
@@ -124,17 +124,21 @@ def loss_of_td_error(td: Tensor, log_sum: Tensor | None, batch: Batch, spec: Los
     return per_sample.mean() if spec.reduction == "mean" else per_sample.sum()
 
 
-def log_sum(batch: Batch) -> Tensor:
-    """logsumexp_a q[i, a] over the legal actions, N, differentiable by q; NaN where no action is legal."""
-    q = legal_values(_cast(batch.q, accumulation_dtype(batch.q)), batch.action_mask)
-    value = torch.logsumexp(q, -1).view(batch.shape)
-    return value if batch.action_mask is None else torch.where(value == -torch.inf, torch.nan, value)
+def normaliser_of(batch: Batch) -> Tensor:
+    """logsumexp_a q[i, a] over the legal actions in two parts, (2, N): the largest, NaN where no action is legal, and
+    the log of the sum of exp(q - largest).
+
+    By q the second one is differentiable, and the first a constant: on it their sum does not depend.
+    """
+    q = _cast(batch.q, accumulation_dtype(batch.q))
+    return torch.stack(_soft_value(q, batch.action_mask)).view(2, *batch.shape)
 
 
-def conservative_term(log_sum: Tensor, batch: Batch) -> Tensor:
+def conservative_term(normaliser: Tensor, batch: Batch) -> Tensor:
     """logsumexp_a q[i, a] - q[i, a_i], N, the term of CQL(H) (Kumar et al., 2020); NaN where the action is illegal."""
     taken, legal = _taken(batch, batch.q)
-    term = log_sum - _cast(taken, log_sum.dtype).view(log_sum.shape)
+    largest, rest = normaliser.unbind()
+    term = (largest - _cast(taken, normaliser.dtype).view(largest.shape)) + rest
     return term if legal is None else torch.where(legal.view(term.shape), term, torch.nan)
 
 
@@ -159,7 +163,7 @@ def _next_values(batch: Batch, next_q: Tensor, spec: LossSpec, dtype: torch.dtyp
     """What the next state of each sample is worth, (n,); anything in the rows that non_final_mask leaves out."""
     mask = batch.next_action_mask
     if spec.target != "max":
-        values = _soft_value(_cast(next_q, dtype), mask, spec.temperature).view(-1)
+        values = torch.add(*_soft_value(_cast(next_q, dtype), mask, spec.temperature)).view(-1)
     else:
         best = legal_values(next_q if batch.next_q_online is None else batch.next_q_online, mask)
         if batch.next_q_online is None:
@@ -180,25 +184,29 @@ def _next_values(batch: Batch, next_q: Tensor, spec: LossSpec, dtype: torch.dtyp
     return values[(batch.non_final_mask.cumsum(0) - 1).clamp(0, m - 1)]
 
 
-def _soft_value(x: Tensor, mask: Tensor | None, temperature: float) -> Tensor:
-    """temperature * logsumexp(x / temperature) over the legal actions; NaN where none is legal."""
+def _soft_value(x: Tensor, mask: Tensor | None, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """temperature * logsumexp(x / temperature) over the legal actions in two parts, to be added after any difference.
+
+    The largest of a row, a constant, NaN where no action is legal, and what the sum adds to it.
+    """
     x = legal_values(x, mask)
-    largest = x.amax(-1)
+    largest = x.detach().amax(-1)
     # Differences from the maximum are scaled, not the values: nothing overflows, whatever the temperature.
     difference = x - torch.where(largest.isinf(), 0, largest).unsqueeze(-1)
-    scale = min(1 / temperature, torch.finfo(x.dtype).max)
-    value = largest + temperature * difference.mul_(scale).exp_().sum(-1).log()
-    return value if mask is None else torch.where(largest == -torch.inf, torch.nan, value)
+    if temperature != 1:
+        difference.mul_(min(1 / temperature, torch.finfo(x.dtype).max))
+    rest = temperature * difference.exp_().sum(-1).log()
+    return largest if mask is None else torch.where(largest == -torch.inf, torch.nan, largest), rest
 
 
 def _log_policy(batch: Batch, spec: LossSpec, dtype: torch.dtype) -> Tensor:
     """temperature * log pi(a_i|s_i) of the target network, (n,)."""
     assert batch.target_q is not None
-    value = _soft_value(_cast(batch.target_q, dtype), batch.action_mask, spec.temperature).view(-1)
+    largest, rest = _soft_value(_cast(batch.target_q, dtype), batch.action_mask, spec.temperature)
     taken = _cast(_taken(batch, batch.target_q)[0], dtype)
     if batch.action_mask is not None:
         taken = legal_values(taken, _taken(batch, batch.action_mask)[0])
-    return taken - value
+    return (taken - largest.view(-1)) - rest.view(-1)
 
 
 def _taken(batch: Batch, x: Tensor) -> tuple[Tensor, Tensor | None]:

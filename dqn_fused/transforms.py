@@ -46,8 +46,8 @@ def transformed_td_loss(
         return backend.forward(constants(batch), spec)
     if not looks_at_values(q.device):
         batch = check_values(batch, batch.action_count, batch.next_count)
-    loss, td_error, *log_sum = TransformedTDLoss.apply(q, batch, spec, backend)
-    return loss, td_error, log_sum[0] if log_sum else None
+    loss, td_error, *normaliser = TransformedTDLoss.apply(q, batch, spec, backend)
+    return loss, td_error, normaliser[0] if normaliser else None
 
 
 class TransformedTDLoss(torch.autograd.Function):
@@ -58,14 +58,14 @@ class TransformedTDLoss(torch.autograd.Function):
         """Run the backend's forward, below all transforms."""
         if looks_at_values(q.device):
             batch = check_values(batch, batch.action_count, batch.next_count)
-        loss, td_error, log_sum = backend.forward(batch, spec)
-        return (loss, td_error) if log_sum is None else (loss, td_error, log_sum)
+        loss, td_error, normaliser = backend.forward(batch, spec)
+        return (loss, td_error) if normaliser is None else (loss, td_error, normaliser)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Save what TDLoss saves."""
-        (q, batch, spec, backend), (_, td_error, *log_sum) = inputs, output
-        save(ctx, q, batch, spec, backend, td_error, log_sum[0] if log_sum else None)
+        (q, batch, spec, backend), (_, td_error, *normaliser) = inputs, output
+        save(ctx, q, batch, spec, backend, td_error, normaliser[0] if normaliser else None)
 
     backward = TDLoss.backward
 
@@ -76,12 +76,13 @@ class TransformedTDLoss(torch.autograd.Function):
         q, batch = fold(q, batch, in_dims[0], in_dims[1], info.batch_size)
         each = spec._replace(reduction="none")
         run = transformed_td_loss if inside_transform() else _checked_td_loss
-        loss, td_error, log_sum = run(batch, each, backend, q)
+        loss, td_error, normaliser = run(batch, each, backend, q)
         if spec.reduction != "none":
             loss = loss.reshape(info.batch_size, q.shape[1:-1].numel())
             loss = loss.mean(1) if spec.reduction == "mean" else loss.sum(1)
-        outputs = (loss, td_error) if log_sum is None else (loss, td_error, log_sum)
-        return outputs, (0,) * len(outputs)
+        if normaliser is None:
+            return (loss, td_error), (0, 0)
+        return (loss, td_error, normaliser), (0, 0, 1)
 
 
 def _checked_td_loss(

@@ -14,12 +14,22 @@ WIDE_TILE_BYTES = 8192  # of a matrix that a program of 4 warps holds at once, i
 WIDE_TILE = 2048  # elements, whatever their size: they are widened to float32
 WIDE_TILE_LEAST_BYTES = 4096  # where rows are few: 16 a thread, of which 4 wavefronts of CDNA have 256
 PER_THREAD = 8  # elements of a narrow tile
-SINGLE = 16_384  # padded elements up to which one program of 8 warps does it all, in 8 tiles, against a second launch
+SINGLE_WARPS = 16  # of a program that does it all: 512 threads may have 128 registers each, 1,024 only 64
 ROW_COST = 4  # padded elements that a row counts for at least: action, reward, q[a] and so on are loaded once a row
+MAX_PROGRAMS = 4096  # of td_loss_fwd_kernel, whose partial sums are one tile of sum_kernel
+SUM_WARPS = 8  # 16 partial sums a thread
 PROGRAMS_PER_SM = 4
 MAX_SPLITS = 128  # whose partial results are one narrow tile again
+COUNTED = 4096  # entries of non_final_mask that count_kernel counts at once, where programs would not read all of it
+COUNTED_A_WARP = 512  # that are read at once: 16 bytes a lane
 BWD_BLOCK = 2048  # elements of grad_q that a program of 4 warps stores: 16 a thread, half of it if it reads q, too
-BWD_BLOCK_NARROW = 1024  # where each element finds its own row
+BWD_BLOCK_NARROW = 1024  # where each 16 bytes find their own rows
+
+# Microseconds, of an H100 and its like, from what is published of them; nothing here is measured. Tiles of one program
+# follow each other, and each is a chain: the action is loaded, then q of that action, beside all else of the row.
+LAUNCH = 2.5  # one kernel more on a stream: 2 to 3
+LOAD = 0.7  # from memory, for the next thing to start with
+BARRIER = 0.05  # of a program's warps, and what they exchange through shared memory
 
 
 class Rows(NamedTuple):
@@ -71,22 +81,42 @@ def rows(rows: int, columns: int, itemsize: int, wide: bool, sms: int) -> Rows:
     return Rows(tile_rows, block, splits, chunk, row_tiles * splits)
 
 
-def forward(rows: int, columns: int, share: int) -> Forward:
-    """One program for a small problem, else tiles of several rows; a share of the elements where each is dearer."""
+def modelled(tiles: int, launches: int) -> float:
+    """Microseconds of a narrow forward that leaves most of the device idle: tiles in a row, then the sum, if any."""
+    return launches * LAUNCH + tiles * (2 * LOAD + BARRIER) + (launches - 1) * (LOAD + BARRIER)
+
+
+def forward(rows: int, columns: int, share: int, summed: bool) -> Forward:
+    """One program for a small problem, else tiles of several rows; a share of the elements where each is dearer.
+
+    Where the loss is summed, several programs cost a second launch: as much as 2.3 tiles more of one program, so that
+    one of up to 2 tiles is taken, and not 4.
+    """
     block = next_power_of_2(columns)
     per_warp = 32 * PER_THREAD // share
-    if rows * max(block, ROW_COST) <= SINGLE:
-        tile_rows = max(1, min(next_power_of_2(rows), 8 * per_warp // block))
-        tiles = next_power_of_2(cdiv(rows, tile_rows))  # a power of two: few variants to compile
-        return Forward(tile_rows, block, tiles, 1, max(1, min(8, tile_rows * block // per_warp)))
+    tile_rows = max(1, min(next_power_of_2(rows), SINGLE_WARPS * per_warp // max(block, ROW_COST)))
+    tiles = next_power_of_2(cdiv(rows, tile_rows))  # a power of two: few variants to compile
+    if modelled(tiles, 1) <= modelled(1, 2 if summed else 1):
+        return Forward(tile_rows, block, tiles, 1, max(1, min(SINGLE_WARPS, tile_rows * block // per_warp)))
     tile_rows = 4 * per_warp // block
-    return Forward(tile_rows, block, 1, cdiv(rows, tile_rows), 4)
+    tiles = next_power_of_2(cdiv(cdiv(rows, tile_rows), MAX_PROGRAMS))
+    return Forward(tile_rows, block, tiles, cdiv(rows, tile_rows * tiles), 4)
 
 
-def backward(columns: int, itemsize: int, dense: bool) -> tuple[int, bool]:
-    """Elements of a block, and whether a block touches at most two rows."""
+def counts(rows: int, plan: Forward) -> int:
+    """Programs of count_kernel, or 0 where those of the forward count all entries of non_final_mask themselves.
+
+    That is a load after the other; the launch, and the load of its counts, is as much as four of them.
+    """
+    loads = cdiv(rows, COUNTED_A_WARP * plan.num_warps)
+    return 0 if loads * LOAD <= LAUNCH + LOAD else cdiv(rows, COUNTED)
+
+
+def backward(columns: int, itemsize: int, dense: bool) -> tuple[int, int]:
+    """Elements of a block, and of its runs of one or two rows: the whole block, or as many as are stored at once."""
     share = 1 if itemsize <= 4 else 2  # of the registers
     wide = BWD_BLOCK // share // (2 if dense else 1)  # 142 registers on gfx1100, were it not halved
     if wide <= columns:
-        return wide, True
-    return BWD_BLOCK_NARROW // share, False
+        return wide, wide
+    longest = next_power_of_2(columns + 2) // 2  # a power of two, at most columns + 1
+    return BWD_BLOCK_NARROW // share, min(16 // itemsize, longest)

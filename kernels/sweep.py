@@ -64,7 +64,8 @@ def load_legal(mask, stride_row, stride_action, rows, columns, ROWS: tl.constexp
     lane = tl.arange(0, 32)[None, None, :]
     column = tl.arange(0, COLUMNS // 32)[None, :, None] * 32 + lane  # [1, words, 32]
     inside = (row < rows) & (column < columns)
-    legal = tl.load(mask + (row * stride_row + column * stride_action), mask=inside, other=0)
+    offset = row.to(tl.int64) * stride_row + column.to(tl.int64) * stride_action  # a view's strides have no bound
+    legal = tl.load(mask + offset, mask=inside, other=0)
     return tl.sum((legal != 0).to(tl.int32) << lane, 2)
 
 
@@ -75,14 +76,14 @@ def unpack_legal(words, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return tl.reshape(bits, [ROWS, COLUMNS]) != 0
 
 
-@triton.jit(do_not_specialize=["m", "row_tiles", "chunk"])
+@triton.jit(do_not_specialize=["m", "row_tiles", "group", "chunk"])
 def sweep_fwd_kernel(
     value, index,  # (m,); index with "argmax", else None
     partial, partial_aux,  # (splits, m), instead of value and index where there are several splits
     hidden, weight, bias, mask,  # (m, D), (A, D), (A,) or None, (m, A) or None
     m, A, units,  # units * VEC = D
     hidden_stride, weight_stride_action, weight_stride_feature, bias_stride, mask_stride_row, mask_stride_action,
-    row_tiles, chunk,  # columns of a split, a multiple of COLUMNS
+    row_tiles, group, chunk,  # row tiles of a group; columns of a split, a multiple of COLUMNS
     scale, temperature,
     KIND: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, VEC: tl.constexpr, EVEN: tl.constexpr,
     ONCE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr,
@@ -92,16 +93,20 @@ def sweep_fwd_kernel(
     The first two strides count VEC elements, as units does: spelt as its multiples, so that the compiler sees that rows
     are aligned. EVEN: FEATURES divides D. ONCE: it is no less than D, and the tile of hidden is read once for all.
     """
-    # Rows are the fastest: programs that run together read the same columns of the weight, which is the operand too
-    # large for the cache, and so read it from memory once.
-    first_row = tl.program_id(0) % row_tiles * ROWS
+    # What runs at once is a group of row tiles, the fastest, by all splits: it reads a column of the weight from memory
+    # once, and its rows of hidden stay in the cache.
+    splits = tl.num_programs(0) // row_tiles
+    first_of_group = tl.program_id(0) // (group * splits) * group
+    among_group = tl.program_id(0) - first_of_group * splits
+    size = tl.minimum(row_tiles - first_of_group, group)
+    first_row = (first_of_group + among_group % size) * ROWS
     row = first_row + tl.arange(0, ROWS)  # [rows]
     inside = row < m
-    split = tl.program_id(0) // row_tiles
+    split = among_group // size
     start = split * (chunk // COLUMNS) * COLUMNS
     stop = tl.minimum(start + chunk, A)
     D = units * VEC
-    hidden_row = hidden + row.to(tl.int64)[:, None] * (hidden_stride * VEC)
+    hidden_row = hidden + row.to(tl.int64)[:, None] * hidden_stride * VEC
     best = tl.full([ROWS], float("-inf"), tl.float32)
     aux = tl.zeros([ROWS], tl.int32) + start if KIND == "argmax" else tl.zeros([ROWS], tl.float32)
     scale = tl.full([], scale, tl.float32)
@@ -126,13 +131,12 @@ def sweep_fwd_kernel(
                 words = load_legal(corner, mask_stride_row, mask_stride_action, m - first_row, A - first, ROWS, COLUMNS)
         if not ONCE:
             h = load_features(hidden_row, 1, inside[:, None], feature, D, EVEN, FEATURES).to(OPERAND)
-        weight_row = weight + column.to(tl.int64)[:, None] * (weight_stride_action * VEC)
+        weight_row = weight + column.to(tl.int64)[:, None] * weight_stride_action * VEC
         w = load_features(weight_row, weight_stride_feature, exists[:, None], feature, D, EVEN, FEATURES)
         q = tl.dot(h, tl.trans(w.to(hidden.dtype.element_ty).to(OPERAND)), q, input_precision=PRECISION)
         if last:
             if bias is not None:
-                here = bias + first.to(tl.int64) * bias_stride
-                shift = tl.load(here + tl.arange(0, COLUMNS) * bias_stride, mask=exists, other=0.0)
+                shift = tl.load(bias + column.to(tl.int64) * bias_stride, mask=exists, other=0.0)
                 q += shift.to(tl.float32)[None, :]
             legal = exists[None, :]
             if mask is not None:

@@ -6,6 +6,7 @@ mostly holds one program; 256 columns would be twice that. Its two operands are 
 stage; three stages are 96 KiB, of the 99 KiB that sm_120 and sm_89 have in all.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 from .launch import cdiv, next_power_of_2
@@ -15,6 +16,7 @@ from .launch import cdiv, next_power_of_2
 # cores, have the operands of a step in registers beside the tile, where more of either spills.
 TILES = {
     "nvidia": (128, 128, 128),  # tensor cores
+    "split": (128, 64, 128),  # tensor cores, on three products of halves of float32, which are in registers, too
     "mfma": (128, 128, 128),  # tensor cores of 64 lanes
     "wmma": (64, 64, 64),  # tensor cores of 32 lanes
     "fma": (64, 64, 64),  # none, 128 lanes of NVIDIA's
@@ -22,10 +24,15 @@ TILES = {
     "interpreter": (16, 32, 256),  # small, so that small tests have several
 }
 MASKED_COLUMNS = 64  # rows of a mask begin at any byte and are read by the byte: 64 a thread would spill on Triton 3.6
-# Rows that a tile is rounded up to, and the programs a multiprocessor is given: those of 128 rows one after the other,
-# of others so many at once. Up to 16 rows the weight is read at the rate of the memory whatever multiplies, and its
-# 16 KiB a stage are what is in flight.
-PROGRAMS_PER_SM = {16: 4, 32: 4, 64: 3, 128: 2}
+# Rows that a tile is rounded up to, and the programs that a multiprocessor holds at once. Up to 16 rows the weight is
+# read at the rate of the memory whatever multiplies, and its 16 KiB a stage are what is in flight.
+RESIDENT = {16: 4, 32: 4, 64: 3, 128: 1}
+# What a program takes beside its tiles, in tiles: until its first operands are there, and to reduce the last product.
+FILL = 1
+# Row tiles that run at once: each reads its rows of hidden again for every tile of columns. 32 of 128 rows of 1,024
+# halves are 8 MiB, which stay in the 20 MB of one side of an A100's second-level cache; all of 17,000 rows, 35 MB.
+ROW_TILES_AT_ONCE = 32
+MAX_SPLITS = 64  # of many rows: 256 bytes a row of partial results
 
 
 class Sweep(NamedTuple):
@@ -35,6 +42,7 @@ class Sweep(NamedTuple):
     columns: int  # of a tile
     features: int  # that are multiplied at once
     row_tiles: int
+    group: int  # row tiles whose splits run one after another, before those of the next group
     splits: int
     chunk: int  # columns of a split, a multiple of columns
     num_warps: int
@@ -42,22 +50,38 @@ class Sweep(NamedTuple):
 
 
 def sweep(rows: int, columns: int, features: int, itemsize: int, masked: bool, units: str, sms: int) -> Sweep:
-    """Tiles by what multiplies them, and as many programs as run in a wave or two: each fills its pipeline once."""
+    """Tiles by what multiplies them, dealt out so that the device is left idle least."""
     most_rows, tile_columns, step = TILES[units]
     if masked:
         tile_columns = min(tile_columns, MASKED_COLUMNS)
-    tile_rows = min(next((size for size in PROGRAMS_PER_SM if rows <= size), most_rows), most_rows)
-    row_tiles, tiles = cdiv(rows, tile_rows), cdiv(columns, tile_columns)
-    splits = max(1, min(tiles, PROGRAMS_PER_SM[tile_rows] * sms // max(row_tiles, 1)))
-    chunk = cdiv(tiles, splits) * tile_columns
+    tile_rows = min(next((size for size in RESIDENT if rows <= size), most_rows), most_rows)
+    row_tiles, tiles, at_once = cdiv(rows, tile_rows), cdiv(columns, tile_columns), RESIDENT[tile_rows] * sms
+    splits = best_splits(row_tiles, tiles, at_once)
     return Sweep(
         tile_rows,
         tile_columns,
         max(16, min(next_power_of_2(features), step // itemsize)),
         row_tiles,
-        cdiv(columns, chunk),
-        chunk,
+        max(1, at_once // splits),
+        splits,
+        cdiv(tiles, splits) * tile_columns,
         num_warps=8 if tile_rows == 128 else 4,
         # What the AMD compiler counts as two is one tile in shared memory, of 64 KiB, and the next in registers.
         num_stages=2 if units in ("mfma", "wmma", "valu") else 3,
     )
+
+
+@cache
+def best_splits(row_tiles: int, tiles: int, at_once: int) -> int:
+    """Into how many parts the tiles of columns are split, none of them empty: the least of waves times their length."""
+    fewest = 1 if row_tiles <= ROW_TILES_AT_ONCE else min(cdiv(at_once, ROW_TILES_AT_ONCE), tiles)
+    most = min(tiles, max(MAX_SPLITS, cdiv(2 * at_once, max(row_tiles, 1))))
+    candidates = dict.fromkeys(cdiv(tiles, cdiv(tiles, parts)) for parts in range(fewest, most + 1))
+    return min(candidates, key=lambda parts: cdiv(row_tiles * parts, at_once) * (cdiv(tiles, parts) + FILL))
+
+
+def share(plan: Sweep, columns: int, sms: int) -> float:
+    """Of the tiles that the device could take while the launch runs, those that it does."""
+    at_once, tiles = RESIDENT[plan.rows] * sms, cdiv(columns, plan.columns)
+    waves = cdiv(plan.row_tiles * plan.splits, at_once)
+    return plan.row_tiles * tiles / (at_once * waves * (plan.chunk // plan.columns))

@@ -7,6 +7,7 @@ td_loss and td_loss_grad, what a row of actions is worth in rows.py; here they m
 import triton
 import triton.language as tl
 
+from .mask import count_before
 from .rows import load_legal, reduce_partials, reduce_tile, row_offset, scalar
 
 
@@ -55,19 +56,21 @@ def sample_scale(grad_loss, weights, row, inside, count, PER_ROW: tl.constexpr, 
 
 
 @triton.jit
-def log_sum_exp(best, total, temperature, MASKED: tl.constexpr):
-    """Soft value of a row; NaN where no action is legal."""
-    value = best + temperature * tl.log(total)
+def soft_value(best, total, temperature, MASKED: tl.constexpr):
+    """Soft value of a row in two parts: the maximum, NaN where no action is legal, and what the sum adds to it.
+
+    They are not added before a difference is taken: the sum would round away what a row far from zero is about.
+    """
     if MASKED:
-        value = tl.where(best == float("-inf"), float("nan"), value)
-    return value
+        best = tl.where(best == float("-inf"), float("nan"), best)
+    return best, temperature * tl.log(total)
 
 
 @triton.jit
-def policy_gradient(x, sums, scale, legal):
+def policy_gradient(x, largest, rest, scale, legal):
     """Derivative of the conservative term, scale * softmax(x): NaN where the sum is infinite, 0 where not legal."""
-    sums = tl.where(tl.abs(sums) == float("inf"), float("nan"), sums)
-    return tl.where(legal, tl.exp(x - sums) * scale, 0.0)
+    largest = tl.where(tl.abs(largest) == float("inf"), float("nan"), largest)
+    return tl.where(legal, tl.exp((x - largest) - rest) * scale, 0.0)
 
 
 @triton.jit(
@@ -78,11 +81,12 @@ def policy_gradient(x, sums, scale, legal):
 )  # fmt: skip
 def td_loss_fwd_kernel(
     loss,  # (n,) with PER_ROW, else one sum a program: (programs,)
-    td_error, log_sum,  # (n,), (n,) or None
+    td_error, normaliser,  # (n,), (2, n) or None
     grad_q,  # (n, A), contiguous, or None; only with NARROW
     q, actions, rewards, weights,  # (n, A), (n,), (n,), (n,) or None
-    next_q, next_q_online, next_action_mask,  # (n, A), or (m, A) with rank; or None
-    final, rank,  # (n,) or None: 1 = terminated; with rank, the running count of non-final rows: 1 = not terminated
+    next_q, next_q_online, next_action_mask,  # (n, A), or (m, A) with non_final; or None
+    final, non_final,  # (n,) or None: true where the episode terminated; where it did not
+    counts, checked,  # of non_final, see mask.py; (n,) int64 or None: actions, -1 if non_final has not m true entries
     target_q, action_mask,  # (n, A) or None
     next_best, next_aux,  # without NARROW what row_fwd_kernel left: (splits, m)
     policy_best, policy_aux,  # of target_q, (splits, n)
@@ -100,6 +104,7 @@ def td_loss_fwd_kernel(
     LOSS: tl.constexpr, VALUE: tl.constexpr,  # VALUE: of the next state, a KIND of rows.py, or None without next_q
     GAMMA: tl.constexpr, PER_ROW: tl.constexpr, NARROW: tl.constexpr,
     TILES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    COUNTED: tl.constexpr, COUNT_BLOCK: tl.constexpr,  # entries of non_final: of a count, and read at once
     ACC: tl.constexpr, CHOICE_ACC: tl.constexpr,  # of the arithmetic, and of the comparison of next_q_online
 ):  # fmt: skip
     """TD error, loss and, if asked for, gradient of TILES * ROWS rows; one program is the loss in one launch.
@@ -125,6 +130,11 @@ def td_loss_fwd_kernel(
     if cql_alpha is not None:
         pull = scalar(cql_alpha, ACC)
 
+    before = 0
+    fits = True
+    if non_final is not None:
+        true, before = count_before(non_final, counts, tl.program_id(0) * TILES * ROWS, n, COUNTED, COUNT_BLOCK)
+        fits = true == m
     total = tl.zeros([ROWS], ACC)
     # Hoisted out of the loop, its many small invariants would spill.
     for tile in tl.range(0, TILES, disable_licm=True):
@@ -133,6 +143,10 @@ def td_loss_fwd_kernel(
         inside = row < n
 
         action = legal_action(tl.load(actions + row, mask=inside, other=0), A)
+        if non_final is not None:
+            action = tl.where(fits, action, -1)
+            if checked is not None:
+                tl.store(checked + row, action.to(tl.int64), mask=inside)
         legal = inside & (action >= 0)
         taken = tl.load(q + row_offset(row, q_strides) + action.to(tl.int64) * q_stride_action, mask=legal, other=0.0)
         taken = taken.to(ACC)
@@ -157,7 +171,8 @@ def td_loss_fwd_kernel(
                     mask=legal, other=0,
                 )  # fmt: skip
                 log_policy = tl.where(allowed != 0, log_policy, float("-inf"))
-            log_policy -= log_sum_exp(best, aux, soft, action_mask is not None)
+            largest, rest = soft_value(best, aux, soft, action_mask is not None)
+            log_policy = (log_policy - largest) - rest
             low = scalar(clip, ACC)
             log_policy = tl.where(log_policy < low, low, tl.where(log_policy > 0, 0.0, log_policy))  # NaN stays
             target += scalar(alpha, ACC) * log_policy
@@ -165,9 +180,11 @@ def td_loss_fwd_kernel(
         if VALUE is not None:
             live = inside
             next_row = row
-            if rank is not None:
-                live = live & (tl.load(final + row, mask=inside, other=0) != 0)
-                next_row = tl.load(rank + row, mask=inside, other=1).to(tl.int32) - 1
+            if non_final is not None:
+                goes_on = tl.load(non_final + row, mask=inside, other=0).to(tl.int32)
+                live = live & (goes_on != 0)
+                next_row = before + tl.cumsum(goes_on, 0) - 1
+                before += tl.sum(goes_on, 0)
             elif final is not None:
                 live = live & (tl.load(final + row, mask=inside, other=1) == 0)
             there = live & (next_row < m)
@@ -186,7 +203,8 @@ def td_loss_fwd_kernel(
                     next_row, there, A, scale, VALUE, BLOCK, ACC,
                 )  # fmt: skip
             if VALUE == "sum_exp":
-                value = log_sum_exp(best, aux, soft, next_action_mask is not None)
+                largest, rest = soft_value(best, aux, soft, next_action_mask is not None)
+                value = largest + rest
             else:
                 value = best.to(ACC)
                 if VALUE == "argmax":
@@ -208,17 +226,18 @@ def td_loss_fwd_kernel(
         td = tl.where(legal, taken - target, float("nan"))
         tl.store(td_error + row, td, mask=inside)
         sample = td_loss(td, margin, LOSS)
-        if log_sum is not None:
+        if normaliser is not None:
             if NARROW:
                 best, aux = reduce_tile(
                     q, q_strides, action_mask, mask_strides, row, inside, A, 1.0, "sum_exp", BLOCK, ACC
                 )
             else:
                 best, aux = reduce_partials(q_best, q_aux, q_splits, n, row, inside, 1.0, "sum_exp", BLOCK, ACC)
-            sums = log_sum_exp(best, aux, 1.0, action_mask is not None)
-            tl.store(log_sum + row, sums, mask=inside)
+            largest, rest = soft_value(best, aux, 1.0, action_mask is not None)
+            tl.store(normaliser + row, largest, mask=inside)
+            tl.store(normaliser + n.to(tl.int64) + row, rest, mask=inside)
             if cql_alpha is not None:
-                sample += pull * (sums - taken)
+                sample += pull * ((largest - taken) + rest)
         if weights is not None:
             sample *= tl.load(weights + row, mask=inside, other=0.0).to(ACC)
         if PER_ROW:
@@ -240,7 +259,7 @@ def td_loss_fwd_kernel(
                     mask_offset += column.to(tl.int64)[None, :] * mask_stride_action
                 x, allowed = load_legal(q, action_mask, offset, mask_offset, here, ACC)
                 push = tl.where(legal, upstream * pull, 0.0)
-                gradient += policy_gradient(x, sums[:, None], push[:, None], legal[:, None] & allowed)
+                gradient += policy_gradient(x, largest[:, None], rest[:, None], push[:, None], legal[:, None] & allowed)
             block = grad_q + tl.full([], start, tl.int64) * A  # int64 once a block, int32 within it
             offset = (tl.arange(0, ROWS) * A)[:, None] + column[None, :]
             tl.store(block + offset, gradient.to(grad_q.dtype.element_ty), mask=here)
@@ -250,7 +269,12 @@ def td_loss_fwd_kernel(
 
 @triton.jit(do_not_specialize=["n"])
 def sum_kernel(loss, partial, n, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    """Sum of (n,) partial sums in a fixed order: one program."""
+    """Sum of (n,) partial sums in a fixed order: one program, in a launch of its own.
+
+    A ticket, whose last program would add up, saves that launch, but its counter has to be zero before every launch. It
+    would live in a buffer beside the tensors: by stream it is not safe, since a graph captured on one is replayed on
+    another, beside eager calls; one a call has to be zeroed, which is a launch again.
+    """
     total = tl.zeros([BLOCK], ACC)
     for start in range(0, n, BLOCK):
         i = start + tl.arange(0, BLOCK)

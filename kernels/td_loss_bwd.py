@@ -9,34 +9,38 @@ from .td_loss import legal_action, policy_gradient, sample_scale, td_loss_grad
 
 @triton.jit
 def row_gradient(
-    row, grad_loss, td_error, actions, weights, log_sum, margin, pull, n, A, count,
+    row, grad_loss, td_error, actions, weights, normaliser, margin, pull, n, A, count,
     LOSS: tl.constexpr, PER_ROW: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Action of each row, the gradient there, and scale and sum of the conservative term everywhere."""
+    """Action of each row, the gradient there, and scale and normaliser of the conservative term everywhere."""
     inside = row < n
     action = legal_action(tl.load(actions + row, mask=inside, other=-1), A)
     td = tl.load(td_error + row, mask=inside, other=0.0)
     scale = sample_scale(grad_loss, weights, row, inside, count, PER_ROW, ACC)
-    sums = td
-    if log_sum is not None:
-        sums = tl.load(log_sum + row, mask=inside, other=0.0)
-    return action, scale * (td_loss_grad(td, margin, LOSS) - pull), scale * pull, sums
+    largest = td
+    rest = td
+    if normaliser is not None:
+        largest = tl.load(normaliser + row, mask=inside, other=0.0)
+        rest = tl.load(normaliser + n.to(tl.int64) + row, mask=inside, other=0.0)
+    everywhere = tl.where(inside, scale * pull, 0.0)
+    return action, scale * (td_loss_grad(td, margin, LOSS) - pull), everywhere, largest, rest
 
 
 @triton.jit(do_not_specialize=["n", "count", "q_inner", "mask_inner"])
 def td_loss_bwd_kernel(
     grad_q,  # (n, A), contiguous
     grad_loss, td_error, actions, weights,  # (), (n,) or None for ones, (n,), (n,), (n,) or None
-    log_sum, q, action_mask,  # (n,), (n, A), (n, A) or None: None without the conservative term
+    normaliser, q, action_mask,  # (2, n), (n, A), (n, A) or None: None without the conservative term
     delta, cql_alpha,
     n, A, count,
     q_inner, q_stride_outer, q_stride_inner, q_stride_action,  # None where q is contiguous, too
     mask_inner, mask_stride_outer, mask_stride_inner, mask_stride_action,
-    LOSS: tl.constexpr, PER_ROW: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    LOSS: tl.constexpr, PER_ROW: tl.constexpr, FAR: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One dense store over grad_q as a flat array: every store is aligned.
 
-    With WIDE (A >= BLOCK) a block touches at most two rows, whose actions and gradients are scalars.
+    A block is made of runs of RUN <= A + 1 elements, which touch at most two rows: a division and the values of two
+    rows for each run, not for each element. FAR: n * A is beyond int32, whose division is the cheaper one.
     """
     ACC: tl.constexpr = td_error.dtype.element_ty
     margin = 0.0
@@ -45,36 +49,35 @@ def td_loss_bwd_kernel(
     pull = 0.0
     if cql_alpha is not None:
         pull = scalar(cql_alpha, ACC)
-    start = tl.program_id(0).to(tl.int64) * BLOCK
+    start = tl.program_id(0)
+    if FAR:
+        start = start.to(tl.int64)
+    start = start * BLOCK
     first = start // A
-    column = (start - first * A).to(tl.int32) + tl.arange(0, BLOCK)  # columns, counted from the first row's start
-    if WIDE:
-        second = column >= A
-        a, taken_a, scale_a, sums_a = row_gradient(
-            first, grad_loss, td_error, actions, weights, log_sum, margin, pull, n, A, count, LOSS, PER_ROW, ACC
-        )
-        b, taken_b, scale_b, sums_b = row_gradient(
-            first + 1, grad_loss, td_error, actions, weights, log_sum, margin, pull, n, A, count, LOSS, PER_ROW, ACC
-        )
-        row = first + second
-        column = tl.where(second, column - A, column)
-        action = tl.where(second, b, a)
-        taken = tl.where(second, taken_b, taken_a)
-        scale = tl.where(second, scale_b, scale_a)
-        sums = tl.where(second, sums_b, sums_a)
-    else:
-        row = first + column // A
-        column = column % A
-        action, taken, scale, sums = row_gradient(
-            row, grad_loss, td_error, actions, weights, log_sum, margin, pull, n, A, count, LOSS, PER_ROW, ACC
-        )
-    value = tl.where(column == action, taken, 0.0)
+    column = (start - first * A).to(tl.int32) + tl.arange(0, BLOCK // RUN) * RUN  # [runs], from the first row's start
+    skipped = column // A if RUN < BLOCK else tl.zeros([BLOCK // RUN], tl.int32)
+    row = first + skipped
+    a, taken_a, scale_a, largest_a, rest_a = row_gradient(
+        row, grad_loss, td_error, actions, weights, normaliser, margin, pull, n, A, count, LOSS, PER_ROW, ACC
+    )
+    b, taken_b, scale_b, largest_b, rest_b = row_gradient(
+        row + 1, grad_loss, td_error, actions, weights, normaliser, margin, pull, n, A, count, LOSS, PER_ROW, ACC
+    )
+    column = (column - skipped * A)[:, None] + tl.arange(0, RUN)[None, :]  # [runs, elements]
+    second = column >= A
+    column = tl.where(second, column - A, column)
+    action = tl.where(second, b[:, None], a[:, None])
+    value = tl.where(column == action, tl.where(second, taken_b[:, None], taken_a[:, None]), 0.0)
 
     size = n.to(tl.int64) * A
-    here = start + tl.arange(0, BLOCK)
+    here = (start + tl.arange(0, BLOCK // RUN) * RUN)[:, None] + tl.arange(0, RUN)[None, :]
     q_offset = here
     mask_offset = here
     if cql_alpha is not None:
+        scale = tl.where(second, scale_b[:, None], scale_a[:, None])
+        largest = tl.where(second, largest_b[:, None], largest_a[:, None])
+        rest = tl.where(second, rest_b[:, None], rest_a[:, None])
+        row = row[:, None] + second
         if q_stride_action is not None:
             q_offset = row_offset(row, (q_inner, q_stride_outer, q_stride_inner, q_stride_action))
             q_offset += column.to(tl.int64) * q_stride_action
@@ -85,10 +88,10 @@ def td_loss_bwd_kernel(
     if start + BLOCK <= size:
         if cql_alpha is not None:
             x, allowed = load_legal(q, action_mask, q_offset, mask_offset, None, ACC)
-            value += policy_gradient(x, sums, scale, allowed & (action >= 0))
+            value += policy_gradient(x, largest, rest, scale, allowed & (action >= 0))
         tl.store(grad_q + here, value.to(grad_q.dtype.element_ty))
     else:
         if cql_alpha is not None:
             x, allowed = load_legal(q, action_mask, q_offset, mask_offset, here < size, ACC)
-            value += policy_gradient(x, sums, scale, allowed & (action >= 0))
+            value += policy_gradient(x, largest, rest, scale, allowed & (action >= 0))
         tl.store(grad_q + here, value.to(grad_q.dtype.element_ty), mask=here < size)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from bounds import ARGUMENT, LOG, Arithmetic, LogSum, Number, Values, log_sum
+from bounds import ARGUMENT, EXP, LOG, Arithmetic, LogSum, Number, Values, log_sum
 from torch import Tensor
 
 from dqn_fused import Munchausen, Soft
@@ -88,13 +88,12 @@ def _rho(arithmetic: Arithmetic, td: Number, loss: str, delta: float) -> tuple[N
 
 
 def _policy(arithmetic: Arithmetic, sums: LogSum) -> Values:
-    """Softmax of a row, as exp(x - log_sum)."""
+    """Softmax of a row, as exp(x - largest - log(total)), which keeps its digits however large Q-values are."""
     if not math.isfinite(sums.number.value):
         return Values(np.full_like(sums.powers, math.nan), np.zeros_like(sums.powers))
     unit = arithmetic.unit
     value = sums.powers / sums.total.value
-    log = LOG * math.log(sums.total.value) + abs(sums.number.value)
-    share = sums.total.error / sums.total.value + unit * (log + ARGUMENT)
+    share = sums.total.error / sums.total.value + unit * (LOG * math.log(sums.total.value) + ARGUMENT + EXP)
     return Values(value, value * (sums.errors + share))
 
 

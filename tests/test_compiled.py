@@ -92,9 +92,9 @@ def test_opcheck_of_the_family(name: str, reduction: str) -> None:
     torch.library.opcheck(_ops.general_td_loss, given)
     torch.library.opcheck(_ops.general_td_loss, general_arguments(compacted(arguments), reduction))
     torch.library.opcheck(_ops.general_td_loss_and_grad, given)
-    loss, td, log_sum = _ops.general_td_loss(*given)
+    loss, td, normaliser = _ops.general_td_loss(*given)
     spec, q = described(arguments, reduction)[1], arguments["q"]
-    dense = (log_sum, q, arguments.get("action_mask")) if spec.cql_alpha else (None, None, None)
+    dense = (normaliser, q, arguments.get("action_mask")) if spec.cql_alpha else (None, None, None)
     codes = (_ops.LOSSES[spec.loss], spec.delta, spec.cql_alpha, _ops.REDUCTIONS[reduction])
     torch.library.opcheck(
         _ops.general_td_loss_backward,
@@ -109,8 +109,8 @@ def test_the_general_ops_give_the_bits_of_the_plain_ones() -> None:
     for arguments in (make((40, 70)), make((3, 5000), torch.float64), compact(make((7, 3), torch.bfloat16))):
         for reduction in REDUCTIONS:
             expected = _ops.td_loss_and_grad(*op_arguments(arguments, reduction))
-            *got, log_sum = _ops.general_td_loss_and_grad(*general_arguments({"gamma": 0.99} | arguments, reduction))
-            assert log_sum.shape == (0,)
+            *got, normaliser = _ops.general_td_loss_and_grad(*general_arguments({"gamma": 0.99} | arguments, reduction))
+            assert normaliser.shape == (0,)
             for x, y in zip(got, expected, strict=True):
                 assert torch.equal(x, y)
 
@@ -196,14 +196,14 @@ def test_first_maximum_of_every_length(dtype: torch.dtype) -> None:
 
 @built
 def test_error_of_the_exponential() -> None:
-    """With log_sum 0 and td 0 the conservative gradient is exp(q): 1 ulp of float32 over the whole range."""
+    """With a normaliser and td of 0 the conservative gradient is exp(q): 1 ulp of float32 over the whole range."""
     from dqn_fused import _ops
 
     def exponential(x: Tensor) -> Tensor:
         q = torch.cat([x, torch.zeros(1)]).unsqueeze(0)
         one, zero, action = torch.ones(()), torch.zeros(1), torch.tensor([q.shape[1] - 1])
         rest = (None, q.shape[1], q.dtype, 0, 1.0, 1.0, _ops.REDUCTIONS["sum"])
-        return _ops.general_td_loss_backward(one, zero, action, None, zero, q, *rest)[0, :-1]
+        return _ops.general_td_loss_backward(one, zero, action, None, zero.expand(2, 1).contiguous(), q, *rest)[0, :-1]
 
     x = torch.cat([torch.linspace(-87, 0, 1_000_001), -torch.logspace(-30, 0, 1001)])
     exact = x.double().exp()
@@ -330,11 +330,11 @@ def test_unchecked_values_stay_inside_in_the_family() -> None:
 
     arguments = everything((9, 4)) | {"terminated": torch.zeros(9, dtype=torch.bool)}
     arguments["actions"][2], arguments["actions"][5] = -1, 2**63 - 1
-    loss, grad, td, log_sum = _ops.general_td_loss_and_grad(*general_arguments(arguments, "none", check=False))
+    loss, grad, td, normaliser = _ops.general_td_loss_and_grad(*general_arguments(arguments, "none", check=False))
     bad = torch.isin(torch.arange(9), torch.tensor([2, 5]))
     assert torch.equal(td.isnan(), bad)
     assert torch.equal(loss.isnan(), bad)
-    assert log_sum.isfinite().all()
+    assert normaliser.isfinite().all()
     assert (grad[bad] == 0).all()
     assert (grad[~bad] != 0).any(1).all()
 

@@ -14,6 +14,7 @@ from oracle import eager, oracle
 from test_autograd import Allocations
 from test_loss import dtype_id, shape_id, to_device
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dqn_fused.arguments
 import dqn_fused.reference
@@ -28,7 +29,7 @@ Arguments = dict[str, Any]
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles of actions and of rows in small problems, the last of them not full."""
-    monkeypatch.setattr(head, "TILE", 1)
+    monkeypatch.setattr(head, "TILE", {"cpu": 1})
     monkeypatch.setattr(head, "MIN_COLUMNS", 13)
     monkeypatch.setattr(head, "TILE_ROWS", 5)
 
@@ -296,6 +297,34 @@ def test_gradcheck(road: Road) -> None:
     assert torch.autograd.gradgradcheck(function, learned)
 
 
+class Operations(TorchDispatchMode):
+    """Names of the operations that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        accumulates = func.overloadpacket.__name__.startswith("index_put") and True in args
+        self.names.append(func.overloadpacket.__name__ + (" accumulate" if accumulates else ""))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+def test_no_sum_in_an_order_that_is_not_fixed(road: Road, dtype: torch.dtype) -> None:
+    """What adds by atomics on a GPU. create_graph used index_add, as did the derivative of index_select."""
+    arguments = {k: to_device(x, road.device) for k, x in make((9, 4), dtype=dtype).items()}
+    learned = [arguments[k].requires_grad_() for k in ("hidden", "weight", "bias")]
+    with Operations() as operations:
+        value = fused_linear_dqn_loss(**arguments, backend=road.backend)
+        for create_graph in (True, False):
+            grads = torch.autograd.grad(value, learned, create_graph=create_graph)
+            value = sum(x.float().square().sum() for x in grads)
+    assert not {x for x in operations.names if x.startswith(("index_add", "index_reduce", "scatter_add"))}
+    assert "index_put accumulate" not in operations.names
+    assert "embedding_dense_backward" in operations.names
+
+
 def test_the_same_bits_every_time(road: Road) -> None:
     arguments = make((33, 8))
     first = check(road, arguments)
@@ -332,7 +361,7 @@ def test_module_and_reference(road: Road) -> None:
 @pytest.mark.parametrize("road_sparse", [False, True])
 def test_memory(road: Road, road_sparse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """No matrix of n * A; with sparse gradients nothing of size A at all, and what is held does not grow with A."""
-    monkeypatch.setattr(head, "TILE", 4096)
+    monkeypatch.setattr(head, "TILE", {"cpu": 4096})
     monkeypatch.setattr(head, "MIN_COLUMNS", 64)
     monkeypatch.setattr(head, "TILE_ROWS", 64)
     n, D = 64, 8

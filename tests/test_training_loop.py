@@ -348,8 +348,8 @@ def test_the_ops_that_a_graph_holds(road: Road, name: str) -> None:
     assert boxed.unpack(*given)[1] == spec  # type: ignore[arg-type]
     torch.library.opcheck(_ops.triton_td_loss, given)
     torch.library.opcheck(_ops.triton_td_loss_and_grad, given)
-    loss, td_error, log_sum = _ops.triton_td_loss(*given)
-    saved = Saved.of(batch, spec, td_error, log_sum if spec.cql else None)
+    loss, td_error, normaliser = _ops.triton_td_loss(*given)
+    saved = Saved.of(batch, spec, td_error, normaliser if spec.cql else None)
     torch.library.opcheck(_ops.triton_td_loss_backward, boxed.backward_arguments(torch.ones_like(loss), saved, spec))
 
 

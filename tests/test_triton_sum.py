@@ -1,19 +1,45 @@
-"""The second stage alone: more partial sums than one block of it holds."""
+"""What small tensors do not reach: more partial sums than one block holds, and the arithmetic of large matrices."""
+
+from typing import Any
 
 import pytest
 import torch
-from conftest import INTERPRETED
+from conftest import TRITON_DEVICE, TRITON_MARK
+from test_loss import make
 
 triton = pytest.importorskip("triton")
-DEVICE = "cpu" if INTERPRETED else "cuda"
-pytestmark = pytest.mark.interpret if INTERPRETED else pytest.mark.gpu
+pytestmark = TRITON_MARK
 
 
-@pytest.mark.parametrize("n", [1, 1023, 1024, 1025, 3000])
+@pytest.mark.parametrize("n", [1, 4095, 4096, 4097, 9000])
 def test_sum_of_any_number_of_partial_sums(n: int) -> None:
-    from dqn_fused._backends.triton_backend import SUM_BLOCK, run, sum_kernel, tl
+    from dqn_fused._backends.triton_backend import launch, run, sum_kernel, tl
 
-    partial = torch.randn(n, device=DEVICE)
-    loss = torch.empty((), device=DEVICE)
-    run(sum_kernel, 1, loss, partial, n, BLOCK=SUM_BLOCK, ACC=tl.float32, num_warps=4)
+    partial = torch.randn(n, device=TRITON_DEVICE)
+    loss = torch.empty((), device=TRITON_DEVICE)
+    run(sum_kernel, 1, loss, partial, n, BLOCK=launch.MAX_PROGRAMS, ACC=tl.float32, num_warps=launch.SUM_WARPS)
     torch.testing.assert_close(loss.double(), partial.double().sum(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("cql_alpha", [0.0, 0.5])
+@pytest.mark.parametrize("A", [2, 3, 18, 700])
+def test_the_backward_of_more_than_2_31_elements(A: int, cql_alpha: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its offsets are int64: the same gradient, here of a small matrix."""
+    from dqn_fused import fused_dqn_loss
+    from dqn_fused._backends import triton_backend
+
+    arguments = make((37, A), device=TRITON_DEVICE)
+    q = arguments["q"].requires_grad_()
+
+    def gradient() -> torch.Tensor:
+        return torch.autograd.grad(fused_dqn_loss(**arguments, cql_alpha=cql_alpha, backend="triton"), q)[0]
+
+    expected, run, seen = gradient(), triton_backend.run, []
+
+    def far(*args: Any, **meta: Any) -> None:
+        seen.append(meta.get("FAR"))
+        run(*args, **meta | {"FAR": True} if "FAR" in meta else meta)
+
+    monkeypatch.setattr(triton_backend, "run", far)
+    assert torch.equal(gradient(), expected)
+    assert False in seen

@@ -33,7 +33,7 @@ struct Gradient {
 
   const Saved& saved;
   const Options& options;
-  const T *grad_loss, *td, *log_sum;
+  const T *grad_loss, *td, *normaliser;
   Out* grad_q;
   WritePolicy policy;
 
@@ -47,11 +47,14 @@ struct Gradient {
 
   bool may_take(int64_t i, int64_t action) const { return !saved.legal || saved.legal.template at<bool>(i, action); }
 
+  SoftValue<T> sum_of(int64_t i) const { return {normaliser[i], normaliser[saved.n + i]}; }
+
   // Columns [first, first + n) of row i: the policy of the conservative term.
   void write_policy(int64_t i, int64_t first, int64_t n, T coefficient) const {
     Out* const out = grad_q + i * saved.A + first;
-    if (std::isfinite(log_sum[i])) {
-      policy(row_of(saved.q, saved.legal, i, first, n), log_sum[i], coefficient, out);
+    const SoftValue<T> sum = sum_of(i);
+    if (std::isfinite(sum.largest)) {
+      policy(row_of(saved.q, saved.legal, i, first, n), sum.largest, sum.rest, coefficient, out);
     } else {
       for (int64_t j = 0; j < n; ++j) out[j] = static_cast<Out>(may_take(i, first + j) ? NOT_A_NUMBER : T(0));
     }
@@ -59,7 +62,8 @@ struct Gradient {
 
   T policy_of(int64_t i, int64_t action) const {
     if (!may_take(i, action)) return 0;
-    return std::isfinite(log_sum[i]) ? exponential(saved.q.template at<T>(i, action) - log_sum[i]) : NOT_A_NUMBER;
+    const SoftValue<T> sum = sum_of(i);
+    return std::isfinite(sum.largest) ? exponential(sum.log_policy(saved.q.template at<T>(i, action))) : NOT_A_NUMBER;
   }
 
   // Zeros but for the actions taken. Flat ranges, here and below, so that one long row is shared by the threads too.
@@ -91,13 +95,13 @@ struct Gradient {
 };
 
 template <class T, class Out>
-void write(const Saved& saved, const Options& options, const T* grad_loss, const T* td, const T* log_sum,
+void write(const Saved& saved, const Options& options, const T* grad_loss, const T* td, const T* normaliser,
            const Tensor& grad_q) {
   Out* const out = static_cast<Out*>(grad_q.mutable_data_ptr());
   const bool dense = options.cql_alpha != 0;
   const int64_t size = saved.n * saved.A;
   advise_huge_pages(out, size * static_cast<int64_t>(sizeof(Out)));
-  const Gradient<T, Out> gradient{saved, options, grad_loss, td, log_sum, out, write_policy(grad_q.scalar_type())};
+  const Gradient<T, Out> gradient{saved, options, grad_loss, td, normaliser, out, write_policy(grad_q.scalar_type())};
   for_each_block(size, dense ? 8 : 1, [&](int64_t begin, int64_t end) {
     if (dense)
       gradient.dense(begin, end);
@@ -109,18 +113,18 @@ void write(const Saved& saved, const Options& options, const T* grad_loss, const
 }  // namespace
 
 template <class T>
-void backward(const Saved& saved, const Options& options, const T* grad_loss, const T* td, const T* log_sum,
+void backward(const Saved& saved, const Options& options, const T* grad_loss, const T* td, const T* normaliser,
               const Tensor& grad_q) {
   if constexpr (std::is_same_v<T, double>) {
-    write<T, double>(saved, options, grad_loss, td, log_sum, grad_q);
+    write<T, double>(saved, options, grad_loss, td, normaliser, grad_q);
   } else {
     switch (grad_q.scalar_type()) {
       case ScalarType::Half:
-        return write<T, Half>(saved, options, grad_loss, td, log_sum, grad_q);
+        return write<T, Half>(saved, options, grad_loss, td, normaliser, grad_q);
       case ScalarType::BFloat16:
-        return write<T, BFloat16>(saved, options, grad_loss, td, log_sum, grad_q);
+        return write<T, BFloat16>(saved, options, grad_loss, td, normaliser, grad_q);
       default:
-        return write<T, float>(saved, options, grad_loss, td, log_sum, grad_q);
+        return write<T, float>(saved, options, grad_loss, td, normaliser, grad_q);
     }
   }
 }

@@ -16,11 +16,9 @@ template <class T>
 constexpr T NOT_A_NUMBER = std::numeric_limits<T>::quiet_NaN();
 constexpr double INFINITE = std::numeric_limits<double>::infinity();
 
-// temperature * logsumexp(x / temperature) of a row; NaN where no action is legal.
-template <class T>
-T soft_value(const Summary& row, double temperature, bool masked) {
-  if (std::abs(row.largest) < INFINITE) return static_cast<T>(row.largest + temperature * std::log(row.sum));
-  return masked && row.largest == -INFINITE ? NOT_A_NUMBER<T> : static_cast<T>(row.largest);
+SoftValue<double> soft_value(const Summary& row, double temperature, bool masked) {
+  if (std::abs(row.largest) < INFINITE) return {row.largest, temperature * std::log(row.sum)};
+  return {masked && row.largest == -INFINITE ? NOT_A_NUMBER<double> : row.largest, 0};
 }
 
 // The rows that are looked at, and what is read from them.
@@ -53,7 +51,7 @@ struct Values {
 
   T next_value(int64_t row) const {
     const Summary found = next(row);
-    if (options.target != MAX) return soft_value<T>(found, options.temperature, next.masked());
+    if (options.target != MAX) return static_cast<T>(soft_value(found, options.temperature, next.masked()).sum());
     if (next.masked() && found.largest == -INFINITE) return NOT_A_NUMBER<T>;
     if (!batch.next_online || found.largest != found.largest) return static_cast<T>(found.largest);
     return batch.next_q.at<T>(row, found.index);
@@ -64,19 +62,22 @@ struct Values {
     if (!policy) return 0;
     const bool known = !batch.legal || batch.legal.at<bool>(i, action);
     const T taken = known ? batch.target_q.at<T>(i, action) : static_cast<T>(-INFINITE);
-    const T log_policy = taken - soft_value<T>(policy(i), options.temperature, policy.masked());
+    const T log_policy = static_cast<T>(soft_value(policy(i), options.temperature, policy.masked()).log_policy(taken));
     const T clip = static_cast<T>(options.clip);
     const T clipped = log_policy < clip ? clip : log_policy > 0 ? T(0) : log_policy;
     return static_cast<T>(options.alpha) * clipped;
   }
 
-  T log_sum(int64_t i) const { return soft_value<T>(conservative(i), 1, conservative.masked()); }
+  SoftValue<T> normaliser(int64_t i) const {
+    const SoftValue<double> found = soft_value(conservative(i), 1, conservative.masked());
+    return {static_cast<T>(found.largest), static_cast<T>(found.rest)};
+  }
 
-  // The loss of a sample; log_sum is NaN where it is not asked for.
-  T loss(int64_t i, int64_t action, T error, T log_sum) const {
+  // The loss of a sample; normaliser is NaN where it is not asked for.
+  T loss(int64_t i, int64_t action, T error, const SoftValue<T>& normaliser) const {
     T value = loss_value(options, error);
     if (options.cql_alpha != 0 && legal(action, batch.q.A))
-      value += static_cast<T>(options.cql_alpha) * (log_sum - batch.q.at<T>(i, action));
+      value -= static_cast<T>(options.cql_alpha) * normaliser.log_policy(batch.q.at<T>(i, action));
     return batch.weights ? value * batch.weights.at<T>(i) : value;
   }
 };
@@ -99,7 +100,7 @@ bool is_plain(const Batch& b, const Options& options) {
 
 // PLAIN spares the plain loss the questions of the others, 5 ns a row, where a row of two actions takes 20.
 template <class T, bool PLAIN>
-bool forward(const Batch& b, const Options& options, T* loss, T* td, T* log_sum) {
+bool forward(const Batch& b, const Options& options, T* loss, T* td, T* normaliser) {
   const int64_t A = b.q.A;
   // A block depends on the shape alone, and its sum is added in its turn: any number of threads gives the same bits.
   const int64_t block_rows = std::max<int64_t>(1, BLOCK / A), blocks = ceil_div(b.n, block_rows);
@@ -132,8 +133,13 @@ bool forward(const Batch& b, const Options& options, T* loss, T* td, T* log_sum)
         td[i] = error;
         T value = error * error;
         if (!PLAIN) {
-          if (options.cql) log_sum[i] = values.log_sum(i);
-          value = values.loss(i, action, error, options.cql ? log_sum[i] : NOT_A_NUMBER<T>);
+          SoftValue<T> sum{NOT_A_NUMBER<T>, 0};
+          if (options.cql) {
+            sum = values.normaliser(i);
+            normaliser[i] = sum.largest;
+            normaliser[b.n + i] = sum.rest;
+          }
+          value = values.loss(i, action, error, sum);
         }
         if (options.reduction == NONE)
           loss[i] = value;
@@ -154,9 +160,9 @@ bool forward(const Batch& b, const Options& options, T* loss, T* td, T* log_sum)
 }  // namespace
 
 template <class T>
-bool forward(const Batch& b, const Options& options, T* loss, T* td, T* log_sum) {
-  return is_plain(b, options) ? forward<T, true>(b, options, loss, td, log_sum)
-                              : forward<T, false>(b, options, loss, td, log_sum);
+bool forward(const Batch& b, const Options& options, T* loss, T* td, T* normaliser) {
+  return is_plain(b, options) ? forward<T, true>(b, options, loss, td, normaliser)
+                              : forward<T, false>(b, options, loss, td, normaliser);
 }
 
 template bool forward(const Batch&, const Options&, float*, float*, float*);

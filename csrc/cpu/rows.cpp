@@ -178,14 +178,15 @@ struct Exponentials {
 
 template <class Stored, class T>
 struct Policy {
-  DQN_FUSED_INLINE static void run(const Row& row, double log_sum, double coefficient, void* out) {
+  DQN_FUSED_INLINE static void run(const Row& row, double largest, double log_total, double coefficient, void* out) {
     T buffer[WIDTH];
     for (int64_t first = 0; first < row.n; first += WIDTH) {
       const int64_t n = row.n - first < WIDTH ? row.n - first : WIDTH;
       const T* const x = block_of<Stored>(row, first, n, buffer);
       Stored* __restrict const y = static_cast<Stored*>(out) + first;
-      const T shift = static_cast<T>(log_sum), factor = static_cast<T>(coefficient);
-      for (int64_t i = 0; i < n; ++i) y[i] = static_cast<Stored>(factor * exponential(x[i] - shift));
+      const SoftValue<T> sum{static_cast<T>(largest), static_cast<T>(log_total)};
+      const T factor = static_cast<T>(coefficient);
+      for (int64_t i = 0; i < n; ++i) y[i] = static_cast<Stored>(factor * exponential(sum.log_policy(x[i])));
     }
   }
 };

@@ -95,8 +95,8 @@ class Rows {
   std::vector<Summary> chunks_;
 };
 
-// out[j] = coefficient * exp(x[j] - log_sum), 0 where an action is illegal; out is of x's dtype.
-using WritePolicy = void (*)(const Row& row, double log_sum, double coefficient, void* out);
+// out[j] = coefficient * exp((x[j] - largest) - log_total), 0 where an action is illegal; out is of x's dtype.
+using WritePolicy = void (*)(const Row& row, double largest, double log_total, double coefficient, void* out);
 
 WritePolicy write_policy(ScalarType type);
 

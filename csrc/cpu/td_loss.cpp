@@ -13,26 +13,26 @@ template <class T>
 Outputs run(const Batch& b, const Options& options, const Tensor& q, bool check, bool with_grad) {
   const ScalarType type = accumulation_type(b.q.values.type);
   Outputs out{empty_loss(options.reduction, b, type, q), empty({b.n}, type, q), {}, {}};
-  if (options.cql) out.log_sum = empty({b.n}, type, q);
+  if (options.cql) out.normaliser = empty({2, b.n}, type, q);
   if (with_grad) out.grad_q = empty({b.n, b.q.A}, b.q.values.type, q);
   const auto data = [](const Tensor& x) { return static_cast<T*>(x.mutable_data_ptr()); };
   T* const td = data(out.td);
-  T* const log_sum = options.cql ? data(out.log_sum) : nullptr;
-  const bool all_legal = forward(b, options, data(out.loss), td, log_sum);
+  T* const normaliser = options.cql ? data(out.normaliser) : nullptr;
+  const bool all_legal = forward(b, options, data(out.loss), td, normaliser);
   // Worded by dqn_fused.arguments.check_values, which the caller then asks.
   STD_TORCH_CHECK(all_legal || !check, "an action outside [0, A), or a non_final_mask that does not fit next_q");
   if (with_grad) {
     const Saved saved{b.actions, b.weights, b.q, b.legal, b.n, b.q.A};
-    backward<T>(saved, options, nullptr, td, log_sum, *out.grad_q);
+    backward<T>(saved, options, nullptr, td, normaliser, *out.grad_q);
   }
   return out;
 }
 
 template <class T>
 void write(const Tensor& grad_q, const Saved& saved, const Options& options, const Tensor& grad_loss, const Tensor& td,
-           const Maybe& log_sum) {
+           const Maybe& normaliser) {
   const auto data = [](const Tensor& x) { return static_cast<const T*>(x.const_data_ptr()); };
-  backward(saved, options, data(grad_loss), data(td), log_sum ? data(*log_sum) : nullptr, grad_q);
+  backward(saved, options, data(grad_loss), data(td), normaliser ? data(*normaliser) : nullptr, grad_q);
 }
 
 struct Cpu {
@@ -43,12 +43,12 @@ struct Cpu {
   }
 
   static Tensor gradient(const Saved& saved, const Options& options, const Tensor& grad_loss, const Tensor& td,
-                         const Maybe& log_sum, ScalarType type) {
+                         const Maybe& normaliser, ScalarType type) {
     Tensor grad_q = empty({saved.n, saved.A}, type, td);
     if (type == ScalarType::Double)
-      write<double>(grad_q, saved, options, grad_loss, td, log_sum);
+      write<double>(grad_q, saved, options, grad_loss, td, normaliser);
     else
-      write<float>(grad_q, saved, options, grad_loss, td, log_sum);
+      write<float>(grad_q, saved, options, grad_loss, td, normaliser);
     return grad_q;
   }
 };

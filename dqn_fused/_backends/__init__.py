@@ -6,10 +6,12 @@ A backend is a module with
 - ``PARTLY: str``: what of it is missing where it can run, and why, or "";
 - ``CHECKS_CPU: bool``: whether on the CPU it refuses by itself, with a RuntimeError, whatever arguments.check_batch and
   check_values would refuse;
+- ``COUNTS_MASK: bool``: whether its forward, where arguments.check_values does not look, counts the true entries of
+  non_final_mask itself and fills batch.checked;
 - ``refuses(device, spec) -> str | None``: why it cannot serve tensors there, or that loss;
-- ``forward(batch, spec) -> (loss, td_error, log_sum)``: loss (), or N for reduction="none"; td_error N; log_sum N if
-  spec.cql, else None: logsumexp of q over the actions; accumulation dtype;
-- ``loss_and_grad(batch, spec) -> (loss, grad_q, td_error, log_sum)``: and the gradient of the sum;
+- ``forward(batch, spec) -> (loss, td_error, normaliser)``: loss (), or N for reduction="none"; td_error N; normaliser
+  (2, N) if spec.cql, else None, as autograd.Saved has it; accumulation dtype;
+- ``loss_and_grad(batch, spec) -> (loss, grad_q, td_error, normaliser)``: and the gradient of the sum;
 - ``backward(grad_loss, saved, spec) -> grad_q``: saved is autograd.Saved; contiguous, every element written;
 - ``sweep(work) -> (value, index)``: as head.sweep, which most take; and ``auto_sweep``, what "auto" takes.
 

@@ -14,7 +14,7 @@ def arguments(batch: Batch, spec: LossSpec) -> tuple[object, ...]:
     """Arguments of a general forward op, but for what is its own."""
     (
         q, actions, rewards, next_q, terminated, gamma, non_final_mask,
-        next_q_online, next_action_mask, weights, target_q, action_mask, _,
+        next_q_online, next_action_mask, weights, target_q, action_mask, *_,
     ) = batch  # fmt: skip
     loss, delta, reduction, target, temperature, alpha, clip, cql, cql_alpha = spec
     gammas = None
@@ -65,9 +65,9 @@ def unpack(
 
 def backward_arguments(grad_loss: Tensor, saved: Saved, spec: LossSpec) -> tuple[object, ...]:
     """Arguments of a general backward op."""
-    td_error, actions, weights, log_sum, q, action_mask, q_shape, q_dtype = saved
+    td_error, actions, weights, normaliser, q, action_mask, q_shape, q_dtype = saved
     return (
-        grad_loss, td_error, actions, weights, log_sum, q, action_mask, q_shape[-1], q_dtype,
+        grad_loss, td_error, actions, weights, normaliser, q, action_mask, q_shape[-1], q_dtype,
         LOSSES[spec.loss], spec.delta, spec.cql_alpha, REDUCTIONS[spec.reduction],
     )  # fmt: skip
 
@@ -76,7 +76,7 @@ def unpack_backward(
     td_error: Tensor,
     actions: Tensor,
     weights: Tensor | None,
-    log_sum: Tensor | None,
+    normaliser: Tensor | None,
     q: Tensor | None,
     action_mask: Tensor | None,
     A: int,
@@ -88,21 +88,21 @@ def unpack_backward(
 ) -> tuple[Saved, LossSpec]:
     """What a backward needs, of the arguments of a general backward op."""
     losses, _, reductions = _NAMES
-    saved = Saved(td_error, actions, weights, log_sum, q, action_mask, torch.Size((actions.shape[0], A)), dtype)
+    saved = Saved(td_error, actions, weights, normaliser, q, action_mask, torch.Size((actions.shape[0], A)), dtype)
     return saved, LossSpec(losses[loss], delta, reductions[reduction], cql=q is not None, cql_alpha=cql_alpha)
 
 
 def shaped_forward(
-    loss: Tensor, td_error: Tensor, log_sum: Tensor | None, batch: Batch, spec: LossSpec
+    loss: Tensor, td_error: Tensor, normaliser: Tensor | None, batch: Batch, spec: LossSpec
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Give the results of a forward op the leading dimensions of the batch."""
     shape = batch.shape
     if not spec.cql:
-        log_sum = None
+        normaliser = None
     if len(shape) != 1:  # 1 us of comparing shapes
         loss, td_error = shaped(loss, shape if spec.reduction == "none" else loss.shape), shaped(td_error, shape)
-        log_sum = None if log_sum is None else shaped(log_sum, shape)
-    return loss, td_error, log_sum
+        normaliser = None if normaliser is None else shaped(normaliser, (2, *shape))
+    return loss, td_error, normaliser
 
 
 def shaped(x: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:

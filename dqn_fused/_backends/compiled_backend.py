@@ -20,6 +20,7 @@ __all__ = ["sweep"]
 auto_sweep = sweep  # the product is the library's
 CAPABILITIES = ("default", "avx2", "avx512")  # instruction sets that the CPU's functions are compiled for
 CHECKS_CPU = True  # on CUDA a look at the values would cost a synchronisation
+COUNTS_MASK = False
 
 
 def _load(device: str, folder: Path = Path(__file__).parents[1]) -> str | None:
@@ -68,13 +69,13 @@ def refuses(device: torch.device, spec: LossSpec) -> str | None:
 
 
 def forward(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return (loss, td_error, log_sum)."""
-    plain, log_sum = _plain_arguments(batch, spec), None
+    """Return (loss, td_error, normaliser)."""
+    plain, normaliser = _plain_arguments(batch, spec), None
     if plain is not None:
         loss, td_error = _ops.td_loss(*plain)
     else:
-        loss, td_error, log_sum = _ops.general_td_loss(*_arguments(batch, spec))
-    return shaped_forward(loss, td_error, log_sum, batch, spec)
+        loss, td_error, normaliser = _ops.general_td_loss(*_arguments(batch, spec))
+    return shaped_forward(loss, td_error, normaliser, batch, spec)
 
 
 def backward(grad_loss: Tensor, saved: Saved, spec: LossSpec) -> Tensor:
@@ -89,23 +90,23 @@ def backward(grad_loss: Tensor, saved: Saved, spec: LossSpec) -> Tensor:
 
 
 def loss_and_grad(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return (loss, grad_q, td_error, log_sum)."""
-    plain, log_sum = _plain_arguments(batch, spec), None
+    """Return (loss, grad_q, td_error, normaliser)."""
+    plain, normaliser = _plain_arguments(batch, spec), None
     if plain is not None:
         loss, grad_q, td_error = _ops.td_loss_and_grad(*plain)
     else:
-        loss, grad_q, td_error, log_sum = _ops.general_td_loss_and_grad(*_arguments(batch, spec))
-    loss, td_error, log_sum = shaped_forward(loss, td_error, log_sum, batch, spec)
+        loss, grad_q, td_error, normaliser = _ops.general_td_loss_and_grad(*_arguments(batch, spec))
+    loss, td_error, normaliser = shaped_forward(loss, td_error, normaliser, batch, spec)
     if len(batch.shape) != 1:
         grad_q = shaped(grad_q, (*batch.shape, grad_q.shape[-1]))
-    return loss, grad_q, td_error, log_sum
+    return loss, grad_q, td_error, normaliser
 
 
 def _plain_arguments(batch: Batch, spec: LossSpec) -> tuple[object, ...] | None:
     """Arguments of the ops of the plain loss, whose calls are cheaper; None where they will not do."""
     (
         q, actions, rewards, next_q, terminated, gamma, non_final_mask,
-        next_q_online, next_action_mask, weights, target_q, action_mask, _,
+        next_q_online, next_action_mask, weights, target_q, action_mask, *_,
     ) = batch  # fmt: skip
     if spec.loss != "mse" or spec.target != "max" or spec.cql or next_q is None:
         return None

@@ -6,12 +6,13 @@ from torch import Tensor
 from dqn_fused.arguments import Batch, LossSpec
 from dqn_fused.autograd import Saved, loss_gradient
 from dqn_fused.head import sweep
-from dqn_fused.reference import log_sum, loss_of_td_error, td_error
+from dqn_fused.reference import loss_of_td_error, normaliser_of, td_error
 
 __all__ = ["sweep"]
 
 auto_sweep = sweep
 CHECKS_CPU = False
+COUNTS_MASK = False
 PARTLY = ""
 
 
@@ -26,10 +27,10 @@ def refuses(device: torch.device, spec: LossSpec) -> str | None:
 
 
 def forward(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return (loss, td_error, log_sum)."""
+    """Return (loss, td_error, normaliser)."""
     td = td_error(batch, spec)
-    sums = log_sum(batch) if spec.cql else None
-    return loss_of_td_error(td, sums, batch, spec), td, sums
+    normaliser = normaliser_of(batch) if spec.cql else None
+    return loss_of_td_error(td, normaliser, batch, spec), td, normaliser
 
 
 def backward(grad_loss: Tensor, saved: Saved, spec: LossSpec) -> Tensor:
@@ -39,7 +40,7 @@ def backward(grad_loss: Tensor, saved: Saved, spec: LossSpec) -> Tensor:
 
 @torch.no_grad()
 def loss_and_grad(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return (loss, grad_q, td_error, log_sum): forward and backward, one after the other."""
-    loss, td, sums = forward(batch, spec)
-    saved = Saved.of(batch, spec, td, sums)
-    return loss, backward(torch.ones((), dtype=td.dtype, device=td.device), saved, spec), td, sums
+    """Return (loss, grad_q, td_error, normaliser): forward and backward, one after the other."""
+    loss, td, normaliser = forward(batch, spec)
+    saved = Saved.of(batch, spec, td, normaliser)
+    return loss, backward(torch.ones((), dtype=td.dtype, device=td.device), saved, spec), td, normaliser

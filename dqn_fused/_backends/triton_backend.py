@@ -15,6 +15,7 @@ from dqn_fused._backends.triton_sweep import auto_sweep, sweep
 from dqn_fused.arguments import Batch, LossSpec, accumulation_dtype
 from dqn_fused.autograd import Saved, loss_gradient
 from dqn_fused.kernels import launch
+from dqn_fused.kernels.mask import count_kernel
 from dqn_fused.kernels.rows import row_fwd_kernel
 from dqn_fused.kernels.td_loss import sum_kernel, td_loss_fwd_kernel
 from dqn_fused.kernels.td_loss_bwd import td_loss_bwd_kernel
@@ -24,8 +25,12 @@ __all__ = ["auto_sweep", "sweep"]
 
 INTERPRETED = not isinstance(td_loss_fwd_kernel, triton.runtime.JITFunction)
 OLDEST = (3, 6)
-SUM_BLOCK = 1024
+# Of every kernel. A product and a sum that are fused in one lane and not in the one that holds a copy of the same row
+# differ in the last bit, and both lanes store: which of them comes last is not said. It costs 4 and 9 registers in two
+# of 67 kernels on sm_90, none on sm_80 and gfx942.
+OPTIONS = {"enable_fp_fusion": False}
 CHECKS_CPU = False
+COUNTS_MASK = True
 PARTLY = ""
 
 
@@ -52,7 +57,7 @@ def refuses(device: torch.device, spec: LossSpec) -> str | None:
 
 
 def forward(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return (loss, td_error, log_sum).
+    """Return (loss, td_error, normaliser).
 
     Up to 64 actions: one launch for a small batch, a second one where several programs share the work. Above, the rows
     of each matrix whose every action counts are reduced first, in a launch of their own.
@@ -74,17 +79,17 @@ def backward(grad_loss: Tensor, saved: Saved, spec: LossSpec) -> Tensor:
 
 
 def loss_and_grad(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return (loss, grad_q, td_error, log_sum): up to 64 actions the forward launch writes grad_q, above one more."""
+    """Return (loss, grad_q, td_error, normaliser): up to 64 actions in the forward launch, above in one more."""
     if torch.compiler.is_compiling():
         return triton_ops.loss_and_grad(batch, spec)
     q = batch.q
     A = q.shape[-1]
     grad_q = torch.empty((*batch.shape, A), dtype=q.dtype, device=q.device)
     narrow = A <= launch.NARROW
-    loss, td_error, log_sum = _forward(batch, spec, grad_q if narrow else None)
+    loss, td_error, normaliser = _forward(batch, spec, grad_q if narrow else None)
     if not narrow:
-        _store_gradient(grad_q, None, Saved.of(batch, spec, td_error, log_sum), spec)
-    return loss, grad_q, td_error, log_sum
+        _store_gradient(grad_q, None, Saved.of(batch, spec, td_error, normaliser), spec)
+    return loss, grad_q, td_error, normaliser
 
 
 class Partial(NamedTuple):
@@ -96,7 +101,7 @@ class Partial(NamedTuple):
 
 
 def _forward(batch: Batch, spec: LossSpec, grad_q: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Loss, TD errors and sums of the conservative term; grad_q is filled if given."""
+    """Loss, TD errors and normaliser of the conservative term; grad_q is filled if given."""
     # A pointer does not carry the lazy minus sign of conj().imag; per-sample tensors lost it when made contiguous.
     q, next_q, online, target_q = (
         None if x is None else x.resolve_neg() for x in (batch.q, batch.next_q, batch.next_q_online, batch.target_q)
@@ -105,14 +110,12 @@ def _forward(batch: Batch, spec: LossSpec, grad_q: Tensor | None) -> tuple[Tenso
     device, dtype = q.device, accumulation_dtype(q)
     n, A = batch.actions.numel(), q.shape[-1]
     td_error = torch.empty(batch.shape, dtype=dtype, device=device)
-    log_sum = torch.empty(batch.shape, dtype=dtype, device=device) if spec.cql else None
+    normaliser = torch.empty((2, *batch.shape), dtype=dtype, device=device) if spec.cql else None
     if n == 0:
-        return loss_of_td_error(td_error, log_sum, batch, spec), td_error, log_sum
+        return loss_of_td_error(td_error, normaliser, batch, spec), td_error, normaliser
     m = 0 if next_q is None else next_q.shape[:-1].numel()
     next_mask, mask = batch.next_action_mask, batch.action_mask
-    rank, final = None, batch.terminated
-    if batch.non_final_mask is not None:
-        rank, final = batch.non_final_mask.cumsum(0), batch.non_final_mask
+    final, non_final = batch.terminated, batch.non_final_mask
     value, choice, choice_dtype = "max" if spec.target == "max" else "sum_exp", next_q, dtype
     if online is not None:
         value, choice = "argmax", online
@@ -135,25 +138,25 @@ def _forward(batch: Batch, spec: LossSpec, grad_q: Tensor | None) -> tuple[Tenso
         next_partial = policy_partial = q_partial = Partial()
         if not narrow:
             if choice is not None:
-                skip = None if rank is not None else final
-                next_partial = _reduce_rows(choice, next_mask, skip, value, inverse, choice_dtype)
+                next_partial = _reduce_rows(choice, next_mask, final, value, inverse, choice_dtype)
             if target_q is not None:
                 policy_partial = _reduce_rows(target_q, mask, None, "sum_exp", inverse, dtype)
             if spec.cql:
                 q_partial = _reduce_rows(q, mask, None, "sum_exp", _number(1.0, dtype, device), dtype)
+        per_row = spec.reduction == "none"
         splits = [partial.splits for partial in (next_partial, policy_partial, q_partial)]
         doubles = any(x is not None and x.element_size() > 4 for x in (q, choice, target_q))
         more = grad_q is not None or value != "max" or spec.cql or next_mask is not None
-        plan = launch.forward(n, A if narrow else max(splits), (2 if doubles else 1) * (2 if more else 1))
-        per_row = spec.reduction == "none"
+        plan = launch.forward(n, A if narrow else max(splits), (2 if doubles else 1) * (2 if more else 1), not per_row)
+        counts = None if non_final is None else _counts(non_final, plan)
         loss = torch.empty(
             batch.shape if per_row else () if plan.programs == 1 else plan.programs, dtype=dtype, device=device
         )
         run(
             td_loss_fwd_kernel, plan.programs,
-            loss, td_error, log_sum, grad_q,
+            loss, td_error, normaliser, grad_q,
             q, batch.actions, batch.rewards, batch.weights,
-            next_q, online, next_mask, final, rank, target_q, mask,
+            next_q, online, next_mask, final, non_final, counts, batch.checked, target_q, mask,
             next_partial.best, next_partial.aux, policy_partial.best, policy_partial.aux, q_partial.best, q_partial.aux,
             gamma, *_numbers(spec, dtype, device), temperature, inverse, alpha, clip,
             n, m, A, *splits,
@@ -163,12 +166,30 @@ def _forward(batch: Batch, spec: LossSpec, grad_q: Tensor | None) -> tuple[Tenso
             LOSS=spec.loss, VALUE=None if next_q is None else value, GAMMA=gamma_kind,
             PER_ROW=per_row, NARROW=narrow,
             TILES=plan.tiles, ROWS=plan.rows, BLOCK=plan.block,
+            COUNTED=launch.COUNTED, COUNT_BLOCK=launch.COUNTED_A_WARP * plan.num_warps,
             ACC=_ACC[dtype], CHOICE_ACC=_ACC[choice_dtype], num_warps=plan.num_warps,
         )  # fmt: skip
         if not per_row and plan.programs > 1:
             partial, loss = loss, torch.empty((), dtype=dtype, device=device)
-            run(sum_kernel, 1, loss, partial, plan.programs, BLOCK=SUM_BLOCK, ACC=_ACC[dtype], num_warps=4)
-    return loss, td_error, log_sum
+            run(
+                sum_kernel, 1, loss, partial, plan.programs,
+                BLOCK=launch.MAX_PROGRAMS, ACC=_ACC[dtype], num_warps=launch.SUM_WARPS,
+            )  # fmt: skip
+    return loss, td_error, normaliser
+
+
+def _counts(non_final: Tensor, plan: launch.Forward) -> Tensor | None:
+    """True entries of each part of a mask, where the launch that follows does not count all of them itself."""
+    n = non_final.shape[0]
+    programs = launch.counts(n, plan)
+    if programs == 0:
+        return None
+    counts = torch.empty(programs, dtype=torch.int32, device=non_final.device)
+    run(
+        count_kernel, programs, counts, non_final, n,
+        COUNTED=launch.COUNTED, BLOCK=launch.COUNTED_A_WARP * 4, num_warps=4,
+    )  # fmt: skip
+    return counts
 
 
 def _store_gradient(grad_q: Tensor, grad_loss: Tensor | None, saved: Saved, spec: LossSpec) -> None:
@@ -177,14 +198,15 @@ def _store_gradient(grad_q: Tensor, grad_loss: Tensor | None, saved: Saved, spec
     if n == 0:
         return
     q = None if saved.q is None else saved.q.resolve_neg()
-    block, wide = launch.backward(A, grad_q.element_size(), dense=q is not None)
+    block, run_length = launch.backward(A, grad_q.element_size(), dense=q is not None)
+    far = n * A > 2**31 - 1 - block
     with _on(td_error.device):
         run(
             td_loss_bwd_kernel, launch.cdiv(n * A, block),
-            grad_q, grad_loss, td_error, saved.actions, saved.weights, saved.log_sum, q, saved.action_mask,
+            grad_q, grad_loss, td_error, saved.actions, saved.weights, saved.normaliser, q, saved.action_mask,
             *_numbers(spec, td_error.dtype, td_error.device),
             n, A, _count(n, spec), *_strides_unless_flat(q), *_strides_unless_flat(saved.action_mask),
-            LOSS=spec.loss, PER_ROW=spec.reduction == "none", WIDE=wide, BLOCK=block, num_warps=4,
+            LOSS=spec.loss, PER_ROW=spec.reduction == "none", FAR=far, RUN=run_length, BLOCK=block, num_warps=4,
         )  # fmt: skip
 
 
@@ -207,7 +229,7 @@ def _numbers(
 
 def run(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
     """Launch a kernel on a one-dimensional grid: grid.y ends at 65,535."""
-    kernel[(programs,)](*args, **meta)
+    kernel[(programs,)](*args, **OPTIONS, **meta)
 
 
 def _reduce_rows(

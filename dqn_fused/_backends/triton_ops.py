@@ -17,9 +17,9 @@ _library = Library("dqn_fused", "IMPL")
 
 
 def forward(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return (loss, td_error, log_sum)."""
-    loss, td_error, log_sum = _ops.triton_td_loss(*boxed.arguments(batch, spec))
-    return boxed.shaped_forward(loss, td_error, log_sum, batch, spec)
+    """Return (loss, td_error, normaliser)."""
+    loss, td_error, normaliser = _ops.triton_td_loss(*boxed.arguments(batch, spec))
+    return boxed.shaped_forward(loss, td_error, normaliser, batch, spec)
 
 
 def backward(grad_loss: Tensor, saved: Saved, spec: LossSpec) -> Tensor:
@@ -28,10 +28,10 @@ def backward(grad_loss: Tensor, saved: Saved, spec: LossSpec) -> Tensor:
 
 
 def loss_and_grad(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return (loss, grad_q, td_error, log_sum)."""
-    loss, grad_q, td_error, log_sum = _ops.triton_td_loss_and_grad(*boxed.arguments(batch, spec))
-    loss, td_error, log_sum = boxed.shaped_forward(loss, td_error, log_sum, batch, spec)
-    return loss, boxed.shaped(grad_q, (*batch.shape, grad_q.shape[-1])), td_error, log_sum
+    """Return (loss, grad_q, td_error, normaliser)."""
+    loss, grad_q, td_error, normaliser = _ops.triton_td_loss_and_grad(*boxed.arguments(batch, spec))
+    loss, td_error, normaliser = boxed.shaped_forward(loss, td_error, normaliser, batch, spec)
+    return loss, boxed.shaped(grad_q, (*batch.shape, grad_q.shape[-1])), td_error, normaliser
 
 
 def sweep(work: Sweep, auto: bool) -> tuple[Tensor, Tensor | None]:
@@ -44,16 +44,16 @@ def _forward(*given: object) -> tuple[Tensor, Tensor, Tensor]:
     from dqn_fused._backends import triton_backend  # which imports this module
 
     batch, spec = boxed.unpack(*given)  # type: ignore[arg-type]
-    loss, td_error, log_sum = triton_backend.forward(batch, spec)
-    return loss, td_error, td_error.new_empty(0) if log_sum is None else log_sum
+    loss, td_error, normaliser = triton_backend.forward(batch, spec)
+    return loss, td_error, td_error.new_empty(0) if normaliser is None else normaliser
 
 
 def _loss_and_grad(*given: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from dqn_fused._backends import triton_backend
 
     batch, spec = boxed.unpack(*given)  # type: ignore[arg-type]
-    loss, grad_q, td_error, log_sum = triton_backend.loss_and_grad(batch, spec)
-    return loss, grad_q, td_error, td_error.new_empty(0) if log_sum is None else log_sum
+    loss, grad_q, td_error, normaliser = triton_backend.loss_and_grad(batch, spec)
+    return loss, grad_q, td_error, td_error.new_empty(0) if normaliser is None else normaliser
 
 
 def _backward(grad_loss: Tensor, *given: object) -> Tensor:

@@ -20,7 +20,7 @@ AUX = {"max": None, "argmax": torch.int32, "soft": torch.float32}  # beside the 
 
 # What pays() reckons with, of an H100. That the ratios of A100 and B200 are within twice of it is all that it needs.
 FLOPS = {"half": 800e12, "tf32": 400e12, "ieee": 50e12}  # a second, of the library
-SHARE = {"half": 0.6, "tf32": 0.6, "ieee": 0.4}  # of that, of a Triton kernel; assumed
+SHARE = {"half": 0.6, "tf32": 0.6, "tf32x3": 0.2, "ieee": 0.4}  # of the library's, of a Triton kernel; assumed
 MEMORY, CACHE = 3e12, 5e12  # bytes a second
 LAUNCH = 5e-6  # seconds until torch has issued one more operation
 OPERATIONS = {"max": 3, "argmax": 7, "soft": 10}  # of head.sweep a tile; a mask adds two
@@ -67,7 +67,7 @@ def sweep(work: Sweep) -> tuple[Tensor, Tensor | None]:
             value, index, partial, aux, hidden, weight, bias, work.mask, m, A, D // vec,
             hidden.stride(0) // vec, weight.stride(0) // vec, weight.stride(1),
             *((None,) if bias is None else bias.stride()), *((None, None) if work.mask is None else work.mask.stride()),
-            plan.row_tiles, plan.chunk, scale, temperature,
+            plan.row_tiles, plan.group, plan.chunk, scale, temperature,
             KIND=kind, OPERAND=operand, PRECISION=precision, VEC=vec,
             EVEN=D % plan.features == 0, ONCE=plan.features >= D,
             ROWS=plan.rows, COLUMNS=plan.columns, FEATURES=plan.features,
@@ -94,26 +94,34 @@ def pays(work: Sweep) -> bool:
 
     Both multiply 2 m A D and read the weight once, whichever takes longer; the kernel multiplies at a share of the
     library's rate. head.sweep writes m A Q-values and reads them again, in the cache, and issues its operations for
-    every tile of them: 15 us for the maxima of 2^20, in which a device that multiplies halves gets to D = 6,000. So the
-    kernel is taken up to about D = 3,000 in half precision, 1,500 in tf32 and 150 in float32 without rounding; up to
-    100 rows always in the former two, since there it is the weight that takes its time.
+    every tile of them: 15 us for the maxima of 2^23. So for the maxima of many rows the kernel is taken up to D = 480
+    in half precision and with one product of tf32, 80 with three and 24 without rounding, and for the soft value up to
+    six times that; up to 128 rows always in the former two, since there it is the weight that takes its time.
     """
     if torch.float64 in (work.hidden.dtype, work.weight.dtype):
         return False
     (m, D), A, itemsize = work.hidden.shape, work.weight.shape[0], work.hidden.element_size()
-    units = "half" if itemsize == 2 else _precision()
+    precision = "half" if itemsize == 2 else _precision()
+    rate = FLOPS["tf32" if precision == "tf32x3" else precision]  # the library's "high" is tf32, too
     masked = 0 if work.mask is None else 2
-    multiply, read = 2 * m * A * D / FLOPS[units], A * D * work.weight.element_size() / MEMORY
-    tiles = cdiv(m, head.TILE_ROWS) * cdiv(min(m, head.TILE_ROWS) * A, head.TILE)
+    multiply, read = 2 * m * A * D / rate, A * D * work.weight.element_size() / MEMORY
+    tiles = cdiv(m, head.TILE_ROWS) * cdiv(min(m, head.TILE_ROWS) * A, head.TILE["cuda"])
     issued = tiles * (OPERATIONS[work.kind] + masked) * LAUNCH
     library = max(multiply, read) + m * A * itemsize * (PASSES[work.kind] + masked) / CACHE
-    return max(multiply / SHARE[units], read) <= max(library, issued)
+    return max(multiply / SHARE[precision], read) <= max(library, issued)
 
 
 def _precision() -> str:
-    # What torch.set_float32_matmul_precision sets: "high" and "medium" are both tf32, as they are to the library.
-    # torch.get_float32_matmul_precision raises where someone has set fp32_precision itself.
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    """What torch.set_float32_matmul_precision says: without rounding, three products of tf32 halves, or one product.
+
+    "high" allows 16 bits of the 24; three products have 21. To the library "high" and "medium" are both tf32.
+    """
+    if torch.backends.cuda.matmul.fp32_precision != "tf32":
+        return "ieee"
+    try:
+        return "tf32x3" if torch.get_float32_matmul_precision() == "high" else "tf32"
+    except RuntimeError:  # where fp32_precision itself was set, which has no level between
+        return "tf32"
 
 
 def _units(dtype: torch.dtype, interpreted: bool) -> tuple[str, str]:
@@ -123,7 +131,8 @@ def _units(dtype: torch.dtype, interpreted: bool) -> tuple[str, str]:
         return "interpreter", precision
     target = triton.runtime.driver.active.get_current_target()
     if target.backend != "hip":
-        return "fma" if dtype is torch.float32 and precision == "ieee" else "nvidia", precision
+        units = {"ieee": "fma", "tf32x3": "split", "tf32": "nvidia"}[precision] if dtype is torch.float32 else "nvidia"
+        return units, precision
     if target.warp_size == 64:
         return "mfma", "ieee"  # float32 has units of its own, and tf32 none that every MI300 compiler knows
     return "valu" if dtype is torch.float32 else "wmma", "ieee"
