@@ -7,6 +7,7 @@ each element has a 64-bit address of its own, ptxas spills or halves the occupan
 in float64 or with anything more than a maximum (grad_q, masks, double DQN, exponentials), beyond 2 with both.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 NARROW = 64  # up to so many actions a row is one tile of td_loss_fwd_kernel; above, row_fwd_kernel reduces it first
@@ -86,6 +87,7 @@ def modelled(tiles: int, launches: int) -> float:
     return launches * LAUNCH + tiles * (2 * LOAD + BARRIER) + (launches - 1) * (LOAD + BARRIER)
 
 
+@lru_cache(1024)  # 2 us otherwise
 def forward(rows: int, columns: int, share: int, summed: bool) -> Forward:
     """One program for a small problem, else tiles of several rows; a share of the elements where each is dearer.
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TRITON_DEVICE, TRITON_MARK
-from test_loss import make
+from test_loss import compact, make
 
 triton = pytest.importorskip("triton")
 pytestmark = TRITON_MARK
@@ -43,3 +43,19 @@ def test_the_backward_of_more_than_2_31_elements(A: int, cql_alpha: float, monke
     monkeypatch.setattr(triton_backend, "run", far)
     assert torch.equal(gradient(), expected)
     assert False in seen
+
+
+@pytest.mark.parametrize("form", [dict, compact], ids=["terminated", "mask"])
+def test_several_tiles_in_each_of_several_programs(form: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the partial sums are capped, here at 4 and not at 4,096."""
+    from dqn_fused import fused_dqn_loss_and_grad
+    from dqn_fused._backends.triton_backend import launch
+
+    arguments = form(make((1000, 18), device=TRITON_DEVICE))
+    expected = fused_dqn_loss_and_grad(**arguments, backend="triton")
+    monkeypatch.setattr(launch, "MAX_PROGRAMS", 4)
+    monkeypatch.setattr(launch, "forward", launch.forward.__wrapped__)  # without what it remembers
+    assert launch.forward(1000, 18, 2, True) == launch.Forward(16, 32, 16, 4, 4)
+    loss, grad = fused_dqn_loss_and_grad(**arguments, backend="triton")
+    torch.testing.assert_close(loss, expected[0])
+    assert torch.equal(grad, expected[1])
