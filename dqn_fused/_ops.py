@@ -31,8 +31,8 @@ _library.define(
     "td_loss_backward(Tensor grad_loss, Tensor td_error, Tensor actions, int A, ScalarType dtype, int reduction) "
     "-> Tensor grad_q"
 )
-# normaliser is (2, n), and empty, (0,), without the conservative term. The Triton ops are for torch.compile, which calls a launch from
-# its graph without a look into it, and check no values.
+# normaliser is (2, n), and empty, (0,), without the conservative term. The Triton ops are for torch.compile, which
+# calls a launch from its graph without a look into it, and check no values.
 for _kind, _check in (("general", ", bool check"), ("triton", "")):
     _library.define(
         f"{_kind}_td_loss({GENERAL_BATCH}, {GENERAL_LOSS}, int reduction{_check}) "

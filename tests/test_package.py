@@ -13,7 +13,6 @@ import torch
 
 import dqn_fused
 from dqn_fused import BackendUnavailableError, backends, fused_dqn_loss
-from dqn_fused.arguments import LossSpec
 
 ROOT = Path(__file__).parent.parent
 
@@ -96,8 +95,8 @@ def test_a_named_backend_does_not_fall_back() -> None:
 
 def test_triton_refuses_a_device_that_is_not_its_own() -> None:
     module = pytest.importorskip("dqn_fused._backends.triton_backend")
-    assert "got meta" in module.refuses(torch.device("meta"), LossSpec())
-    assert module.refuses(torch.device("cpu" if module.INTERPRETED else "cuda"), LossSpec()) is None
+    assert "got meta" in module.refuses(torch.device("meta"))
+    assert module.refuses(torch.device("cpu" if module.INTERPRETED else "cuda")) is None
 
 
 def test_a_triton_whose_driver_does_not_start_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

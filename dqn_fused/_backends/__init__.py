@@ -6,7 +6,7 @@ A backend is a module with
 - ``PARTLY: str``: what of it is missing where it can run, and why, or "";
 - ``CHECKS_CPU: bool``: whether on the CPU it refuses by itself, with a RuntimeError, whatever arguments.check_batch and
   check_values would refuse;
-- ``refuses(device, spec) -> str | None``: why it cannot serve tensors there, or that loss;
+- ``refuses(device) -> str | None``: why it cannot serve tensors there;
 - ``forward(batch, spec) -> (loss, td_error, normaliser)``: loss (), or N for reduction="none"; td_error N; normaliser
   (2, N) if spec.cql, else None, as autograd.Saved has it; accumulation dtype;
 - ``loss_and_grad(batch, spec) -> (loss, grad_q, td_error, normaliser)``: and the gradient of the sum;
@@ -22,8 +22,6 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
-
-from dqn_fused.arguments import LossSpec
 
 MODULES = {
     "compiled": "dqn_fused._backends.compiled_backend",
@@ -80,32 +78,32 @@ def backends() -> dict[str, BackendStatus]:
     return {name: BackendStatus(why is None, why or _LOADED[name].PARTLY) for name, why in reasons.items()}
 
 
-def serving(device: torch.device, spec: LossSpec = LossSpec()) -> list[str]:  # noqa: B008
-    """Names of the backends that serve a loss on a device: a backend can run here and yet have no library for it."""
-    return [name for name in MODULES if _missing(name) is None and _LOADED[name].refuses(device, spec) is None]
+def serving(device: torch.device) -> list[str]:
+    """Names of the backends that serve a device: a backend can run here and yet have no library for it."""
+    return [name for name in MODULES if _missing(name) is None and _LOADED[name].refuses(device) is None]
 
 
-def choose(name: str, device: torch.device, spec: LossSpec) -> ModuleType:
-    """Backend module for a device and loss: by name, which never falls back, or the first of the device's list."""
-    road = _CHOSEN.get((name, device, spec.exponentials))  # of the loss no backend minds anything else
+def choose(name: str, device: torch.device) -> ModuleType:
+    """Backend module for a device: by name, which never falls back, or the first of the device's list."""
+    road = _CHOSEN.get((name, device))
     if road is None:
-        road = _CHOSEN[name, device, spec.exponentials] = _choose(name, device, spec)
+        road = _CHOSEN[name, device] = _choose(name, device)
     return road
 
 
-_CHOSEN: dict[tuple[str, torch.device, bool], ModuleType] = {}
+_CHOSEN: dict[tuple[str, torch.device], ModuleType] = {}
 
 
-def _choose(name: str, device: torch.device, spec: LossSpec) -> ModuleType:
+def _choose(name: str, device: torch.device) -> ModuleType:
     if name == "auto":
         for candidate in AUTO.get(device.type, AUTO_ELSEWHERE):
-            if _missing(candidate) is None and _LOADED[candidate].refuses(device, spec) is None:
+            if _missing(candidate) is None and _LOADED[candidate].refuses(device) is None:
                 return _LOADED[candidate]
         raise BackendUnavailableError(f"no backend serves device {device}")  # torch serves every device
     if name not in MODULES:
         expected = ", ".join(map(repr, ("auto", *MODULES)))
         raise ValueError(f"backend: expected one of {expected}, got {name!r}")
-    reason = _missing(name) or _LOADED[name].refuses(device, spec)
+    reason = _missing(name) or _LOADED[name].refuses(device)
     if reason is not None:
         raise BackendUnavailableError(f"backend {name!r} cannot serve: {reason}")
     return _LOADED[name]

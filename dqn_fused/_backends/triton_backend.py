@@ -45,8 +45,8 @@ def unavailable() -> str | None:
     return "no CUDA or ROCm device (TRITON_INTERPRET=1, set before the first import, runs them on the CPU, slowly)"
 
 
-def refuses(device: torch.device, spec: LossSpec) -> str | None:
-    """Serve every loss on CUDA tensors, and on CPU tensors in the interpreter."""
+def refuses(device: torch.device) -> str | None:
+    """Serve CUDA tensors, and CPU tensors in the interpreter."""
     expected = "cpu" if INTERPRETED else "cuda"
     return None if device.type == expected else f"expected tensors on {expected}, got {device}"
 
@@ -74,7 +74,7 @@ def backward(grad_loss: Tensor, saved: Saved, spec: LossSpec) -> Tensor:
 
 
 def loss_and_grad(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return (loss, grad_q, td_error, normaliser): up to 64 actions the forward launch writes grad_q, above one more."""
+    """Return (loss, grad_q, td_error, normaliser): up to 64 actions forward's launch writes grad_q, above one more."""
     if torch.compiler.is_compiling():
         return triton_ops.loss_and_grad(batch, spec)
     q = batch.q
