@@ -1,8 +1,12 @@
 """Which roads run here, and torch.empty poisoned with NaN so that an element nobody wrote shows."""
 
 import importlib
+import importlib.util
 import os
+import shutil
 import sys
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +20,17 @@ from dqn_fused._backends import serving
 sys.path.append(str(Path(__file__).parents[1]))
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+# PTX executed on the CPU (bench/ptx) by an engine that g++ builds.
+EXECUTED = not INTERPRETED and shutil.which("g++") is not None
+CUDA_SOURCES = shutil.which("nvcc") is not None and (Path(__file__).parents[1] / "csrc/cuda").is_dir()
+PTX_TARGETS = ("sm_75", "sm_80", "sm_90", "sm_120")
+PTX_SAMPLE = 12  # one of so many cases is executed by default
+
+
+# Where the tests of Triton's kernels themselves run: in the interpreter, on a GPU, or on executed PTX.
+_GPU = torch.cuda.is_available() and not INTERPRETED
+TRITON_DEVICE = "cuda" if _GPU else "cpu"
+TRITON_MARK = pytest.mark.interpret if INTERPRETED else pytest.mark.ptx if EXECUTED and not _GPU else pytest.mark.gpu
 
 
 class Road(NamedTuple):
@@ -32,7 +47,11 @@ def _roads() -> list[object]:
             roads.append(pytest.param(Road(name, "cpu"), id="triton-interpreter", marks=pytest.mark.interpret))
         else:
             roads.append(pytest.param(Road(name, "cpu"), id=f"{name}-cpu"))
-    if torch.cuda.is_available() and not INTERPRETED:
+    if EXECUTED and importlib.util.find_spec("triton") is not None:
+        roads.append(pytest.param(Road("triton", "cpu"), id="triton-ptx", marks=pytest.mark.ptx))
+    if EXECUTED and CUDA_SOURCES:
+        roads.append(pytest.param(Road("compiled", "cpu"), id="cuda-ptx", marks=pytest.mark.ptx("cuda")))
+    if _GPU:
         for name in serving(torch.device("cuda")):
             roads.append(pytest.param(Road(name, "cuda"), id=f"{name}-cuda", marks=pytest.mark.gpu))
     return roads
@@ -43,11 +62,26 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("road", _roads())
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--ptx", choices=["sample", "all", "none"], default="sample", help="cases run on executed PTX")
+    parser.addoption("--ptx-target", choices=PTX_TARGETS, help="GPU that they are compiled for; default: by case")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    every = {"sample": PTX_SAMPLE, "all": 1, "none": 0}[config.getoption("--ptx")]
+    dropped = [x for x in items if x.get_closest_marker("ptx") and not (every and _number(x) % every == 0)]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [x for x in items if x not in set(dropped)]
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA or ROCm device"))
+
+
+def _number(item: pytest.Item) -> int:
+    """The same for a case in every run: what samples it, and chooses its target and schedule."""
+    return zlib.crc32(item.nodeid.encode())
 
 
 @pytest.fixture(autouse=True)
@@ -81,3 +115,37 @@ def fast_interpreter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
         return self.min_max(x[0], np.max) if self.combine_fn is nan_max else reduce(self, x)
 
     monkeypatch.setattr(operations, "apply_impl", apply)
+
+
+@pytest.fixture(autouse=True)
+def execute_ptx(request: pytest.FixtureRequest, poison: None) -> Iterator[None]:
+    """Serve CPU tensors, in the cases marked ptx, by executing what is compiled for a GPU: Triton's, or csrc/cuda."""
+    marker = request.node.get_closest_marker("ptx")
+    if marker is None:
+        yield
+        return
+    number = _number(request.node)
+    target = request.config.getoption("--ptx-target") or PTX_TARGETS[number // PTX_SAMPLE % len(PTX_TARGETS)]
+    if marker.args == ("cuda",):
+        from bench.ptx import cuda
+
+        target = request.config.getoption("--ptx-target") or "sm_90"  # 20 s of nvcc for each
+        with cuda.executing(target, seed=number):
+            yield
+    else:
+        from bench.ptx import triton
+
+        with triton.executing(target, seed=number):
+            yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Any:
+    """Skip what is left out by design: wgmma and tcgen05 by the executor, losses by csrc/cuda."""
+    try:
+        return (yield)
+    except (NotImplementedError, RuntimeError) as error:
+        ptx = pyfuncitem.get_closest_marker("ptx") is not None
+        if ptx and (type(error).__name__ == "NotExecutedError" or "cannot serve: on CUDA it has no" in str(error)):
+            pytest.skip(str(error))
+        raise

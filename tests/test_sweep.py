@@ -6,29 +6,28 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import INTERPRETED
+from conftest import INTERPRETED, TRITON_DEVICE, TRITON_MARK
 from torch import Tensor
 
 from dqn_fused import head
 from dqn_fused.head import Sweep
 
 pytest.importorskip("triton")
-DEVICE = "cpu" if INTERPRETED else "cuda"
-pytestmark = pytest.mark.interpret if INTERPRETED else pytest.mark.gpu
+pytestmark = TRITON_MARK
 KINDS = ["max", "argmax", "soft"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def make(m: int, A: int, D: int, kind: str = "max", dtype: torch.dtype = torch.float32, **change: Any) -> Sweep:
     g = torch.Generator().manual_seed(0)
-    hidden, weight, bias = (torch.randn(size, generator=g).to(DEVICE, dtype) for size in ((m, D), (A, D), (A,)))
+    hidden, weight, bias = (torch.randn(size, generator=g).to(TRITON_DEVICE, dtype) for size in ((m, D), (A, D), (A,)))
     return Sweep(hidden, weight, bias, None, kind, 0.5)._replace(**change)
 
 
 def legal(m: int, A: int) -> Tensor:
     mask = torch.rand((m, A), generator=torch.Generator().manual_seed(3)) < 0.4
     mask[:, A // 2] = True
-    return mask.to(DEVICE)
+    return mask.to(TRITON_DEVICE)
 
 
 def check(work: Sweep) -> Tensor:
@@ -72,6 +71,21 @@ def test_half_precision(dtype: torch.dtype, kind: str) -> None:
         work = make(*shape, kind, dtype)
         check(work._replace(mask=legal(*shape[:2])))
     check(work._replace(bias=work.bias.float()))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter multiplies float32")
+@pytest.mark.parametrize("kind", KINDS)
+def test_tf32(kind: str) -> None:
+    """Of bfloat16 values tf32 loses nothing: what is left is the sum."""
+    torch.set_float32_matmul_precision("high")
+    try:
+        for shape in ((5, 300, 70), (70, 141, 40)):
+            work = make(*shape, kind, torch.bfloat16)
+            work = Sweep(work.hidden.float(), work.weight.float(), work.bias.float(), None, kind, 0.5)
+            check(work)
+            check(work._replace(mask=legal(*shape[:2])))
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_mixed_dtypes() -> None:
@@ -142,7 +156,7 @@ def test_nan_and_infinities(kind: str) -> None:
         hidden[1] = special
         value = check(work._replace(hidden=hidden, weight=work.weight.abs()))
         assert value[[0, 2, 3, 4, 5]].isfinite().all()
-    bias[:] = torch.tensor([torch.inf, torch.nan, -torch.inf]).to(DEVICE).repeat(100)
+    bias[:] = torch.tensor([torch.inf, torch.nan, -torch.inf]).to(TRITON_DEVICE).repeat(100)
     check(work._replace(bias=bias))
 
 
