@@ -194,7 +194,7 @@ def executing(target: str, seed: int = 0, races: bool = True) -> Iterator[Execut
         patch.object(compiled_backend, "_ops", ops),
         patch.object(compiled_backend, "_REASONS", {"cuda": None}),
         patch.object(compiled_backend, "CHECKS_CPU", False),
-        patch.object(compiled_backend, "refuses", lambda device, spec: refuses(cuda, spec)),
+        patch.object(compiled_backend, "refuses", lambda device: refuses(cuda)),
         patch.object(_backends, "_missing", found),
         patch.dict(_backends._CHOSEN, clear=True),
     ):
