@@ -278,7 +278,7 @@ def _run(
         what, backend = transforms.transformed_td_loss, transforms.backend_inside(backend)
     try:
         device = q.device
-        road = choose(backend, device)
+        road = choose(backend, device, q.shape[-1] if q.dim() else None)
         plain = q.is_cpu and q.dim() == 2 and (next_q is None or next_q.dim() == 2)
         plain = plain and isinstance(gamma, (float, int, Tensor)) and spec.reduction != "weighted_mean"
         if road.CHECKS_CPU and plain and not transformed and arguments.looks_at_values(device):
@@ -290,4 +290,4 @@ def _run(
         batch = check_values(batch, batch.action_count, batch.next_count)
     if spec.reduction == "weighted_mean":
         batch, spec = normalise_weights(batch, spec, process_group)
-    return batch, what(batch, spec, choose(backend, batch.q.device), q)
+    return batch, what(batch, spec, choose(backend, batch.q.device, batch.action_count), q)

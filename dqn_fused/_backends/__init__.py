@@ -23,13 +23,17 @@ from typing import NamedTuple
 
 import torch
 
+from dqn_fused.kernels.launch import NARROW
+
 MODULES = {
     "compiled": "dqn_fused._backends.compiled_backend",
     "triton": "dqn_fused._backends.triton_backend",
     "torch": "dqn_fused._backends.torch_backend",
 }
-# By device type, the fastest first. Compiled CUDA waits for its first run on a GPU.
-AUTO = {"cpu": ("compiled", "torch"), "cuda": ("triton", "torch")}
+# By device type, the fastest first. On CUDA launches are the cost up to NARROW actions, and a boxed call of a compiled
+# op takes a third of the host's time of a Triton launch. Above, it is the rows, for which Triton's kernels are tuned.
+AUTO = {"cpu": ("compiled", "torch"), "cuda": ("compiled", "triton", "torch")}
+AUTO_WIDE = {**AUTO, "cuda": ("triton", "compiled", "torch")}
 AUTO_ELSEWHERE = ("torch",)
 
 
@@ -83,20 +87,32 @@ def serving(device: torch.device) -> list[str]:
     return [name for name in MODULES if _missing(name) is None and _LOADED[name].refuses(device) is None]
 
 
-def choose(name: str, device: torch.device) -> ModuleType:
-    """Backend module for a device: by name, which never falls back, or the first of the device's list."""
-    road = _CHOSEN.get((name, device))
+def choose(name: str, device: torch.device, actions: int | None = None) -> ModuleType:
+    """Backend module for a device: by name, which never falls back, or the first of the device's list.
+
+    There are two lists, for up to NARROW actions and for more, or those of a linear head.
+    """
+    wide = actions is None or bool(actions > NARROW)
+    road = _CHOSEN.get((name, device, wide))
     if road is None:
-        road = _CHOSEN[name, device] = _choose(name, device)
+        road = _choose(name, device, wide)
+        # During a capture nothing is launched to see whether Triton can: that is made up for later.
+        if torch.compiler.is_compiling() or not capturing():
+            _CHOSEN[name, device, wide] = road
     return road
 
 
-_CHOSEN: dict[tuple[str, torch.device], ModuleType] = {}
+def capturing() -> bool:
+    """Whether what is launched now is recorded in a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def _choose(name: str, device: torch.device) -> ModuleType:
+_CHOSEN: dict[tuple[str, torch.device, bool], ModuleType] = {}
+
+
+def _choose(name: str, device: torch.device, wide: bool) -> ModuleType:
     if name == "auto":
-        for candidate in AUTO.get(device.type, AUTO_ELSEWHERE):
+        for candidate in (AUTO_WIDE if wide else AUTO).get(device.type, AUTO_ELSEWHERE):
             if _missing(candidate) is None and _LOADED[candidate].refuses(device) is None:
                 return _LOADED[candidate]
         raise BackendUnavailableError(f"no backend serves device {device}")  # torch serves every device
