@@ -9,7 +9,7 @@ from test_loss import compact, dtype_id, make
 
 import dqn_fused
 from bench.cuda import captured
-from dqn_fused import backends, fused_dqn_loss, fused_linear_dqn_loss
+from dqn_fused import backends, fused_dqn_loss, fused_dqn_loss_and_grad, fused_linear_dqn_loss, warmup
 from dqn_fused._backends import serving
 
 pytestmark = pytest.mark.gpu
@@ -46,6 +46,20 @@ def family(name: str, shape: tuple[int, int]) -> tuple[dict[str, Any], dict[str,
         return arguments, {"loss": "huber", "reduction": "weighted_mean"}
     arguments |= {"target_q": torch.randn(shape, device="cuda"), "action_mask": legal}
     return arguments, {"target": "munchausen", "cql_alpha": 0.5}
+
+
+@pytest.mark.parametrize("name", ["prioritised", "munchausen-cql"])
+@pytest.mark.parametrize("shape", [(40, 17), (48, 9001)])
+def test_a_capture_right_after_warmup(backend: str, shape: tuple[int, int], name: str) -> None:
+    """Sizes of no other test, so that nothing is compiled before."""
+    static, options = family(name, shape)
+    warmup(**static, **options, backend=backend)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = fused_dqn_loss_and_grad(**static, **options, backend=backend)
+    graph.replay()
+    for got, expected in zip(result, step(static, backend, **options), strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("name", ["prioritised", "munchausen-cql"])

@@ -15,6 +15,7 @@ import torch
 
 import dqn_fused
 from dqn_fused import BackendUnavailableError, _backends, backends, fused_dqn_loss
+from dqn_fused.head import Sweep
 
 ROOT = Path(__file__).parent.parent
 
@@ -201,6 +202,27 @@ def test_a_choice_within_a_capture_is_not_the_last(monkeypatch: pytest.MonkeyPat
     reasons["triton"] = "it cannot compile"
     monkeypatch.setattr(_backends, "capturing", lambda: False)
     assert _backends.choose("auto", device, 4) is fakes["torch"]
+
+
+@pytest.mark.parametrize(("capability", "serves"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_the_sweep_in_bfloat16_needs_its_units(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], serves: bool
+) -> None:
+    module = pytest.importorskip("dqn_fused._backends.triton_sweep")
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    device = torch.device("cuda", 0)
+    reason = module.refuses(torch.bfloat16, device)
+    assert (reason is None) == serves
+    assert module.refuses(torch.float16, device) is None
+    if serves:
+        return
+    assert "compute capability 8.0 or above, got 7.5" in reason
+    monkeypatch.setattr(module, "refuses", lambda dtype, device: reason)
+    work = Sweep(torch.ones(3, 4, dtype=torch.bfloat16), torch.ones(5, 4), None, None, "max", 1.0)
+    with pytest.raises(BackendUnavailableError, match=r"got 7\.5"):
+        module.sweep(work)
+    assert module.auto_sweep(work)[0].tolist() == [4, 4, 4], "the library's"
 
 
 def test_report() -> None:
