@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Road
+from data import source
 from test_loss import shape_id
 from torch import Tensor
 
@@ -20,7 +21,7 @@ SHAPES = [(9, 18), (5, 700), (2, 5003)]
 
 
 def batch(shape: tuple[int, int], offset: float) -> dict[str, Any]:
-    g = torch.Generator().manual_seed(0)
+    g = source()
     q = 2 * torch.randn(shape, generator=g) + offset
     actions = torch.randint(shape[1], shape[:1], generator=g)
     ends = torch.ones(shape[:1], dtype=torch.bool)
