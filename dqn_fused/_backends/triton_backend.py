@@ -74,7 +74,7 @@ def _probe(device: torch.device) -> str | None:
     try:
         with _on(device):
             loss, partial = torch.zeros((), device=device), torch.zeros(1, device=device)
-            run(sum_kernel, 1, loss, partial, 1, BLOCK=SUM_BLOCK, ACC=tl.float32, num_warps=4)
+            run(sum_kernel, 1, loss, partial, 1, BLOCK=32, ACC=tl.float32, num_warps=1)
     except Exception as error:  # of many types: a device that this Triton does not know, no ptxas, a full disk
         return f"triton cannot run a kernel on {device}: {type(error).__name__}: {error}"
     return None
