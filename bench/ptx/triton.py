@@ -50,12 +50,15 @@ class Executor:
         races: bool = True,
         change: Callable[[str, str], str] | None = None,
         trace: bool = False,
+        keep: bool = True,
         kernels: dict[str, Kernel] | None = None,
     ) -> None:
         self.seed, self.races, self.trace = seed, races, trace
+        self.keep = keep  # the launches, and with them their arguments
         self.change = change  # of the PTX of a kernel, by name: the mutations of the tests
         self.memory = Memory()
         self.launches: list[Executed] = []
+        self.count = 0
         self.traces: list[Trace] = []
         self._kernels = {} if kernels is None or change else kernels  # parsed, by their text
 
@@ -76,11 +79,13 @@ class Executor:
         counts = parsed.launch(
             (programs, 1, 1), (32 * compiled.metadata.num_warps, 1, 1), compiled.metadata.shared, pointers,
             self.memory.ranges(x for x in named.values() if isinstance(x, Tensor)),
-            seed=self.seed + len(self.launches), races=self.races, trace=self.trace,
+            seed=self.seed + self.count, races=self.races, trace=self.trace,
         )  # fmt: skip
+        self.count += 1
         if self.trace:
             self.traces.append(trace())
-        self.launches.append(Executed(name, compiled, parsed, programs, named, counts))
+        if self.keep:
+            self.launches.append(Executed(name, compiled, parsed, programs, named, counts))
 
     def empty(self, allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """torch.empty, of which the executor knows that a kernel of ours has to write it before it is read."""
