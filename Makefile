@@ -15,7 +15,10 @@ READY := install
 LINT :=
 endif
 
-.PHONY: test suite interpret demo bench asan lint format pictures install clean
+PTX_TARGETS := sm_75 sm_80 sm_90 sm_120
+PTX_TRITON := 3.6
+
+.PHONY: test suite interpret ptx demo bench asan lint format pictures install clean
 
 # Side by side: a process of either uses one core most of the time.
 test: $(READY) $(LINT)
@@ -26,6 +29,14 @@ suite: $(READY)
 
 interpret: $(READY)
 	TRITON_INTERPRET=1 $(PY) -m pytest -m interpret
+
+# The suite on the PTX of the Triton kernels and of csrc/cuda, executed without a GPU; one case in twelve is in `suite`.
+ptx: $(READY)
+	for target in $(PTX_TARGETS); do $(PY) -m pytest -m ptx --ptx=all --ptx-target=$$target || exit 1; done
+	test -d build/triton-$(PTX_TRITON) || $(PY) -m pip install --quiet --no-deps --target build/triton-$(PTX_TRITON) \
+		"triton==$(PTX_TRITON).*"
+	for target in $(PTX_TARGETS); do PYTHONPATH=build/triton-$(PTX_TRITON) \
+		$(PY) -m pytest -m ptx --ptx=all --ptx-target=$$target -k "not cuda-ptx" || exit 1; done
 
 demo: $(READY)
 	mkdir -p $(OUT)

@@ -1,10 +1,12 @@
 """What the compiled GPU kernels take, read off the machine code: no GPU is needed. In bench/results/kernels.csv.
 
-Triton's for every target that it compiles for, and those of csrc/cuda where nvcc is.
+Triton's for every target that it compiles for, and those of csrc/cuda where nvcc is. For NVIDIA's the losses are also
+executed (bench/ptx), and what they load, store and issue is counted.
 """
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 
@@ -12,8 +14,11 @@ from bench import aot, machine, nvcc, report, tables
 from bench.machine_code import widest
 from bench.occupancy import occupancy
 from bench.progress import track
+from bench.ptx.executor import Counts
+from bench.ptx.triton import Executor
 from bench.results import Row, Table
 from bench.variants import VARIANTS, dtype_name, random_arguments
+from dqn_fused._backends import triton_backend
 from dqn_fused.head import Sweep
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -80,10 +85,16 @@ def of_target(index: int, cases: list[Case] = CASES) -> Iterator[Row]:
             for call, make in launches(case).items():
                 with aot.compiling() as found:
                     make()
-                for launch in found:
+                executed = counted(make) if target.name.startswith("sm_") and case.variant != "sweep" else []
+                for i, launch in enumerate(found):
                     about_case = {"call": call, "case": case.name, "shape": " x ".join(map(str, case.shape))}
                     about_case["dtype"] = dtype_name(case.dtype)
-                    yield about | about_case | measured(launch, target, case)
+                    yield (
+                        about
+                        | about_case
+                        | measured(launch, target, case)
+                        | (counts_of(executed[i]) if executed else {})
+                    )
 
 
 def launches(case: Case) -> dict[str, Callable[[], object]]:
@@ -91,6 +102,7 @@ def launches(case: Case) -> dict[str, Callable[[], object]]:
         variant = VARIANTS[case.variant]
         n, A = case.shape
         arguments = random_arguments(variant, n, A, case.dtype, "cpu")
+        arguments["terminated"].zero_()  # whose rows would not be read
         options = {name: x for name, x in variant.options.items() if name != "return_td_error"}
         return aot.calls(arguments, **options)
     n, A, D = case.shape
@@ -103,6 +115,30 @@ def launches(case: Case) -> dict[str, Callable[[], object]]:
         return sweep(Sweep(hidden, weight, bias, None, kind, 1.0))
 
     return {"sweep": sweep}
+
+
+def counted(make: Callable[[], object]) -> list[Counts]:
+    """What each launch did when executed, on the target that is being compiled for."""
+    executor = Executor(races=False)
+    with (
+        patch.object(triton_backend, "run", executor.run),
+        patch.object(triton_backend, "_sms", lambda device: aot.SMS),
+    ):
+        make()
+    return [launch.counts for launch in executor.launches]
+
+
+def counts_of(counts: Counts) -> Row:
+    """Of the launch what it moves, of a warp what it issues."""
+    a_warp = {name: counts[name] for name in ("instructions", "integer", "float", "special", "shuffle", "barrier")}
+    a_warp["shared_access"] = counts["shared_load"] + counts["shared_store"]
+    return {
+        "loaded_bytes": counts["load_bytes"],
+        "stored_bytes": counts["store_bytes"],
+        "sectors": counts["load_sectors"] + counts["store_sectors"],
+        "bank_conflicts": counts["conflicts"],
+        **{name: round(x / counts["warps"], 1) for name, x in a_warp.items()},
+    }
 
 
 def measured(launch: aot.Launch, target: aot.Target, case: Case) -> Row:

@@ -152,6 +152,9 @@ def shares(rows: Sequence[Row]) -> str:
     return "\n".join(f"- {line}" for line in text)
 
 
+COUNTED = "sm_90"
+
+
 def kernels(rows: Sequence[Row]) -> str:
     """Those that move matrices, in float32; the linear head's in half precision, too."""
     shown = [row for row in rows if row["language"] == "cuda" or row["bytes"]]
@@ -159,7 +162,11 @@ def kernels(rows: Sequence[Row]) -> str:
     # Where there are many actions loss_and_grad is the launches of forward and backward.
     shown = [row for row in shown if row["call"] != "loss_and_grad" or row["kernel"] == "td_loss_fwd_kernel"]
     about = rows[0]
-    return f"{tables.kernels(shown, kernel_case)}\n\nTriton {about['triton']}, at {about['commit']}."
+    executed = [row for row in shown if row["target"] == COUNTED and row.get("loaded_bytes", "") != ""]
+    text = f"{tables.kernels(shown, kernel_case)}\n\n"
+    if executed:
+        text += f"Counted on {COUNTED}:\n\n{tables.counts(executed, kernel_case)}\n\n"
+    return f"{text}Triton {about['triton']}, at {about['commit']}."
 
 
 def kernel_case(row: Row) -> str:

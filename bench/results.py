@@ -24,14 +24,18 @@ COLUMNS = {
     "kernels": (
         *ABOUT, "target", "language", "call", "case", "shape", "dtype", "kernel", "registers", "spill_bytes",
         "shared_bytes", "load_bits", "store_bits", "block_threads", "programs", "occupancy", "bytes",
+        # Counted by bench/ptx: of the launch, but for instructions of PTX a warp, and those of them by kind.
+        "loaded_bytes", "stored_bytes", "sectors", "bank_conflicts",
+        "instructions", "integer", "float", "special", "shuffle", "barrier", "shared_access",
     ),
 }  # fmt: skip
 INTEGERS = {
     "cores", "threads", "n", "A", "D", "bytes", "peak_bytes", "registers", "spill_bytes", "shared_bytes",
-    "load_bits", "store_bits", "block_threads", "programs",
+    "load_bits", "store_bits", "block_threads", "programs", "loaded_bytes", "stored_bytes", "sectors", "bank_conflicts",
 }  # fmt: skip
 NUMBERS = {
     *TIMES, *ON_A_GPU, "gb_per_s", "of_floor", "adds_us", "adds_p20", "adds_p80", "share", "count", "occupancy",
+    "instructions", "integer", "float", "special", "shuffle", "barrier", "shared_access",
 }  # fmt: skip
 
 

@@ -84,6 +84,22 @@ def resources(row: Row) -> str:
     return ", ".join(parts)
 
 
+def counts(rows: Sequence[Row], case_of: Callable[[Row], str]) -> str:
+    """A line a kernel and case: what was counted when it was executed, of one target."""
+    lines = [
+        "| kernel | bytes moved | of the matrices | sectors | bank conflicts | instructions a warp | integer | float "
+        "| special | shuffles | barriers | shared memory |",
+        "|---|" + "---:|" * 11,
+    ]
+    for row in rows:
+        moved = row["loaded_bytes"] + row["stored_bytes"]
+        parts = [f"{moved:,}", f"{moved / row['bytes']:.3f}", f"{row['sectors']:,}", f"{row['bank_conflicts']:,}"]
+        names = ("instructions", "integer", "float", "special", "shuffle", "barrier", "shared_access")
+        parts += [f"{row[name]:,.0f}" for name in names]
+        lines.append(f"| {case_of(row)} | " + " | ".join(parts) + " |")
+    return "\n".join(lines)
+
+
 def grid(
     head: str,
     rows: Sequence[Row],

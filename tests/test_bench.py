@@ -407,6 +407,10 @@ def test_the_table_of_kernels() -> None:
     cases = [kernels.Case("narrow", "dqn", (8, 4), F32), kernels.Case("wide", "masked double", (16, 512), F32)]
     rows = list(kernels.of_target(index, cases))
     assert {name for row in rows for name in row} <= set(COLUMNS["kernels"])
+    for row in rows:
+        if row["kernel"] == "td_loss_bwd_kernel":
+            assert row["stored_bytes"] == row["bytes"], "the gradient is stored once"
+        assert row["instructions"] >= row["integer"] + row["float"] + row["special"] > 0
     found = {(row["case"], row["call"], row["kernel"]): row for row in rows}
     assert found["narrow", "loss_and_grad", "td_loss_fwd_kernel"]["bytes"] == 2 * 8 * 4 * 4
     reading = found["wide", "forward", "row_fwd_kernel"]
