@@ -24,6 +24,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 EXECUTED = not INTERPRETED and shutil.which("g++") is not None
 CUDA_SOURCES = shutil.which("nvcc") is not None and (Path(__file__).parents[1] / "csrc/cuda").is_dir()
 PTX_TARGETS = ("sm_75", "sm_80", "sm_90", "sm_120")
+# About torch, its graphs and its memory, more than about kernels; the executor itself holds memory.
+NOT_ON_PTX = ("memory", "compile", "graph", "batched")
 PTX_SAMPLE = 12  # one of so many cases is executed by default
 
 
@@ -69,10 +71,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     every = {"sample": PTX_SAMPLE, "all": 1, "none": 0}[config.getoption("--ptx")]
-    dropped = [x for x in items if x.get_closest_marker("ptx") and not (every and _number(x) % every == 0)]
-    if dropped:
-        config.hook.pytest_deselected(items=dropped)
-        items[:] = [x for x in items if x not in set(dropped)]
+
+    def taken(item: pytest.Item) -> bool:
+        if item.get_closest_marker("ptx") is None:
+            return True
+        return bool(every) and _number(item) % every == 0 and not any(word in item.name for word in NOT_ON_PTX)
+
+    kept = [item for item in items if taken(item)]
+    if len(kept) < len(items):
+        config.hook.pytest_deselected(items=[item for item in items if not taken(item)])
+        items[:] = kept
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
@@ -135,7 +143,7 @@ def execute_ptx(request: pytest.FixtureRequest, poison: None) -> Iterator[None]:
     else:
         from bench.ptx import triton
 
-        with triton.executing(target, seed=number):
+        with triton.executing(target, seed=number, keep=False):
             yield
 
 

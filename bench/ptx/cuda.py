@@ -100,6 +100,7 @@ class Executor:
             if not hasattr(getattr(torch.ops, LIBRARY), name):
                 schema = str(getattr(_ops, name)._schema).replace("dqn_fused::", "")
                 self.schemas.define(schema)
+                self.schemas.impl(name, torch.library.fallthrough_kernel, "Autograd")
         torch.ops.load_library(folder / "ops.so")
         self.library = ctypes.CDLL(str(folder / "ops.so"))
         self.texts = [path.read_text() for path in sorted(folder.glob("*.ptx"))]

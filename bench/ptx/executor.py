@@ -69,10 +69,12 @@ class Kernel:
         seed: int = 0,
         races: bool = True,
         most_instructions: int = MOST_INSTRUCTIONS,
+        trace: bool = False,
     ) -> Counts:
         """Run a grid of blocks; arguments is a C array of pointers, one a parameter.
 
         races: whether accesses are held against each other; 16 bytes of memory for each byte accessed.
+        trace: whether trace() is to say afterwards how shared memory was accessed.
         """
         described: list[int] = []
         for address, size, written in ranges:
@@ -82,11 +84,40 @@ class Kernel:
         done = library().ptx_launch(
             ctypes.c_void_p(self.handle), (ctypes.c_uint32 * 6)(*grid, *block), shared, arguments,
             (ctypes.c_uint64 * max(1, len(described)))(*described), len(described) // 3,
-            ctypes.c_uint64(seed), ctypes.c_uint64(most_instructions), races, values, message, MESSAGE,
+            ctypes.c_uint64(seed), ctypes.c_uint64(most_instructions), races, trace, values, message, MESSAGE,
         )  # fmt: skip
         if not done:
             raise PtxError(message.value.decode(errors="replace"))
         return Counts(zip((*MEMORY, *CATEGORIES), values, strict=True))
+
+    def line(self, instruction: int) -> int:
+        """Line of the text that an instruction stands in."""
+        place = library().ptx_text(ctypes.c_void_p(self.handle), instruction).decode()
+        return int(place.split(",")[0].removeprefix("line "))
+
+
+class Trace(NamedTuple):
+    """How the last launch accessed shared memory."""
+
+    # (n, 6): block, warp, barriers of the block before, address, size, 0 for a load or else what identifies the bytes
+    events: np.ndarray[Any, np.dtype[np.uint64]]
+    barriers: np.ndarray[
+        Any, np.dtype[np.uint64]
+    ]  # (n, 2): block and instruction, in the order that a block passes them
+
+
+def trace() -> Trace:
+    """Of the last launch with trace=True."""
+
+    def taken(which: int, columns: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
+        count = ctypes.c_uint64()
+        address = library().ptx_trace(which, ctypes.byref(count))
+        if not count.value:
+            return np.zeros((0, columns), np.uint64)
+        words = ctypes.cast(address, ctypes.POINTER(ctypes.c_uint64))
+        return np.ctypeslib.as_array(words, (count.value, columns)).copy()
+
+    return Trace(taken(0, 6), taken(1, 2))
 
 
 @cache
@@ -94,6 +125,8 @@ def library() -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(build.engine()))
     loaded.ptx_parse.restype = ctypes.c_void_p
     loaded.ptx_launch.restype = ctypes.c_bool
+    loaded.ptx_trace.restype = ctypes.c_void_p
+    loaded.ptx_text.restype = ctypes.c_char_p
     return loaded
 
 

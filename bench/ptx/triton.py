@@ -1,7 +1,6 @@
 """The Triton backend on CPU tensors: its own launches, compiled for a GPU and executed."""
 
 import ctypes
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -9,13 +8,12 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from bench.aot import StubDriver
-from bench.ptx.executor import Counts, Kernel, Memory
+from bench.ptx.executor import Counts, Kernel, Memory, Trace, trace
 from dqn_fused import _backends
 from dqn_fused._backends import triton_backend
 
@@ -37,6 +35,7 @@ class Executed(NamedTuple):
 
     name: str
     kernel: Any  # as compiled
+    parsed: Kernel
     programs: int
     arguments: dict[str, Any]  # by name
     counts: Counts
@@ -45,12 +44,23 @@ class Executed(NamedTuple):
 class Executor:
     """Takes the place of triton_backend.run."""
 
-    def __init__(self, seed: int = 0, races: bool = True, change: Callable[[str, str], str] | None = None) -> None:
-        self.seed, self.races = seed, races
+    def __init__(
+        self,
+        seed: int = 0,
+        races: bool = True,
+        change: Callable[[str, str], str] | None = None,
+        trace: bool = False,
+        keep: bool = True,
+        kernels: dict[str, Kernel] | None = None,
+    ) -> None:
+        self.seed, self.races, self.trace = seed, races, trace
+        self.keep = keep  # the launches, and with them their arguments
         self.change = change  # of the PTX of a kernel, by name: the mutations of the tests
         self.memory = Memory()
         self.launches: list[Executed] = []
-        self._kernels: dict[Any, Kernel] = {}
+        self.count = 0
+        self.traces: list[Trace] = []
+        self._kernels = {} if kernels is None or change else kernels  # parsed, by their text
 
     def run(self, kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
         compiled = kernel.warmup(*args, grid=(programs,), **triton_backend.OPTIONS, **meta)
@@ -69,9 +79,13 @@ class Executor:
         counts = parsed.launch(
             (programs, 1, 1), (32 * compiled.metadata.num_warps, 1, 1), compiled.metadata.shared, pointers,
             self.memory.ranges(x for x in named.values() if isinstance(x, Tensor)),
-            seed=self.seed + len(self.launches), races=self.races,
+            seed=self.seed + self.count, races=self.races, trace=self.trace,
         )  # fmt: skip
-        self.launches.append(Executed(name, compiled, programs, named, counts))
+        self.count += 1
+        if self.trace:
+            self.traces.append(trace())
+        if self.keep:
+            self.launches.append(Executed(name, compiled, parsed, programs, named, counts))
 
     def empty(self, allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """torch.empty, of which the executor knows that a kernel of ours has to write it before it is read."""
@@ -109,10 +123,13 @@ def targeting(target: str) -> Iterator[None]:
             driver.reset_active()
 
 
+_KERNELS: dict[str, Kernel] = {}
+
+
 @contextmanager
 def executing(target: str, **options: Any) -> Iterator[Executor]:
     """Let the Triton backend serve CPU tensors by executing what it compiles for a target."""
-    executor = Executor(**options)
+    executor = Executor(kernels=_KERNELS, **options)
     missing = _backends._missing
 
     def found(name: str) -> str | None:
@@ -146,7 +163,3 @@ def why_not() -> str | None:
     except (build.CannotBuildError, OSError) as error:
         return str(error)
     return None
-
-
-VERSION = triton.__version__
-SEED = int(os.environ.get("DQN_FUSED_PTX_SEED", "0"))

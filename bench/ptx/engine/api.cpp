@@ -29,6 +29,10 @@ namespace {
 
 constexpr int COUNTS = 8;
 
+// Of the last launch of this thread that was traced.
+thread_local std::vector<Event> events;
+thread_local std::vector<uint64_t> barriers;
+
 template <class F>
 bool guarded(char* error, int size, const F& f) {
   try {
@@ -65,7 +69,7 @@ int ptx_parameters(const void* kernel, int* sizes, int room) {
 // geometry: grid and block, three each. arguments: one pointer a parameter. ranges: address, size and flags of each.
 // counts: of memory and shared memory, then one a category.
 bool ptx_launch(const void* kernel, const uint32_t* geometry, uint32_t shared, const void* const* arguments,
-                const uint64_t* ranges, int n_ranges, uint64_t seed, uint64_t most_instructions, bool races,
+                const uint64_t* ranges, int n_ranges, uint64_t seed, uint64_t most_instructions, bool races, bool trace,
                 uint64_t* counts, char* error, int size) {
   using namespace ptx;
   return guarded(error, size, [&] {
@@ -86,12 +90,29 @@ bool ptx_launch(const void* kernel, const uint32_t* geometry, uint32_t shared, c
     }
     GlobalMemory memory(std::move(tensors), races);
     launch.memory = &memory;
+    events.clear();
+    barriers.clear();
+    if (trace) launch.trace = &events;
     execute(launch, {seed, most_instructions});
     const Counts& c = launch.counts;
     const uint64_t values[COUNTS] = {c.warps,        c.instructions,  c.load_bytes, c.store_bytes,
                                      c.load_sectors, c.store_sectors, c.wavefronts, c.conflicts};
     std::copy_n(values, COUNTS, counts);
     std::copy_n(c.by_category, static_cast<int>(Category::COUNT), counts + COUNTS);
+    for (const auto& [block, instruction] : launch.barriers) {
+      barriers.push_back(block);
+      barriers.push_back(instruction);
+    }
   });
+}
+
+// The events of the last launch, six words each, or its barriers: block and instruction of each.
+const void* ptx_trace(int which, uint64_t* count) {
+  *count = which == 0 ? ptx::events.size() : ptx::barriers.size() / 2;
+  return which == 0 ? static_cast<const void*>(ptx::events.data()) : ptx::barriers.data();
+}
+
+const char* ptx_text(const void* kernel, int instruction) {
+  return static_cast<const ptx::Kernel*>(kernel)->code.at(instruction).place.c_str();
 }
 }

@@ -68,7 +68,7 @@ class Schedule {
     block->launch = &launch_;
     block->index = index;
     block->at = place(index, launch_.grid);
-    block->shared = std::make_unique<SharedMemory>(launch_.dynamic_start + launch_.dynamic_shared);
+    block->shared = std::make_unique<SharedMemory>(launch_.dynamic_start + launch_.dynamic_shared, launch_.trace);
     const uint32_t threads = launch_.block.x * launch_.block.y * launch_.block.z;
     for (uint32_t first = 0; first < threads; first += LANES) block->warps.push_back(std::make_unique<Warp>());
     for (uint32_t i = 0; i < block->warps.size(); ++i) start(*block, *block->warps[i], i, threads - i * LANES);
@@ -120,6 +120,7 @@ class Schedule {
       }
       first = warp.get();
     }
+    if (launch_.trace != nullptr) launch_.barriers.emplace_back(block.index, first->fragments[0].pc - 1);
     ++block.epoch;
     for (const auto& warp : block.warps) warp->at_barrier = false;
   }

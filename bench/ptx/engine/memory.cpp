@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <string_view>
 
 #include "kernel.h"
 
@@ -207,7 +208,17 @@ void GlobalMemory::fence(const Actor& actor) {
 }
 
 // Poisoned: NaN as a float, -1 as an integer.
-SharedMemory::SharedMemory(size_t size) : bytes_(size, 0xff), shadow_(size) {}
+SharedMemory::SharedMemory(size_t size, std::vector<Event>* trace) : trace_(trace), bytes_(size, 0xff), shadow_(size) {}
+
+void SharedMemory::note(const Actor& actor, uint64_t address, int size, const void* stored) {
+  if (trace_ == nullptr) return;
+  uint64_t hash = 0;
+  if (stored != nullptr) {
+    const std::string_view bytes(static_cast<const char*>(stored), size);
+    hash = 1 + std::hash<std::string_view>{}(bytes) / 2;
+  }
+  trace_->push_back({actor.block, actor.warp, actor.epoch, address, static_cast<uint64_t>(size), hash});
+}
 
 void SharedMemory::check(uint64_t address, int size, int alignment) const {
   check_alignment(address, alignment);
@@ -219,6 +230,7 @@ void SharedMemory::check(uint64_t address, int size, int alignment) const {
 
 void SharedMemory::load(const Actor& actor, uint64_t address, int size, int alignment, void* out) {
   check(address, size, alignment);
+  note(actor, address, size, nullptr);
   for (int i = 0; i < size; ++i) {
     Byte& byte = shadow_[address + i];
     const auto where = [&] { return "shared byte " + std::to_string(address + i); };
@@ -239,6 +251,7 @@ void SharedMemory::load(const Actor& actor, uint64_t address, int size, int alig
 
 void SharedMemory::store(const Actor& actor, uint64_t address, int size, int alignment, const void* bytes) {
   check(address, size, alignment);
+  note(actor, address, size, bytes);
   for (int i = 0; i < size; ++i) {
     Byte& byte = shadow_[address + i];
     const uint8_t value = static_cast<const uint8_t*>(bytes)[i];
@@ -262,6 +275,7 @@ void SharedMemory::store(const Actor& actor, uint64_t address, int size, int ali
 
 void SharedMemory::start_copy(const Actor& actor, uint64_t address, int size, int alignment) {
   check(address, size, alignment);
+  note(actor, address, size, "on its way, 16 ..");
   for (int i = 0; i < size; ++i) {
     Byte& byte = shadow_[address + i];
     const auto where = [&] { return "shared byte " + std::to_string(address + i); };
@@ -278,6 +292,7 @@ void SharedMemory::start_copy(const Actor& actor, uint64_t address, int size, in
 }
 
 void SharedMemory::land_copy(const Actor& actor, uint64_t address, int size, const void* bytes) {
+  note(actor, address, size, bytes);
   for (int i = 0; i < size; ++i) {
     Byte& byte = shadow_[address + i];
     byte.flying = false;

@@ -79,9 +79,16 @@ class GlobalMemory {
   std::unordered_map<uint64_t, std::vector<Acquire>> relaxed_;  // atomics of a warp that no fence has followed
 };
 
+// An access to shared memory as it happened, with nothing concluded from it.
+struct Event {
+  uint64_t block, warp, epoch, address, size;
+  uint64_t stored;  // 0 for a load, else 1 + a hash of the bytes
+};
+
 class SharedMemory {
  public:
-  explicit SharedMemory(size_t size);
+  // Writes what happens to trace, if that is given.
+  explicit SharedMemory(size_t size, std::vector<Event>* trace = nullptr);
 
   void load(const Actor& actor, uint64_t address, int size, int alignment, void* out);
   void store(const Actor& actor, uint64_t address, int size, int alignment, const void* bytes);
@@ -99,7 +106,9 @@ class SharedMemory {
   };
 
   void check(uint64_t address, int size, int alignment) const;
+  void note(const Actor& actor, uint64_t address, int size, const void* stored);
 
+  std::vector<Event>* trace_;
   std::vector<uint8_t> bytes_;
   std::vector<Byte> shadow_;
 };

@@ -32,6 +32,8 @@ struct Launch {
   uint32_t dynamic_shared = 0, dynamic_start = 0;
   GlobalMemory* memory = nullptr;
   Counts counts;
+  std::vector<Event>* trace = nullptr;            // of shared memory, if it is wanted
+  std::vector<std::pair<uint64_t, int>> barriers;  // (block, instruction) in the order that each block passes them
 };
 
 struct Block {
