@@ -15,15 +15,17 @@ from bench.machine_code import widest
 from bench.occupancy import occupancy
 from bench.results import Row
 
-# One instance of each that the float32 and bfloat16 losses launch, and its threads, as csrc/cuda/kernels.cuh has them.
+# One instance of each that the float32 and bfloat16 losses launch, and its threads at most.
 INSTANCES = {
-    "forward_kernel<float, float, false>": ("float32", 512),
+    "forward_kernel<float, float, false>": ("float32", 768),
     "forward_kernel<float, float, true>": ("float32", 512),
-    "row_best_kernel<float, false, false>": ("float32", 256),
-    "row_best_kernel<float, true, true>": ("float32", 256),
-    "row_best_kernel<c10::BFloat16, false, false>": ("bfloat16", 256),
-    "backward_kernel<float, float>": ("float32", 256),
-    "backward_kernel<float, c10::BFloat16>": ("bfloat16", 256),
+    "rows_kernel<float, Largest<float>, false>": ("float32", 256),
+    "rows_kernel<float, FirstLargest<float>, true>": ("float32", 256),
+    "rows_kernel<float, Exponentials<float>, false>": ("float32", 256),
+    "rows_kernel<BFloat16, Largest<float>, false>": ("bfloat16", 256),
+    "backward_kernel<float, float, false>": ("float32", 256),
+    "backward_kernel<float, float, true>": ("float32", 256),
+    "backward_kernel<float, BFloat16, false>": ("bfloat16", 256),
     "sum_kernel<float>": ("float32", 512),
 }
 
@@ -44,7 +46,7 @@ def rows() -> Iterator[Row]:
                     "target": target,
                     "language": "cuda",
                     "dtype": dtype,
-                    "kernel": name.replace("c10::", ""),
+                    "kernel": name,
                     "registers": usage["REG"],
                     "spill_bytes": usage["STACK"] + usage["LOCAL"],
                     "shared_bytes": usage["SHARED"],
@@ -79,4 +81,8 @@ def functions(cubin: bytes, demangler: str) -> Iterator[tuple[str, dict[str, int
     for (mangled, usage), name in zip(usages, names, strict=True):
         plain = re.search(r"dqn_fused::cuda::(\w+<.*?>)\(", name)
         if plain:
-            yield plain[1], {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", usage)}, sections[mangled]
+            yield (
+                re.sub(r"\w+::", "", plain[1]),
+                {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", usage)},
+                sections[mangled],
+            )

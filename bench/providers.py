@@ -13,7 +13,6 @@ from bench.timing import Timer, timer
 from bench.variants import GAMMA, VARIANTS, Arguments, Variant
 from dqn_fused import fused_dqn_loss, fused_dqn_loss_and_grad
 from dqn_fused._backends import serving
-from dqn_fused.arguments import check_loss
 
 FLOOR = "floor"
 
@@ -65,9 +64,8 @@ def providers(
 
 def ours(variant: Variant, batch: Arguments, device: str) -> dict[str, Callable[[], Provider]]:
     """Each backend of this project that serves the device, with autograd and without."""
-    spec = check_loss(**{k: x for k, x in variant.options.items() if k in ("target", "cql_alpha")})
     found: dict[str, Callable[[], Provider]] = {}
-    for backend in serving(torch.device(device), spec):
+    for backend in serving(torch.device(device)):
         options = {"gamma": GAMMA, "backend": backend, **variant.options}
         fused = step(partial(fused_dqn_loss, **options), batch)
         both = partial(fused_dqn_loss_and_grad, **batch, **options)

@@ -5,13 +5,21 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/macros/Macros.h>
 
+#include <cmath>
 #include <cstdint>
+#include <limits>
 
 namespace dqn_fused {
 
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
+
+template <class T>
+constexpr T INFINITE = std::numeric_limits<T>::infinity();
+
+template <class T>
+constexpr T NOT_A_NUMBER = std::numeric_limits<T>::quiet_NaN();
 
 // One value a sample, (n,), of any dtype and stride. Which dtype is asked at every element: the branch always goes the
 // same way, and it saves a kernel for each combination of dtypes.
@@ -114,12 +122,10 @@ C10_HOST_DEVICE T nan_max(T a, T b) {
   return a > b || a != a ? a : b;
 }
 
-// q[i, a_i] - y_i, with Munchausen's bonus, which a terminated row gets too. Selected, not multiplied: what stands in a
-// terminated row's next_q never reaches the target.
+// The TD error of q[a]. Selected, not multiplied: what stands in a terminated row's next_q never reaches the target.
 template <class T>
-C10_HOST_DEVICE T td_error(const Batch& batch, int64_t i, int64_t action, bool live, T next_value, T bonus = 0) {
-  const T reward = batch.rewards.at<T>(i) + bonus;
-  return batch.q.at<T>(i, action) - (live ? reward + batch.gamma<T>(i) * next_value : reward);
+C10_HOST_DEVICE T td_error(T taken, T reward, bool live, T gamma, T next_value) {
+  return taken - (live ? reward + gamma * next_value : reward);
 }
 
 // temperature * logsumexp(x / temperature) of a row in two parts, which are not added before a difference is taken: the
@@ -134,6 +140,20 @@ struct SoftValue {
   // Of a value over the sum.
   C10_HOST_DEVICE T log_policy(T x) const { return (x - largest) - rest; }
 };
+
+// Of a row whose legal values' maximum is `largest`, and the sum of exp((x - largest) / temperature) `total`.
+template <class T>
+C10_HOST_DEVICE SoftValue<T> soft_value(T largest, T total, T temperature, bool masked) {
+  if (std::abs(largest) < INFINITE<T>) return {largest, temperature * std::log(total)};
+  return {masked && largest == -INFINITE<T> ? NOT_A_NUMBER<T> : largest, 0};
+}
+
+// What Munchausen adds to the reward: alpha * clip(temperature * log(policy of the action), clip, 0). NaN stays NaN.
+template <class T>
+C10_HOST_DEVICE T munchausen_bonus(const Options& options, T log_policy) {
+  const T clip = static_cast<T>(options.clip);
+  return static_cast<T>(options.alpha) * (log_policy < clip ? clip : log_policy > 0 ? T(0) : log_policy);
+}
 
 // The loss of a TD error; NaN stays NaN.
 template <class T>
@@ -152,6 +172,22 @@ C10_HOST_DEVICE T loss_slope(const Options& options, T td) {
   if (td >= delta) return td > 0 ? most : T(0);  // delta may be 0, where the slope of |td| is
   if (td <= -delta) return -most;
   return options.loss == HUBER ? td : td / delta;
+}
+
+// The gradient of a sample's loss by one of its Q-values, but for what scaled() multiplies it by. policy is 0 without
+// the conservative term, or where the action is illegal.
+template <class T>
+C10_HOST_DEVICE T slope_by_q(const Options& options, bool taken, T slope, T policy) {
+  const T alpha = static_cast<T>(options.cql_alpha);
+  return taken ? slope + alpha * (policy - 1) : alpha * policy;
+}
+
+// A slope times the upstream gradient and the weight of a sample, over what the sum of the losses is divided by.
+template <class T>
+C10_HOST_DEVICE T scaled(T slope, T upstream, const Column& weights, int64_t i, int64_t divisor) {
+  slope *= upstream;
+  if (weights) slope *= weights.at<T>(i);
+  return divisor == 1 ? slope : slope / static_cast<T>(divisor);
 }
 
 }  // namespace dqn_fused

@@ -10,6 +10,7 @@
 """
 
 from dqn_fused._backends import BackendUnavailableError, backends
+from dqn_fused._warmup import warmup
 from dqn_fused.linear import FusedLinearDQNLoss, fused_linear_dqn_loss
 from dqn_fused.loss import fused_dqn_loss, fused_dqn_loss_and_grad, fused_td_loss
 from dqn_fused.module import FusedDQNLoss
@@ -27,4 +28,5 @@ __all__ = [
     "fused_dqn_loss_and_grad",
     "fused_linear_dqn_loss",
     "fused_td_loss",
+    "warmup",
 ]

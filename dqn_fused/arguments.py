@@ -84,11 +84,6 @@ class LossSpec(NamedTuple):
     cql_alpha: float = 0.0
 
     @property
-    def exponentials(self) -> bool:
-        """Whether a log-sum-exp is asked for, which not every backend has."""
-        return self.cql or self.target != "max"
-
-    @property
     def dense_gradient(self) -> bool:
         """Whether every action gets a gradient, not only the one taken."""
         return self.cql_alpha != 0

@@ -100,7 +100,7 @@ def fused_linear_dqn_loss(
     samples = Batch(hidden, actions, rewards, next_hidden, terminated, gamma, non_final_mask, weights=weights)
     head, samples = check_head(head, samples, spec)
     head = autocast(head)
-    road = choose(backend, hidden.device, spec)
+    road = choose(backend, hidden.device)
     with torch.no_grad():
         value = next_values(head, spec, road.auto_sweep if backend == "auto" else road.sweep)
     taken = TakenValues.apply(head.hidden, weight, bias, samples.actions, sparse_grad)

@@ -279,7 +279,7 @@ def _run(
         what, backend = transforms.transformed_td_loss, transforms.backend_inside(backend)
     try:
         device = q.device
-        road = choose(backend, device, spec)
+        road = choose(backend, device, q.shape[-1] if q.dim() else None)
         plain = q.is_cpu and q.dim() == 2 and (next_q is None or next_q.dim() == 2)
         plain = plain and isinstance(gamma, (float, int, Tensor)) and spec.reduction != "weighted_mean"
         if road.CHECKS_CPU and plain and not transformed and arguments.looks_at_values(device):
@@ -287,7 +287,7 @@ def _run(
     except (RuntimeError, AttributeError, TypeError):
         pass
     batch = check_batch(given, spec)
-    road = choose(backend, batch.q.device, spec)
+    road = choose(backend, batch.q.device, batch.action_count)
     if not transformed or torch.compiler.is_compiling():
         counts_mask = road.COUNTS_MASK and not transformed
         batch = check_values(batch, batch.action_count, batch.next_count, counts_mask=counts_mask)

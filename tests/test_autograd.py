@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import Road
 from oracle import oracle
-from test_family import on, skip_where_not_served, variant
+from test_family import on, variant
 from test_loss import compact, make
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -212,8 +212,6 @@ def test_illegal_actions_where_nothing_looks(road: Road, A: int) -> None:
 @pytest.mark.parametrize("shape", [(6, 4), (2, 3, 4), (6, 2500)], ids=str)
 def test_illegal_actions_in_the_family(road: Road, shape: tuple[int, ...], name: str) -> None:
     """The conservative term gives every action a gradient, but none to a row whose own action is illegal."""
-    if "cql" in name:
-        skip_where_not_served(road)
     arguments = variant(name, shape)
     for row, action in {1: -1, 3: shape[-1], 4: 2**40}.items():
         arguments["actions"].view(-1)[row] = action
@@ -272,7 +270,6 @@ def test_a_right_mask_where_nothing_looks(road: Road, n: int, A: int) -> None:
 
 def test_everything_but_q_is_a_constant(road: Road) -> None:
     """Call sites forget no_grad; what is left of their graph must neither be needed nor reached."""
-    skip_where_not_served(road)
     for name in ("double-mask-weights-huber", "munchausen-cql-masks-weights-huber"):
         arguments = on(road, variant(name, (7, 5)))
         floats = [k for k, x in arguments.items() if isinstance(x, Tensor) and x.is_floating_point()]
@@ -285,7 +282,6 @@ def test_everything_but_q_is_a_constant(road: Road) -> None:
 
 def test_a_penalty_on_the_gradient_of_the_conservative_term(road: Road) -> None:
     """Second order with a dense Hessian: the softmax's own derivative, which a constant backward would lose."""
-    skip_where_not_served(road)
     arguments = on(road, variant("cql-mask-weights", (4, 3), torch.float64))
     q = arguments.pop("q").requires_grad_()
     seconds = []
@@ -301,7 +297,6 @@ def test_a_penalty_on_the_gradient_of_the_conservative_term(road: Road) -> None:
 
 @pytest.mark.parametrize("name", ["q", "weights"])
 def test_what_backward_reads_must_not_change(road: Road, name: str) -> None:
-    skip_where_not_served(road)
     arguments = on(road, variant("cql-mask-weights", (7, 5)))
     arguments["q"] = arguments["q"].requires_grad_().clone()
     loss = fused_dqn_loss(**arguments, backend=road.backend)
@@ -353,8 +348,6 @@ def test_memory_of_the_family(road: Road, name: str) -> None:
     """Masks, exponentials and a dense gradient, and still no (n, A) matrix but the gradient."""
     if road.backend == "torch":
         pytest.skip("its operations hold what eager code holds")
-    if name != "double-mask-weights-huber":
-        skip_where_not_served(road)
     n, A = 16, 1000
     arguments = on(road, variant(name, (n, A)))
     q = arguments["q"].requires_grad_()

@@ -220,18 +220,8 @@ def test_a_library_that_is_not_there_or_does_not_load(tmp_path: Path) -> None:
     assert f"the cuda library does not fit torch {torch.__version__}: " in reason
     assert "DQN_FUSED_BUILD=cuda" in reason
     for reason, device in zip(compiled_backend._REASONS.values(), ("cpu", "cuda"), strict=True):
-        assert compiled_backend.refuses(torch.device(device), LossSpec()) == reason
-    assert "expected tensors on cpu or cuda" in str(compiled_backend.refuses(torch.device("meta"), LossSpec()))
-
-
-@pytest.mark.parametrize("options", [{"target": "soft"}, {"target": "munchausen"}, {"cql_alpha": 1.0}])
-def test_exponentials_are_not_for_cuda(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from dqn_fused._backends import compiled_backend
-
-    monkeypatch.setattr(compiled_backend, "_REASONS", {"cpu": None, "cuda": None})
-    assert "no soft or Munchausen target" in str(compiled_backend.refuses(torch.device("cuda"), check_loss(**options)))
-    assert compiled_backend.refuses(torch.device("cuda"), check_loss("huber")) is None
-    assert compiled_backend.refuses(torch.device("cpu"), check_loss(**options)) is None
+        assert compiled_backend.refuses(torch.device(device)) == reason
+    assert "expected tensors on cpu or cuda" in str(compiled_backend.refuses(torch.device("meta")))
 
 
 BROKEN = {

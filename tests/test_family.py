@@ -106,11 +106,6 @@ def on(road: Road, arguments: Arguments) -> Arguments:
     return {k: to_device(x, road.device) for k, x in arguments.items()}
 
 
-def skip_where_not_served(road: Road) -> None:
-    if road == ("compiled", "cuda"):
-        pytest.skip("the compiled CUDA ops leave exponentials to Triton")
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variants(road: Road, name: str, shape: tuple[int, ...]) -> None:
@@ -238,7 +233,6 @@ def test_a_row_without_a_legal_action_is_nan_unless_terminated(road: Road, A: in
 
 @pytest.mark.parametrize("A", [4, 150])
 def test_no_legal_action_in_the_state_itself_is_nan(road: Road, A: int) -> None:
-    skip_where_not_served(road)
     for name in ("munchausen-masks-huber", "cql-mask-weights"):
         arguments = on(road, variant(name, (6, A)))
         arguments["action_mask"][2] = False
@@ -324,8 +318,6 @@ def test_per_sample_inputs_of_any_shape_and_stride(road: Road) -> None:
 @pytest.mark.parametrize("shape", [(9, 5), (2, 3, 70), (0, 4), (4, 1)], ids=shape_id)
 def test_fused_td_loss(road: Road, name: str, shape: tuple[int, ...]) -> None:
     """The loss for a ready target is the loss of terminated samples whose reward it is."""
-    if "cql" in name:
-        skip_where_not_served(road)
     family = variant(name, shape)
     options = {k: x for k, x in family.items() if k in ("weights", "loss", "delta", "cql_alpha", "action_mask")}
     q, actions, target = (on(road, family)[k] for k in ("q", "actions", "rewards"))
@@ -344,7 +336,6 @@ def test_fused_td_loss(road: Road, name: str, shape: tuple[int, ...]) -> None:
 
 
 def test_the_conservative_term_is_returned(road: Road) -> None:
-    skip_where_not_served(road)
     for shape in ((7, 5), (3, 130), (2, 3, 5)):
         for alpha in (0.0, 0.7):
             family = {**variant("cql-mask-weights", shape), "cql_alpha": alpha}
@@ -371,8 +362,6 @@ def test_the_conservative_term_is_returned(road: Road) -> None:
 @pytest.mark.parametrize("shape", [(9, 5), (2, 3, 5), (9, 130), (2, 5003), (0, 4)], ids=shape_id)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_loss_and_grad_is_forward_and_backward(road: Road, name: str, shape: tuple[int, ...]) -> None:
-    if "cql" in name or "soft" in name or "munch" in name:
-        skip_where_not_served(road)
     for reduction in ("mean", "none", "weighted_mean"):
         arguments = on(road, variant(name, shape))
         q = arguments["q"].requires_grad_()
@@ -404,8 +393,6 @@ def test_gradcheck_of_every_combination(road: Road, name: str) -> None:
     arguments = make((3, 4), torch.float64)
     for part in COMBINATIONS[name]:
         arguments |= part(arguments, g)
-    if "target" in arguments or "cql_alpha" in arguments:
-        skip_where_not_served(road)
     arguments = on(road, arguments)
     q = arguments.pop("q").requires_grad_()
     function = lambda q: fused_dqn_loss(q, **arguments, backend=road.backend)  # noqa: E731
@@ -454,7 +441,6 @@ def test_identities(road: Road, shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("shape", [(33, 19), (5, 700)], ids=shape_id)
 def test_identities_of_the_soft_targets(road: Road, shape: tuple[int, ...]) -> None:
-    skip_where_not_served(road)
     a, loss = family_of(road, shape)
     plain = loss()
     assert equal(loss(target=Soft(1e-6)), plain), "the soft value tends to the maximum"
@@ -473,7 +459,6 @@ def test_identities_of_the_soft_targets(road: Road, shape: tuple[int, ...]) -> N
 
 @pytest.mark.parametrize("shape", [(33, 19), (5, 700)], ids=shape_id)
 def test_identities_of_the_conservative_term(road: Road, shape: tuple[int, ...]) -> None:
-    skip_where_not_served(road)
     a, loss = family_of(road, shape)
     plain, conservative = loss(), loss(cql_alpha=0.7)
     rows = (conservative[1] - plain[1]).sum(1)
@@ -487,7 +472,6 @@ def test_identities_of_the_conservative_term(road: Road, shape: tuple[int, ...])
 
 
 def test_the_same_bits_every_time(road: Road) -> None:
-    skip_where_not_served(road)
     for shape in ((520, 40), (2, 5000), (70, 700)):
         arguments = on(road, variant("munchausen-cql-masks-weights-huber", shape))
         first = fused_dqn_loss_and_grad(**arguments, backend=road.backend)

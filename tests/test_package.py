@@ -6,14 +6,16 @@ import os
 import subprocess
 import sys
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 import dqn_fused
-from dqn_fused import BackendUnavailableError, backends, fused_dqn_loss
-from dqn_fused.arguments import LossSpec
+from dqn_fused import BackendUnavailableError, _backends, backends, fused_dqn_loss
+from dqn_fused.head import Sweep
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,7 +30,9 @@ def python(code: str, **environment: str) -> str:
     return run.stdout.strip()
 
 
-@pytest.mark.parametrize("name", ["dqn_fused", "dqn_fused.loss", "dqn_fused.reference", "dqn_fused._backends"])
+@pytest.mark.parametrize(
+    "name", ["dqn_fused", "dqn_fused.loss", "dqn_fused.reference", "dqn_fused._backends", "dqn_fused._warmup"]
+)
 def test_doctests(name: str) -> None:
     result = doctest.testmod(importlib.import_module(name))
     assert result.attempted > 0
@@ -96,8 +100,8 @@ def test_a_named_backend_does_not_fall_back() -> None:
 
 def test_triton_refuses_a_device_that_is_not_its_own() -> None:
     module = pytest.importorskip("dqn_fused._backends.triton_backend")
-    assert "got meta" in module.refuses(torch.device("meta"), LossSpec())
-    assert module.refuses(torch.device("cpu" if module.INTERPRETED else "cuda"), LossSpec()) is None
+    assert "got meta" in module.refuses(torch.device("meta"))
+    assert module.refuses(torch.device("cpu" if module.INTERPRETED else "cuda")) is None
 
 
 def test_a_triton_whose_driver_does_not_start_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,6 +117,112 @@ def test_a_triton_whose_driver_does_not_start_is_not_chosen(monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(module.triton.runtime, "driver", Driver())
     assert module.unavailable() == "triton's driver does not start: Failed to find C compiler"
+
+
+@pytest.fixture
+def triton_on_cuda(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The Triton backend as on a machine with a GPU, whose launches do nothing."""
+    module: ModuleType = pytest.importorskip("dqn_fused._backends.triton_backend")
+    monkeypatch.setattr(module, "INTERPRETED", False)
+    monkeypatch.setattr(module, "_on", lambda device: nullcontext())
+    monkeypatch.setattr(module, "run", lambda *args, **meta: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, device=None, **more: zeros(*size, **more))
+    module._probe.cache_clear()
+    yield module
+    module._probe.cache_clear()
+
+
+def test_a_triton_that_cannot_compile_is_not_chosen(
+    triton_on_cuda: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its driver starts, and the first kernel fails: asked once for each device, and not within a capture."""
+    launches = []
+
+    def run(*args: object, **meta: object) -> None:
+        launches.append(args)
+        raise RuntimeError("ptxas does not know sm_123")
+
+    device = torch.device("cuda", 0)
+    assert triton_on_cuda.refuses(device) is None
+    triton_on_cuda._probe.cache_clear()
+    monkeypatch.setattr(triton_on_cuda, "run", run)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert triton_on_cuda.refuses(device) is None
+    assert not launches
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    for _ in range(2):
+        reason = triton_on_cuda.refuses(device)
+        assert reason == "triton cannot run a kernel on cuda:0: RuntimeError: ptxas does not know sm_123"
+    assert len(launches) == 1
+    assert triton_on_cuda.refuses(torch.device("cuda")) == reason, "the current device"
+    assert len(launches) == 1
+
+
+@pytest.mark.parametrize(
+    "works", [("compiled", "triton", "torch"), ("triton", "torch"), ("compiled", "torch"), ("torch",)]
+)
+def test_the_choice_on_cuda(monkeypatch: pytest.MonkeyPatch, works: tuple[str, ...]) -> None:
+    """Up to 64 actions compiled, above Triton, as far as there is either."""
+    fakes = {
+        name: SimpleNamespace(refuses=lambda device, name=name: None if name in works else "it does not")
+        for name in _backends.MODULES
+    }
+    monkeypatch.setattr(_backends, "_missing", lambda name: None)
+    monkeypatch.setattr(_backends, "_LOADED", fakes)
+    monkeypatch.setattr(_backends, "_CHOSEN", {})
+    device = torch.device("cuda", 0)
+    names = {id(module): name for name, module in fakes.items()}
+    narrow, wide = ("compiled", "triton", "torch"), ("triton", "compiled", "torch")
+    for order, counts in ((narrow, (1, 64)), (wide, (65, 50_257, None))):
+        expected = next(name for name in order if name in works)
+        for actions in counts:
+            assert names[id(_backends.choose("auto", device, actions))] == expected
+            for name in _backends.MODULES:
+                if name in works:
+                    assert names[id(_backends.choose(name, device, actions))] == name
+                else:
+                    with pytest.raises(BackendUnavailableError, match="it does not"):
+                        _backends.choose(name, device, actions)
+
+
+def test_a_choice_within_a_capture_is_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There Triton is taken at its word; afterwards it is tried."""
+    reasons: dict[str, str | None] = {"compiled": "not built", "triton": None, "torch": None}
+    fakes = {name: SimpleNamespace(refuses=lambda device, name=name: reasons[name]) for name in _backends.MODULES}
+    monkeypatch.setattr(_backends, "_missing", lambda name: None)
+    monkeypatch.setattr(_backends, "_LOADED", fakes)
+    monkeypatch.setattr(_backends, "_CHOSEN", {})
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(_backends, "capturing", lambda: True)
+    assert _backends.choose("auto", device, 4) is fakes["triton"]
+    reasons["triton"] = "it cannot compile"
+    monkeypatch.setattr(_backends, "capturing", lambda: False)
+    assert _backends.choose("auto", device, 4) is fakes["torch"]
+
+
+@pytest.mark.parametrize(("capability", "serves"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_the_sweep_in_bfloat16_needs_its_units(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], serves: bool
+) -> None:
+    module = pytest.importorskip("dqn_fused._backends.triton_sweep")
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    device = torch.device("cuda", 0)
+    reason = module.refuses(torch.bfloat16, device)
+    assert (reason is None) == serves
+    assert module.refuses(torch.float16, device) is None
+    if serves:
+        return
+    assert "compute capability 8.0 or above, got 7.5" in reason
+    monkeypatch.setattr(module, "refuses", lambda dtype, device: reason)
+    work = Sweep(torch.ones(3, 4, dtype=torch.bfloat16), torch.ones(5, 4), None, None, "max", 1.0)
+    with pytest.raises(BackendUnavailableError, match=r"got 7\.5"):
+        module.sweep(work)
+    assert module.auto_sweep(work)[0].tolist() == [4, 4, 4], "the library's"
 
 
 def test_report() -> None:

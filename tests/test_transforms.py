@@ -20,7 +20,6 @@ from dqn_fused import (
     fused_td_loss,
 )
 from dqn_fused._backends import choose
-from dqn_fused.arguments import LossSpec
 
 K, B, A, D = 3, 7, 5, 4  # members, batch, actions, features
 
@@ -55,11 +54,6 @@ def options(name: str, device: str) -> dict[str, Any]:
 NAMES = ("plain", "sum", "none", "n_step", "scalar_gamma", "prioritised", "munchausen", "cql")
 
 
-def skip_what_cuda_lacks(road: Road, name: str) -> None:
-    if road == ("compiled", "cuda") and name in ("munchausen", "cql"):
-        pytest.skip("the compiled CUDA ops leave exponentials to Triton")
-
-
 def loop(function: Callable[..., Any], *members: Any) -> Any:
     """What vmap does, without vmap."""
     results = [function(*(member[k] for member in members)) for k in range(K)]
@@ -76,7 +70,6 @@ def assert_same(got: Any, expected: Any) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_ensemble(road: Road, name: str) -> None:
     """A stack of networks on one batch: values and TD errors, gradients, and both in either nesting."""
-    skip_what_cuda_lacks(road, name)
     arguments = make((B, A), torch.float64, road.device)
     more = options(name, road.device)
     q, next_q = matrix(K, B, A, device=road.device), matrix(K, B, A, device=road.device)
@@ -227,7 +220,6 @@ def test_non_final_mask(road: Road) -> None:
 
 @pytest.mark.parametrize("name", ["plain", "cql"])
 def test_second_order(road: Road, name: str) -> None:
-    skip_what_cuda_lacks(road, name)
     arguments = make((3, 2), torch.float64, road.device)
     more = {"cql_alpha": 0.5} if name == "cql" else {}
 
@@ -251,7 +243,7 @@ def test_a_ready_target(road: Road) -> None:
 
 
 def test_an_ensemble_is_one_call_of_the_backend(road: Road, monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = choose(road.backend, torch.device(road.device), LossSpec())
+    backend = choose(road.backend, torch.device(road.device))
     forward, seen = backend.forward, []
 
     def counted(batch: Any, spec: Any) -> Any:

@@ -41,6 +41,10 @@ WRAPPER = """
 OPS = tuple(name for name in _ops.NAMES if not name.startswith("triton_"))
 
 
+class NotExecutedError(NotImplementedError):
+    """What is left out by design."""
+
+
 class Executed(NamedTuple):
     """A launch that has been executed."""
 
@@ -121,6 +125,8 @@ class Executor:
         op = getattr(getattr(torch.ops, LIBRARY), name).default
 
         def called(*given: Any) -> Any:
+            if any(isinstance(x, Tensor) and torch._C._functorch.is_legacy_batchedtensor(x) for x in given):
+                raise NotExecutedError("a batch of gradients, which PyTorch unpacks below the op, has no address")
             # As the dispatcher would do on the way: a copy of what has a lazy minus sign.
             args = [x.resolve_neg() if isinstance(x, Tensor) else x for x in given]
             self.ranges = self.memory.ranges(x for x in args if isinstance(x, Tensor))
@@ -195,7 +201,7 @@ def executing(target: str, seed: int = 0, races: bool = True) -> Iterator[Execut
         patch.object(compiled_backend, "_ops", ops),
         patch.object(compiled_backend, "_REASONS", {"cuda": None}),
         patch.object(compiled_backend, "CHECKS_CPU", False),
-        patch.object(compiled_backend, "refuses", lambda device, spec: refuses(cuda, spec)),
+        patch.object(compiled_backend, "refuses", lambda device: refuses(cuda)),
         patch.object(_backends, "_missing", found),
         patch.dict(_backends._CHOSEN, clear=True),
     ):

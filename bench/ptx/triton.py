@@ -142,7 +142,7 @@ def executing(target: str, **options: Any) -> Iterator[Executor]:
         stack.enter_context(targeting(target))
         for owner, name, value in (
             (_backends, "_missing", found),
-            (triton_backend, "refuses", lambda device, spec: None if device.type == "cpu" else "expected CPU tensors"),
+            (triton_backend, "refuses", lambda device: None if device.type == "cpu" else "expected CPU tensors"),
             (triton_backend, "run", executor.run),
             (torch, "empty", executor.empty(torch.empty)),
             (torch, "empty_like", executor.empty(torch.empty_like)),

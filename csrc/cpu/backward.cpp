@@ -1,6 +1,5 @@
 #include <cmath>
 #include <cstring>
-#include <limits>
 #include <type_traits>
 
 #if __has_include(<sys/mman.h>)
@@ -29,8 +28,6 @@ void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t byt
 
 template <class T, class Out>
 struct Gradient {
-  static constexpr T NOT_A_NUMBER = std::numeric_limits<T>::quiet_NaN();
-
   const Saved& saved;
   const Options& options;
   const T *grad_loss, *td, *normaliser;
@@ -40,9 +37,7 @@ struct Gradient {
   // What the gradient of a row's loss is multiplied by.
   T scaled(int64_t i, T slope) const {
     const T upstream = grad_loss == nullptr ? T(1) : grad_loss[options.reduction == NONE ? i : 0];
-    slope *= upstream;
-    if (saved.weights) slope *= saved.weights.template at<T>(i);
-    return options.reduction == MEAN ? slope / static_cast<T>(saved.n) : slope;
+    return dqn_fused::scaled(slope, upstream, saved.weights, i, options.reduction == MEAN ? saved.n : 1);
   }
 
   bool may_take(int64_t i, int64_t action) const { return !saved.legal || saved.legal.template at<bool>(i, action); }
@@ -56,14 +51,15 @@ struct Gradient {
     if (std::isfinite(sum.largest)) {
       policy(row_of(saved.q, saved.legal, i, first, n), sum.largest, sum.rest, coefficient, out);
     } else {
-      for (int64_t j = 0; j < n; ++j) out[j] = static_cast<Out>(may_take(i, first + j) ? NOT_A_NUMBER : T(0));
+      for (int64_t j = 0; j < n; ++j) out[j] = static_cast<Out>(may_take(i, first + j) ? NOT_A_NUMBER<T> : T(0));
     }
   }
 
   T policy_of(int64_t i, int64_t action) const {
     if (!may_take(i, action)) return 0;
     const SoftValue<T> sum = sum_of(i);
-    return std::isfinite(sum.largest) ? exponential(sum.log_policy(saved.q.template at<T>(i, action))) : NOT_A_NUMBER;
+    return std::isfinite(sum.largest) ? exponential(sum.log_policy(saved.q.template at<T>(i, action)))
+                                      : NOT_A_NUMBER<T>;
   }
 
   // Zeros but for the actions taken. Flat ranges, here and below, so that one long row is shared by the threads too.
@@ -88,7 +84,7 @@ struct Gradient {
       }
       write_policy(i, from - start, to - from, scaled(i, alpha));
       if (start + action < from || start + action >= to) continue;
-      const T slope = loss_slope(options, td[i]) + alpha * (policy_of(i, action) - 1);
+      const T slope = slope_by_q(options, true, loss_slope(options, td[i]), policy_of(i, action));
       grad_q[start + action] = static_cast<Out>(scaled(i, slope));
     }
   }

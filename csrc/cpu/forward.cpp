@@ -1,6 +1,5 @@
 #include <atomic>
 #include <cmath>
-#include <limits>
 #include <vector>
 
 #include "loss.h"
@@ -12,13 +11,9 @@ namespace {
 
 constexpr int64_t BLOCK = 8192;  // elements of next_q in a block of rows: the unit of work and of the partial sums
 
-template <class T>
-constexpr T NOT_A_NUMBER = std::numeric_limits<T>::quiet_NaN();
-constexpr double INFINITE = std::numeric_limits<double>::infinity();
-
-SoftValue<double> soft_value(const Summary& row, double temperature, bool masked) {
-  if (std::abs(row.largest) < INFINITE) return {row.largest, temperature * std::log(row.sum)};
-  return {masked && row.largest == -INFINITE ? NOT_A_NUMBER<double> : row.largest, 0};
+SoftValue<double> soft_value_of(const Rows& rows, int64_t row, double temperature = 1) {
+  const Summary found = rows(row);
+  return soft_value(found.largest, found.sum, temperature, rows.masked());
 }
 
 // The rows that are looked at, and what is read from them.
@@ -50,26 +45,22 @@ struct Values {
   }
 
   T next_value(int64_t row) const {
+    if (options.target != MAX) return static_cast<T>(soft_value_of(next, row, options.temperature).sum());
     const Summary found = next(row);
-    if (options.target != MAX) return static_cast<T>(soft_value(found, options.temperature, next.masked()).sum());
-    if (next.masked() && found.largest == -INFINITE) return NOT_A_NUMBER<T>;
+    if (next.masked() && found.largest == -INFINITE<double>) return NOT_A_NUMBER<T>;
     if (!batch.next_online || found.largest != found.largest) return static_cast<T>(found.largest);
     return batch.next_q.at<T>(row, found.index);
   }
 
-  // alpha * clip(temperature * log(policy of the action), clip, 0).
   T bonus(int64_t i, int64_t action) const {
     if (!policy) return 0;
     const bool known = !batch.legal || batch.legal.at<bool>(i, action);
-    const T taken = known ? batch.target_q.at<T>(i, action) : static_cast<T>(-INFINITE);
-    const T log_policy = static_cast<T>(soft_value(policy(i), options.temperature, policy.masked()).log_policy(taken));
-    const T clip = static_cast<T>(options.clip);
-    const T clipped = log_policy < clip ? clip : log_policy > 0 ? T(0) : log_policy;
-    return static_cast<T>(options.alpha) * clipped;
+    const T taken = known ? batch.target_q.at<T>(i, action) : -INFINITE<T>;
+    return munchausen_bonus(options, static_cast<T>(soft_value_of(policy, i, options.temperature).log_policy(taken)));
   }
 
   SoftValue<T> normaliser(int64_t i) const {
-    const SoftValue<double> found = soft_value(conservative(i), 1, conservative.masked());
+    const SoftValue<double> found = soft_value_of(conservative, i);
     return {static_cast<T>(found.largest), static_cast<T>(found.rest)};
   }
 
@@ -125,7 +116,8 @@ bool forward(const Batch& b, const Options& options, T* loss, T* td, T* normalis
           const T next_value = !known  ? T(0)
                                : PLAIN ? static_cast<T>(values.next.largest(next_row))
                                        : values.next_value(next_row);
-          error = td_error<T>(b, i, action, live, next_value, PLAIN ? T(0) : values.bonus(i, action));
+          const T reward = b.rewards.at<T>(i) + (PLAIN ? T(0) : values.bonus(i, action));
+          error = td_error(b.q.at<T>(i, action), reward, live, live ? b.gamma<T>(i) : T(0), next_value);
         } else {
           all_legal.store(false, std::memory_order_relaxed);
         }

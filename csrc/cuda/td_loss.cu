@@ -1,8 +1,9 @@
 // CUDA's part of the ops; nothing here synchronises or looks at a value on the host.
 //
 // Small (few actions, or columns that are not contiguous): forward_kernel does everything, and one block of it is the
-// whole launch. Large: row_best_kernel reads Q-values 16 bytes at a time, a warp for each row and range of columns, and
-// forward_kernel finishes its (rows, splits) answers; backward_kernel stores the gradient 16 bytes at a time.
+// whole launch. Large: rows_kernel reduces each matrix whose every action counts, 16 bytes at a time, a warp for each
+// row and range of columns, and forward_kernel finishes its (rows, splits) pairs; backward_kernel stores the gradient
+// 16 bytes at a time.
 
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -16,20 +17,13 @@
 #include <type_traits>
 
 #include "../ops.h"
-#include "kernels.cuh"
+#include "backward.cuh"
+#include "forward.cuh"
+#include "geometry.h"
+#include "rows.cuh"
 
 namespace dqn_fused::cuda {
 namespace {
-
-constexpr int64_t NARROW = 64;            // up to so many actions a row is read element by element
-constexpr int64_t SINGLE_COLUMNS = 4096;  // of a strided row, such as the partial maxima of a split, for one block
-constexpr int64_t LANE_COLUMNS = 4;       // loads in flight a lane, there
-constexpr int64_t SINGLE_ROUNDS = 8;      // rows that a group of lanes takes in turn before a second launch is cheaper
-constexpr int64_t ROUNDS = 2;             // and where several blocks share the work
-constexpr int64_t WARPS = 16 * 1024;      // fill any GPU: the 132 multiprocessors of an H200 hold 8,448
-constexpr int64_t MIN_CHUNK = 2048;       // columns of a split, at least: 8 vectors of 16 bytes a lane and more
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 cudaStream_t current_stream(const Tensor& x) {
   void* stream = nullptr;
@@ -44,50 +38,52 @@ unsigned grid(int64_t blocks) {
 }
 
 template <class T>
-T* data(const Maybe& x) {
+T* pointer(const Maybe& x) {
   return x ? static_cast<T*>(x->mutable_data_ptr()) : nullptr;
 }
 
-template <class T>
-void launch_backward(const Tensor& grad_q, const T* grad_loss, const T* td, const Saved& saved, const Options& options,
-                     cudaStream_t stream) {
-  const int64_t size = saved.n * saved.A, count = options.reduction == MEAN ? saved.n : 1;
-  if (size == 0) return;
-  const auto launch = [&](auto* out) {
-    using Stored = std::remove_pointer_t<decltype(out)>;
-    const int64_t blocks = ceil_div(size, THREADS * Vector<Stored>::SIZE);
-    backward_kernel<T, Stored><<<grid(blocks), THREADS, 0, stream>>>(out, grad_loss, td, saved.actions, saved.weights,
-                                                                     options, saved.A, size, count);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-  };
-  void* const out = grad_q.mutable_data_ptr();
-  if constexpr (std::is_same_v<T, double>) {
-    launch(static_cast<double*>(out));
+// Calls f with a null pointer of the type that x is stored as, of those whose values W holds and a smaller one does
+// not.
+template <class W, class F>
+void dispatch(ScalarType type, const F& f) {
+  if constexpr (std::is_same_v<W, double>) {
+    f(static_cast<double*>(nullptr));
   } else {
-    switch (grad_q.scalar_type()) {
+    switch (type) {
       case ScalarType::Half:
-        return launch(static_cast<Half*>(out));
+        return f(static_cast<Half*>(nullptr));
       case ScalarType::BFloat16:
-        return launch(static_cast<BFloat16*>(out));
+        return f(static_cast<BFloat16*>(nullptr));
       default:
-        return launch(static_cast<float*>(out));
+        return f(static_cast<float*>(nullptr));
     }
   }
 }
 
-// Calls f with a null pointer of the type that x is stored as.
-template <class F>
-void dispatch(ScalarType type, const F& f) {
-  switch (type) {
-    case ScalarType::Double:
-      return f(static_cast<double*>(nullptr));
-    case ScalarType::Half:
-      return f(static_cast<Half*>(nullptr));
-    case ScalarType::BFloat16:
-      return f(static_cast<BFloat16*>(nullptr));
-    default:
-      return f(static_cast<float*>(nullptr));
-  }
+// Whether a matrix lies as the gradient does, from an address that is a multiple of a vector's on.
+bool flat(const Matrix& x, int64_t alignment) {
+  const int64_t outer = x.inner == 0 ? 1 : x.rows / x.inner;
+  return x && x.stride_action == 1 && (x.inner <= 1 || x.stride_inner == x.A) &&
+         (outer <= 1 || x.stride_outer == x.inner * x.A) &&
+         reinterpret_cast<uintptr_t>(x.values.data) % static_cast<uintptr_t>(alignment) == 0;
+}
+
+template <class T>
+void launch_backward(const Tensor& grad_q, const T* grad_loss, const T* td, const T* normaliser, const Saved& saved,
+                     const Options& options, cudaStream_t stream) {
+  const int64_t size = saved.n * saved.A, count = options.reduction == MEAN ? saved.n : 1;
+  if (size == 0) return;
+  dispatch<T>(grad_q.scalar_type(), [&](auto* stored) {
+    using Stored = std::remove_pointer_t<decltype(stored)>;
+    const BackwardLaunch plan = backward_launch(size, saved.A, sizeof(Stored));
+    const bool dense = options.cql_alpha != 0;
+    auto* const kernel = dense ? backward_kernel<T, Stored, true> : backward_kernel<T, Stored, false>;
+    const int64_t row = dense ? sizeof(RowGradient<T, true>) : sizeof(RowGradient<T, false>);
+    kernel<<<grid(plan.blocks), THREADS, plan.rows * row, stream>>>(
+        static_cast<Stored*>(grad_q.mutable_data_ptr()), grad_loss, td, normaliser, saved, options, plan.block, count,
+        flat(saved.q, 16), flat(saved.legal, Vector<Stored>::SIZE));
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  });
 }
 
 // How many next rows there are up to each sample: its own is one less.
@@ -98,121 +94,140 @@ Tensor running_count(const Tensor& mask) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// The best actions of ranges of columns, (rows, splits), to be chosen from in turn.
-struct RowBest {
-  Tensor best;
-  Maybe index;
+// What rows_kernel leaves of the rows of a matrix; nothing where forward_kernel reads them itself.
+struct Reduced {
+  Maybe best, aux;
+  int64_t splits = 0;
 
-  RowBest(const Batch& b, const Choice& choice, const Tensor& like, cudaStream_t stream) {
-    const int64_t rows = choice.values.rows, A = choice.values.A;
-    const int64_t most = std::min(ceil_div(A, MIN_CHUNK), ceil_div(WARPS, rows));
-    const int64_t chunk = ceil_div(ceil_div(A, most), MIN_CHUNK) * MIN_CHUNK, splits = ceil_div(A, chunk);
-    best = empty({rows, splits}, accumulation_type(choice.values.values.type), like);
-    if (b.next_online) index = empty({rows, splits}, ScalarType::Long, like);
-    const unsigned blocks = grid(ceil_div(rows * splits, THREADS / WARP));
-    dispatch(choice.values.values.type, [&](auto* stored) {
-      using Stored = std::remove_pointer_t<decltype(stored)>;
-      auto* const kernel =
-          index          ? choice.legal ? row_best_kernel<Stored, true, true> : row_best_kernel<Stored, false, true>
-          : choice.legal ? row_best_kernel<Stored, true, false>
-                         : row_best_kernel<Stored, false, false>;
-      kernel<<<blocks, THREADS, 0, stream>>>(static_cast<Wide<Stored>*>(best.mutable_data_ptr()), data<int64_t>(index),
-                                             b, choice, splits, chunk);
-      STD_CUDA_KERNEL_LAUNCH_CHECK();
-    });
-  }
-
-  Choice choice() const {
-    const Place place(best);
-    return {matrix("next_q", best, place), {}, data<int64_t>(index)};
-  }
+  Partial partial() const { return {pointer<void>(best), pointer<void>(aux), splits}; }
 };
 
-template <class T>
+// x must hold no wider and no narrower floats than the pair: else it is narrow, whatever its width.
+template <class Pair>
+Reduced reduce_rows(const Matrix& x, const Matrix& legal, const Column& terminated, typename Pair::Value scale,
+                    const Tensor& like, cudaStream_t stream) {
+  using W = typename Pair::Value;
+  using Aux = typename Pair::Aux;
+  const bool contiguous = x.stride_action == 1 && (!legal || legal.stride_action == 1);
+  const bool fits = (x.values.type == ScalarType::Double) == std::is_same_v<W, double>;
+  if (x.A <= NARROW || x.rows == 0 || !contiguous || !fits) return {};
+  const RowsLaunch plan = rows_launch(x.rows, x.A);
+  const ScalarType type = std::is_same_v<W, double> ? ScalarType::Double : ScalarType::Float;
+  Reduced found{empty({x.rows, plan.splits}, type, like), {}, plan.splits};
+  if (!std::is_same_v<Pair, Largest<W>>) {
+    found.aux = empty({x.rows, plan.splits}, std::is_same_v<Aux, W> ? type : ScalarType::Long, like);
+  }
+  dispatch<W>(x.values.type, [&](auto* stored) {
+    using Stored = std::remove_pointer_t<decltype(stored)>;
+    auto* const kernel = legal ? rows_kernel<Stored, Pair, true> : rows_kernel<Stored, Pair, false>;
+    kernel<<<grid(plan.blocks), THREADS, 0, stream>>>(pointer<W>(found.best), pointer<Aux>(found.aux), x, legal,
+                                                      terminated, scale, plan.splits, plan.chunk);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  return found;
+}
+
+// T is the dtype of the arithmetic, W that in which next actions are compared.
+template <class T, class W>
 Outputs forward(const Batch& b, const Options& options, const Tensor& q, const Maybe& mask, bool with_grad,
                 ScalarType type) {
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const cudaStream_t stream = current_stream(q);
   Outputs out{empty_loss(options.reduction, b, type, q), empty({b.n}, type, q), {}, {}};
+  if (options.cql) out.normaliser = empty({2, b.n}, type, q);
   if (with_grad) out.grad_q = empty({b.n, b.q.A}, b.q.values.type, q);
   Maybe rank, sums;
   if (b.compacted) rank = running_count(*mask);
-  T* const td = static_cast<T*>(out.td.mutable_data_ptr());
 
-  Choice choice{b.next_online ? b.next_online : b.next_q, b.next_legal};
-  std::optional<RowBest> row_best;
-  const bool contiguous = choice.values.stride_action == 1 && (!choice.legal || choice.legal.stride_action == 1);
-  if (contiguous && choice.values.A > NARROW && choice.values.rows > 0) {
-    row_best.emplace(b, choice, q, stream);
-    choice = row_best->choice();
+  // 1 / temperature must not leave the numbers of T: infinity times 0 is NaN.
+  using Limits = std::numeric_limits<T>;
+  const double inverse = std::clamp<double>(1 / options.temperature, Limits::min(), Limits::max());
+  const T scale = static_cast<T>(inverse);
+  const Column terminated = b.compacted ? Column{} : b.final;
+  Reduced next, policy, conservative;
+  if (b.next_q && options.target != MAX) {
+    next = reduce_rows<Exponentials<T>>(b.next_q, b.next_legal, terminated, scale, q, stream);
+  } else if (b.next_online) {
+    next = reduce_rows<FirstLargest<W>>(b.next_online, b.next_legal, terminated, W(1), q, stream);
+  } else if (b.next_q) {
+    next = reduce_rows<Largest<W>>(b.next_q, b.next_legal, terminated, W(1), q, stream);
   }
+  if (b.target_q) policy = reduce_rows<Exponentials<T>>(b.target_q, b.legal, {}, scale, q, stream);
+  if (options.cql) conservative = reduce_rows<Exponentials<T>>(b.q, b.legal, {}, T(1), q, stream);
 
-  const int64_t K = choice.values.A;
-  int lanes = 1;
-  while (lanes < WARP && lanes * LANE_COLUMNS < K) lanes *= 2;
-  const int64_t groups = FORWARD_THREADS / lanes;
-  const bool single = b.n <= groups * SINGLE_ROUNDS && K <= SINGLE_COLUMNS;
-  const int64_t block_rows = groups * (single ? SINGLE_ROUNDS : ROUNDS);
-  const int64_t blocks = std::max<int64_t>(1, ceil_div(b.n, block_rows));
-  const int64_t count = options.reduction == MEAN ? b.n : 1;
-  T* loss = static_cast<T*>(out.loss.mutable_data_ptr());
-  if (options.reduction != NONE && blocks > 1) {
-    sums = empty({blocks}, type, q);
-    loss = data<T>(sums);
-  }
+  int64_t columns = 1;
+  const auto read = [&](bool asked, const Reduced& reduced) {
+    if (asked) columns = std::max(columns, reduced.splits == 0 ? b.q.A : reduced.splits);
+  };
+  read(static_cast<bool>(b.next_q), next);
+  read(static_cast<bool>(b.target_q), policy);
+  read(options.cql, conservative);
+  const bool exponentials = options.target != MAX || options.cql;
+  const int most = exponentials ? MOST_THREADS<T, W, true> : MOST_THREADS<T, W, false>;
+  const ForwardLaunch plan = forward_launch(b.n, columns, most);
+  if (options.reduction != NONE && plan.blocks > 1) sums = empty({plan.blocks}, type, q);
   // Wide rows of the gradient are left to the dense store of backward_kernel.
   const bool fused_grad = with_grad && b.q.A <= NARROW;
+
+  T* const loss = static_cast<T*>(out.loss.mutable_data_ptr());
+  Forward<T> f;
+  f.loss = sums ? pointer<T>(sums) : loss;
+  f.td = static_cast<T*>(out.td.mutable_data_ptr());
+  f.normaliser = options.cql ? static_cast<T*>(out.normaliser.mutable_data_ptr()) : nullptr;
+  f.grad_q = fused_grad ? pointer<void>(out.grad_q) : nullptr;
+  f.batch = b;
+  f.options = options;
+  f.rank = pointer<int64_t>(rank);
+  f.next = next.partial();
+  f.policy = policy.partial();
+  f.conservative = conservative.partial();
+  f.lanes = plan.lanes;
+  f.block_rows = plan.block_rows;
+  f.count = options.reduction == MEAN ? b.n : 1;
+  f.divisor = sums ? 1 : f.count;
+  f.scale = scale;
   if (b.n > 0 || options.reduction != NONE) {
-    dispatch(choice.values.values.type, [&](auto* stored) {
-      using Stored = std::remove_pointer_t<decltype(stored)>;
-      auto* const kernel = b.next_online ? forward_kernel<T, Stored, true> : forward_kernel<T, Stored, false>;
-      kernel<<<grid(blocks), FORWARD_THREADS, 0, stream>>>(
-          loss, td, fused_grad ? out.grad_q->mutable_data_ptr() : nullptr, b, options, choice, data<int64_t>(rank),
-          lanes, block_rows, blocks > 1 ? 1 : count, count);
-      STD_CUDA_KERNEL_LAUNCH_CHECK();
-    });
+    auto* const kernel = exponentials ? forward_kernel<T, W, true> : forward_kernel<T, W, false>;
+    kernel<<<grid(plan.blocks), plan.threads, 0, stream>>>(f);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
   if (sums) {
-    sum_kernel<T><<<1, FORWARD_THREADS, 0, stream>>>(static_cast<T*>(out.loss.mutable_data_ptr()), loss, blocks, count);
+    sum_kernel<T><<<1, SUM_THREADS, 0, stream>>>(loss, pointer<T>(sums), plan.blocks, f.count);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
   if (with_grad && !fused_grad) {
-    const Saved saved{b.actions, b.weights, {}, {}, b.n, b.q.A};
-    launch_backward<T>(*out.grad_q, nullptr, td, saved, options, stream);
+    const Saved saved{b.actions, b.weights, b.q, b.legal, b.n, b.q.A};
+    launch_backward<T>(*out.grad_q, nullptr, f.td, f.normaliser, saved, options, stream);
   }
   return out;
 }
 
-// The kernels have no exponentials: the Triton ones do.
-void serves(const Options& options) {
-  STD_TORCH_CHECK(options.target == MAX && !options.cql && options.cql_alpha == 0,
-                  "on CUDA there is no soft or Munchausen target and no conservative term");
+template <class T>
+Tensor gradient(const Saved& saved, const Options& options, const Tensor& grad_loss, const Tensor& td,
+                const Maybe& normaliser, ScalarType type) {
+  const torch::stable::accelerator::DeviceGuard guard(td.get_device_index());
+  const auto values = [](const Tensor& x) { return static_cast<const T*>(x.const_data_ptr()); };
+  Tensor grad_q = empty({saved.n, saved.A}, type, td);
+  launch_backward(grad_q, values(grad_loss), values(td), normaliser ? values(*normaliser) : nullptr, saved, options,
+                  current_stream(td));
+  return grad_q;
 }
 
 struct Cuda {
   // check is the CPU's: looking at a value would cost a synchronisation.
-  static Outputs run(const Batch& b, const Options& options, const Tensor& q, const Maybe& non_final_mask, bool,
-                     bool with_grad) {
-    serves(options);
+  static Outputs run(const Batch& b, const Options& options, const Tensor& q, const Maybe& mask, bool, bool with_grad) {
     const ScalarType type = accumulation_type(b.q.values.type);
-    return type == ScalarType::Double ? forward<double>(b, options, q, non_final_mask, with_grad, type)
-                                      : forward<float>(b, options, q, non_final_mask, with_grad, type);
+    if (type == ScalarType::Double) return forward<double, double>(b, options, q, mask, with_grad, type);
+    const ScalarType compared = (b.next_online ? b.next_online : b.next_q).values.type;
+    const bool compared_as_double = options.target == MAX && compared == ScalarType::Double;
+    return compared_as_double ? forward<float, double>(b, options, q, mask, with_grad, type)
+                              : forward<float, float>(b, options, q, mask, with_grad, type);
   }
 
   static Tensor gradient(const Saved& saved, const Options& options, const Tensor& grad_loss, const Tensor& td,
-                         const Maybe&, ScalarType type) {
-    serves(options);
-    const torch::stable::accelerator::DeviceGuard guard(td.get_device_index());
-    const cudaStream_t stream = current_stream(td);
-    Tensor grad_q = empty({saved.n, saved.A}, type, td);
-    if (type == ScalarType::Double) {
-      launch_backward(grad_q, static_cast<const double*>(grad_loss.const_data_ptr()),
-                      static_cast<const double*>(td.const_data_ptr()), saved, options, stream);
-    } else {
-      launch_backward(grad_q, static_cast<const float*>(grad_loss.const_data_ptr()),
-                      static_cast<const float*>(td.const_data_ptr()), saved, options, stream);
-    }
-    return grad_q;
+                         const Maybe& normaliser, ScalarType type) {
+    return type == ScalarType::Double ? cuda::gradient<double>(saved, options, grad_loss, td, normaliser, type)
+                                      : cuda::gradient<float>(saved, options, grad_loss, td, normaliser, type);
   }
 };
 

@@ -8,7 +8,7 @@ A backend is a module with
   check_values would refuse;
 - ``COUNTS_MASK: bool``: whether its forward, where arguments.check_values does not look, counts the true entries of
   non_final_mask itself and fills batch.checked;
-- ``refuses(device, spec) -> str | None``: why it cannot serve tensors there, or that loss;
+- ``refuses(device) -> str | None``: why it cannot serve tensors there;
 - ``forward(batch, spec) -> (loss, td_error, normaliser)``: loss (), or N for reduction="none"; td_error N; normaliser
   (2, N) if spec.cql, else None, as autograd.Saved has it; accumulation dtype;
 - ``loss_and_grad(batch, spec) -> (loss, grad_q, td_error, normaliser)``: and the gradient of the sum;
@@ -25,15 +25,17 @@ from typing import NamedTuple
 
 import torch
 
-from dqn_fused.arguments import LossSpec
+from dqn_fused.kernels.launch import NARROW
 
 MODULES = {
     "compiled": "dqn_fused._backends.compiled_backend",
     "triton": "dqn_fused._backends.triton_backend",
     "torch": "dqn_fused._backends.torch_backend",
 }
-# By device type, the fastest first. Compiled CUDA waits for its first run on a GPU.
-AUTO = {"cpu": ("compiled", "torch"), "cuda": ("triton", "torch")}
+# By device type, the fastest first. On CUDA launches are the cost up to NARROW actions, and a boxed call of a compiled
+# op takes a third of the host's time of a Triton launch. Above, it is the rows, for which Triton's kernels are tuned.
+AUTO = {"cpu": ("compiled", "torch"), "cuda": ("compiled", "triton", "torch")}
+AUTO_WIDE = {**AUTO, "cuda": ("triton", "compiled", "torch")}
 AUTO_ELSEWHERE = ("torch",)
 
 
@@ -82,32 +84,44 @@ def backends() -> dict[str, BackendStatus]:
     return {name: BackendStatus(why is None, why or _LOADED[name].PARTLY) for name, why in reasons.items()}
 
 
-def serving(device: torch.device, spec: LossSpec = LossSpec()) -> list[str]:  # noqa: B008
-    """Names of the backends that serve a loss on a device: a backend can run here and yet have no library for it."""
-    return [name for name in MODULES if _missing(name) is None and _LOADED[name].refuses(device, spec) is None]
+def serving(device: torch.device) -> list[str]:
+    """Names of the backends that serve a device: a backend can run here and yet have no library for it."""
+    return [name for name in MODULES if _missing(name) is None and _LOADED[name].refuses(device) is None]
 
 
-def choose(name: str, device: torch.device, spec: LossSpec) -> ModuleType:
-    """Backend module for a device and loss: by name, which never falls back, or the first of the device's list."""
-    road = _CHOSEN.get((name, device, spec.exponentials))  # of the loss no backend minds anything else
+def choose(name: str, device: torch.device, actions: int | None = None) -> ModuleType:
+    """Backend module for a device: by name, which never falls back, or the first of the device's list.
+
+    There are two lists, for up to NARROW actions and for more, or those of a linear head.
+    """
+    wide = actions is None or bool(actions > NARROW)
+    road = _CHOSEN.get((name, device, wide))
     if road is None:
-        road = _CHOSEN[name, device, spec.exponentials] = _choose(name, device, spec)
+        road = _choose(name, device, wide)
+        # During a capture nothing is launched to see whether Triton can: that is made up for later.
+        if torch.compiler.is_compiling() or not capturing():
+            _CHOSEN[name, device, wide] = road
     return road
+
+
+def capturing() -> bool:
+    """Whether what is launched now is recorded in a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 _CHOSEN: dict[tuple[str, torch.device, bool], ModuleType] = {}
 
 
-def _choose(name: str, device: torch.device, spec: LossSpec) -> ModuleType:
+def _choose(name: str, device: torch.device, wide: bool) -> ModuleType:
     if name == "auto":
-        for candidate in AUTO.get(device.type, AUTO_ELSEWHERE):
-            if _missing(candidate) is None and _LOADED[candidate].refuses(device, spec) is None:
+        for candidate in (AUTO_WIDE if wide else AUTO).get(device.type, AUTO_ELSEWHERE):
+            if _missing(candidate) is None and _LOADED[candidate].refuses(device) is None:
                 return _LOADED[candidate]
         raise BackendUnavailableError(f"no backend serves device {device}")  # torch serves every device
     if name not in MODULES:
         expected = ", ".join(map(repr, ("auto", *MODULES)))
         raise ValueError(f"backend: expected one of {expected}, got {name!r}")
-    reason = _missing(name) or _LOADED[name].refuses(device, spec)
+    reason = _missing(name) or _LOADED[name].refuses(device)
     if reason is not None:
         raise BackendUnavailableError(f"backend {name!r} cannot serve: {reason}")
     return _LOADED[name]

@@ -46,12 +46,9 @@ def unavailable() -> str | None:
     return PARTLY if all(_REASONS.values()) else None
 
 
-def refuses(device: torch.device, spec: LossSpec) -> str | None:
-    """Serve the devices whose library is loaded; on CUDA no log-sum-exp."""
-    reason = _REASONS.get(device.type, f"expected tensors on cpu or cuda, got {device}")
-    if reason is None and device.type == "cuda" and spec.exponentials:
-        return "on CUDA it has no soft or Munchausen target and no conservative term; triton and torch have"
-    return reason
+def refuses(device: torch.device) -> str | None:
+    """Serve the devices whose library is loaded."""
+    return _REASONS.get(device.type, f"expected tensors on cpu or cuda, got {device}")
 
 
 def forward(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -21,8 +21,8 @@ def unavailable() -> str | None:
     return None
 
 
-def refuses(device: torch.device, spec: LossSpec) -> str | None:
-    """Serve every device and loss."""
+def refuses(device: torch.device) -> str | None:
+    """Serve every device."""
     return None
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dqn_fused._backends import triton_ops
+from dqn_fused._backends import capturing, triton_ops
 from dqn_fused._backends.triton_sweep import auto_sweep, sweep
 from dqn_fused.arguments import Batch, LossSpec, accumulation_dtype
 from dqn_fused.autograd import Saved, loss_gradient
@@ -46,14 +46,38 @@ def unavailable() -> str | None:
             triton.runtime.driver.active.get_current_target()
         except Exception as error:  # of many types: no C compiler for its launcher, no Python headers, an old driver
             return f"triton's driver does not start: {error}"
-        return None
+        return refuses(torch.device("cuda", torch.cuda.current_device()))
     return "no CUDA or ROCm device (TRITON_INTERPRET=1, set before the first import, runs them on the CPU, slowly)"
 
 
-def refuses(device: torch.device, spec: LossSpec) -> str | None:
-    """Serve every loss on CUDA tensors, and on CPU tensors in the interpreter."""
+def refuses(device: torch.device) -> str | None:
+    """Serve CUDA tensors, and CPU tensors in the interpreter."""
     expected = "cpu" if INTERPRETED else "cuda"
-    return None if device.type == expected else f"expected tensors on {expected}, got {device}"
+    if device.type != expected:
+        return f"expected tensors on {expected}, got {device}"
+    return None if INTERPRETED else _fails(device)
+
+
+def _fails(device: torch.device) -> str | None:
+    """Say why no kernel can be compiled and launched there; not during a capture, where that would be recorded."""
+    if not torch.cuda.is_available() or capturing():
+        return None
+    return _probe(torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index))
+
+
+# Asked while torch.compile traces, not traced itself.
+_fails._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache
+def _probe(device: torch.device) -> str | None:
+    try:
+        with _on(device):
+            loss, partial = torch.zeros((), device=device), torch.zeros(1, device=device)
+            _sum(loss, partial)
+    except Exception as error:  # of many types: a device that this Triton does not know, no ptxas, a full disk
+        return f"triton cannot run a kernel on {device}: {type(error).__name__}: {error}"
+    return None
 
 
 def forward(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -171,11 +195,16 @@ def _forward(batch: Batch, spec: LossSpec, grad_q: Tensor | None) -> tuple[Tenso
         )  # fmt: skip
         if not per_row and plan.programs > 1:
             partial, loss = loss, torch.empty((), dtype=dtype, device=device)
-            run(
-                sum_kernel, 1, loss, partial, plan.programs,
-                BLOCK=launch.MAX_PROGRAMS, ACC=_ACC[dtype], num_warps=launch.SUM_WARPS,
-            )  # fmt: skip
+            _sum(loss, partial)
     return loss, td_error, normaliser
+
+
+def _sum(loss: Tensor, partial: Tensor) -> None:
+    """Sum of the partial sums."""
+    run(
+        sum_kernel, 1, loss, partial, partial.numel(),
+        BLOCK=launch.MAX_PROGRAMS, ACC=_ACC[loss.dtype], num_warps=launch.SUM_WARPS,
+    )  # fmt: skip
 
 
 def _counts(non_final: Tensor, plan: launch.Forward) -> Tensor | None:

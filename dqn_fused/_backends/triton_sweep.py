@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dqn_fused import head
-from dqn_fused._backends import triton_ops
+from dqn_fused._backends import BackendUnavailableError, triton_ops
 from dqn_fused.head import Sweep
 from dqn_fused.kernels import sweep_launch
 from dqn_fused.kernels.launch import cdiv
@@ -40,6 +40,9 @@ def sweep(work: Sweep) -> tuple[Tensor, Tensor | None]:
     hidden, weight, bias = work.hidden.resolve_neg(), work.weight.resolve_neg(), work.bias
     if torch.float64 in (hidden.dtype, weight.dtype):
         return head.sweep(work)
+    reason = refuses(hidden.dtype, hidden.device)
+    if reason is not None:
+        raise BackendUnavailableError(f"backend 'triton' cannot serve: {reason}")
     if hidden.stride(1) != 1:
         hidden = hidden.contiguous()
     bias = None if bias is None else bias.resolve_neg()
@@ -86,7 +89,19 @@ def auto_sweep(work: Sweep) -> tuple[Tensor, Tensor | None]:
     """Sweep by the kernel where that pays, else head.sweep."""
     if torch.compiler.is_compiling():
         return triton_ops.sweep(work, auto=True)
-    return sweep(work) if pays(work) else head.sweep(work)
+    hidden = work.hidden
+    return sweep(work) if refuses(hidden.dtype, hidden.device) is None and pays(work) else head.sweep(work)
+
+
+def refuses(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Say why the kernel does not serve hidden states: without units for bfloat16 it takes 7.3 KB of stack a thread."""
+    if dtype is not torch.bfloat16 or device.type != "cuda" or torch.version.hip is not None:
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= (8, 0):
+        return None
+    got = ".".join(map(str, capability))
+    return f"bfloat16 needs a device of compute capability 8.0 or above, got {got}; float16 does not, nor does 'torch'"
 
 
 def pays(work: Sweep) -> bool:

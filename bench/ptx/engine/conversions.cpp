@@ -101,6 +101,8 @@ void add_conversions(Table& table) {
   add_to_whole<double>(table, "f64");
   add(table, "cvt.f64.f32", convert<double, float>([](float x) { return static_cast<double>(x); }));
   add(table, "cvt.rn.f32.f64", convert<float, double>([](double x) { return static_cast<float>(x); }));
+  // To [0, 1], NaN to 0.
+  add(table, "cvt.sat.f32.f32", convert<float, float>([](float x) { return std::fmin(std::fmax(x, 0.0f), 1.0f); }));
   for (const char* ftz : {"", ".ftz"}) {  // halves that are subnormal are normal float32
     add(table, std::string("cvt") + ftz + ".f32.f16", convert<float, uint16_t>([](uint16_t x) { return from_f16(x); }));
   }

@@ -56,6 +56,18 @@ void multiply_add(Warp& w, const Instr& in, uint32_t lanes) {
   });
 }
 
+// fma.rm, which rounds down: the product is exact in float64, and long double has bits enough for the sum.
+template <bool FTZ>
+void multiply_add_down(Warp& w, const Instr& in, uint32_t lanes) {
+  each(lanes, [&](int i) {
+    const auto x = [&](int k) { return flush<FTZ>(get<float>(w.row(in.v[k]), i)); };
+    const long double exact = static_cast<long double>(x(1)) * x(2) + x(3);
+    float result = static_cast<float>(exact);
+    if (result > exact) result = std::nextafter(result, -std::numeric_limits<float>::infinity());
+    put<float>(w.row(in.v[0]), i, flush<FTZ>(result));
+  });
+}
+
 // -0 is less than +0. Without NAN_WINS a NaN gives way to a number.
 template <class T, bool NAN_WINS>
 struct Maximum {
@@ -159,6 +171,7 @@ void add_type(Table& table, const std::string& type) {
     add(table, "min" + nan, of_three<FTZ>(Minimum<T, true>{}));
     add(table, "div.full" + ends, binary<T, FTZ>([](T a, T b) { return a / b; }), SPECIAL);
     add(table, "div.approx" + ends, binary<T, FTZ>([](T a, T b) { return a / b; }), SPECIAL);
+    add(table, "fma.rm" + ends, {multiply_add_down<FTZ>, 4});
     add(table, "sqrt.approx" + ends, unary<T, FTZ>([](T a) { return std::sqrt(a); }), SPECIAL);
     add(table, "ex2.approx" + ends, unary<T, FTZ>([](T a) { return std::exp2(a); }), SPECIAL);
     add(table, "lg2.approx" + ends, unary<T, FTZ>([](T a) { return std::log2(a); }), SPECIAL);

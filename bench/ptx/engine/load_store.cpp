@@ -28,15 +28,15 @@ void check_same(const uint64_t* addresses, const uint8_t (*bytes)[32], int size,
   });
 }
 
+// What several lanes ask for at once is moved once.
 void count_global(const uint64_t* addresses, int size, uint32_t lanes, uint64_t& bytes, uint64_t& sectors) {
-  uint64_t touched[LANES * 2];
+  uint64_t distinct[LANES], touched[LANES];
   int n = 0;
-  each(lanes, [&](int i) {
-    bytes += size;
-    touched[n++] = addresses[i] / 32;
-    if ((addresses[i] + size - 1) / 32 != addresses[i] / 32) touched[n++] = addresses[i] / 32 + 1;
-  });
-  std::sort(touched, touched + n);
+  each(lanes, [&](int i) { distinct[n++] = addresses[i]; });
+  std::sort(distinct, distinct + n);
+  n = static_cast<int>(std::unique(distinct, distinct + n) - distinct);
+  bytes += static_cast<uint64_t>(n) * size;
+  for (int k = 0; k < n; ++k) touched[k] = distinct[k] / 32;  // aligned: an access lies in one sector
   sectors += std::unique(touched, touched + n) - touched;
 }
 

@@ -19,7 +19,7 @@ struct Dim {
 // What a GPU would show of a launch.
 struct Counts {
   uint64_t warps = 0, instructions = 0;
-  uint64_t load_bytes = 0, store_bytes = 0;      // of global memory, as the lanes ask for them
+  uint64_t load_bytes = 0, store_bytes = 0;      // of global memory, distinct ones of each instruction of a warp
   uint64_t load_sectors = 0, store_sectors = 0;  // of 32 bytes, that each instruction touches
   uint64_t wavefronts = 0, conflicts = 0;        // of shared memory, and those that free banks would save
   uint64_t by_category[static_cast<int>(Category::COUNT)] = {};
@@ -32,7 +32,7 @@ struct Launch {
   uint32_t dynamic_shared = 0, dynamic_start = 0;
   GlobalMemory* memory = nullptr;
   Counts counts;
-  std::vector<Event>* trace = nullptr;            // of shared memory, if it is wanted
+  std::vector<Event>* trace = nullptr;             // of shared memory, if it is wanted
   std::vector<std::pair<uint64_t, int>> barriers;  // (block, instruction) in the order that each block passes them
 };
 
