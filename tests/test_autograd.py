@@ -261,9 +261,12 @@ def test_a_wrong_mask_where_nothing_looks(road: Road, A: int, count: int) -> Non
 def test_a_right_mask_where_nothing_looks(road: Road, n: int, A: int) -> None:
     """Its true entries are counted in the launch, or in one before it: the same loss as with terminated."""
     arguments = make((n, A), device=road.device)
-    expected = fused_dqn_loss(**arguments, reduction="none", backend=road.backend)
-    got = fused_dqn_loss(**compact(arguments), reduction="none", backend=road.backend)
-    assert torch.equal(got, expected)
+    for reduction in ("none", "sum"):
+        options = {"reduction": reduction, "return_td_error": True, "backend": road.backend}
+        expected, td_error = fused_dqn_loss(**arguments, **options)
+        got, again = fused_dqn_loss(**compact(arguments), **options)
+        assert torch.equal(again, td_error)
+        torch.testing.assert_close(got, expected)
 
 
 def test_everything_but_q_is_a_constant(road: Road) -> None:

@@ -74,7 +74,7 @@ def _probe(device: torch.device) -> str | None:
     try:
         with _on(device):
             loss, partial = torch.zeros((), device=device), torch.zeros(1, device=device)
-            run(sum_kernel, 1, loss, partial, 1, BLOCK=32, ACC=tl.float32, num_warps=1)
+            _sum(loss, partial)
     except Exception as error:  # of many types: a device that this Triton does not know, no ptxas, a full disk
         return f"triton cannot run a kernel on {device}: {type(error).__name__}: {error}"
     return None
@@ -103,7 +103,7 @@ def backward(grad_loss: Tensor, saved: Saved, spec: LossSpec) -> Tensor:
 
 
 def loss_and_grad(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return (loss, grad_q, td_error, normaliser): up to 64 actions forward's launch writes grad_q, above one more."""
+    """Return (loss, grad_q, td_error, normaliser): up to 64 actions in the forward launch, above in one more."""
     if torch.compiler.is_compiling():
         return triton_ops.loss_and_grad(batch, spec)
     q = batch.q
@@ -195,11 +195,16 @@ def _forward(batch: Batch, spec: LossSpec, grad_q: Tensor | None) -> tuple[Tenso
         )  # fmt: skip
         if not per_row and plan.programs > 1:
             partial, loss = loss, torch.empty((), dtype=dtype, device=device)
-            run(
-                sum_kernel, 1, loss, partial, plan.programs,
-                BLOCK=launch.MAX_PROGRAMS, ACC=_ACC[dtype], num_warps=launch.SUM_WARPS,
-            )  # fmt: skip
+            _sum(loss, partial)
     return loss, td_error, normaliser
+
+
+def _sum(loss: Tensor, partial: Tensor) -> None:
+    """Sum of the partial sums."""
+    run(
+        sum_kernel, 1, loss, partial, partial.numel(),
+        BLOCK=launch.MAX_PROGRAMS, ACC=_ACC[loss.dtype], num_warps=launch.SUM_WARPS,
+    )  # fmt: skip
 
 
 def _counts(non_final: Tensor, plan: launch.Forward) -> Tensor | None:
