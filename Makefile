@@ -6,6 +6,7 @@ PYTHON ?= python3
 PY := $(VENV)/bin/python
 OUT ?= out
 CSRC := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
+CPP := $(CSRC) $(wildcard bench/ptx/*/*.h bench/ptx/*/*.cpp)
 
 ifeq ($(origin VENV),file)
 READY := $(VENV)/.ready
@@ -53,19 +54,19 @@ asan: $(READY)
 		$(PY) -m pip install --quiet --no-deps --no-build-isolation --upgrade --target $(OUT)/asan .
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0:max_malloc_fill_size=1000000000 PYTHONPATH=$(OUT)/asan TORCHDYNAMO_DISABLE=1 \
-		$(VENV)/bin/pytest -q tests/test_compiled.py tests/test_loss.py tests/test_family.py tests/test_arguments.py \
+		$(VENV)/bin/pytest -q --ptx=none tests/test_compiled.py tests/test_loss.py tests/test_family.py tests/test_arguments.py \
 		-k "not torch-cpu and not torch_compile and not opcheck"
 
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC)
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
 
 format: $(READY)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(VENV)/bin/clang-format -i $(CSRC)
+	$(VENV)/bin/clang-format -i $(CPP)
 
 pictures: $(READY)
 	$(PY) docs/gradient.py docs/gradient.png
