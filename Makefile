@@ -6,6 +6,7 @@ PYTHON ?= python3
 PY := $(VENV)/bin/python
 OUT ?= out
 CSRC := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
+CPP := $(CSRC) $(wildcard bench/ptx/*/*.h bench/ptx/*/*.cpp)
 
 ifeq ($(origin VENV),file)
 READY := $(VENV)/.ready
@@ -18,25 +19,36 @@ endif
 PTX_TARGETS := sm_75 sm_80 sm_90 sm_120
 PTX_TRITON := 3.6
 
-.PHONY: test suite interpret ptx demo bench asan lint format pictures install clean
+.PHONY: test suite interpret test-all-kernels test-anywhere ptx demo bench asan lint format pictures install clean
 
-# Side by side: a process of either uses one core most of the time.
-test: $(READY) $(LINT)
-	$(MAKE) --no-print-directory -j2 --output-sync=target suite interpret
+# All cores; of what runs GPU code a sample, which moves with DQN_FUSED_TEST_SEED (tests/conftest.py).
+PYTEST := $(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal
+test: $(READY) $(LINT) suite interpret
 
 suite: $(READY)
-	$(PY) -m pytest
+	$(PYTEST)
 
 interpret: $(READY)
-	TRITON_INTERPRET=1 $(PY) -m pytest -m interpret
+	TRITON_INTERPRET=1 $(PYTEST) -m interpret
 
-# The suite on the PTX of the Triton kernels and of csrc/cuda, executed without a GPU; one case in twelve is in `suite`.
+# Every case that is compiled ahead of time or run in Triton's interpreter.
+test-all-kernels: $(READY)
+	$(PYTEST) --sample 1 -m aot
+	TRITON_INTERPRET=1 $(PYTEST) --sample 1 -m interpret
+
+# The numerical tests with other vector instructions, numbers of threads and seeds: twenty runs.
+SEEDS ?= 20
+test-anywhere: $(READY)
+	$(PY) tests/anywhere.py --seeds $(SEEDS)
+
+# The suite on the PTX of the Triton kernels and of csrc/cuda, executed without a GPU: every case, on every target.
+PTX := $(PYTEST) --sample 1 -m ptx
 ptx: $(READY)
-	for target in $(PTX_TARGETS); do $(PY) -m pytest -m ptx --ptx=all --ptx-target=$$target || exit 1; done
+	for target in $(PTX_TARGETS); do $(PTX) --ptx-target=$$target || exit 1; done
 	test -d build/triton-$(PTX_TRITON) || $(PY) -m pip install --quiet --no-deps --target build/triton-$(PTX_TRITON) \
 		"triton==$(PTX_TRITON).*"
 	for target in $(PTX_TARGETS); do PYTHONPATH=build/triton-$(PTX_TRITON) \
-		$(PY) -m pytest -m ptx --ptx=all --ptx-target=$$target -k "not cuda-ptx" || exit 1; done
+		$(PTX) --ptx-target=$$target -k "not cuda-ptx" || exit 1; done
 
 demo: $(READY)
 	mkdir -p $(OUT)
@@ -53,19 +65,19 @@ asan: $(READY)
 		$(PY) -m pip install --quiet --no-deps --no-build-isolation --upgrade --target $(OUT)/asan .
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0:max_malloc_fill_size=1000000000 PYTHONPATH=$(OUT)/asan TORCHDYNAMO_DISABLE=1 \
-		$(VENV)/bin/pytest -q tests/test_compiled.py tests/test_loss.py tests/test_family.py tests/test_arguments.py \
+		$(VENV)/bin/pytest -q --ptx=none tests/test_compiled.py tests/test_loss.py tests/test_family.py tests/test_arguments.py \
 		-k "not torch-cpu and not torch_compile and not opcheck"
 
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC)
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
 
 format: $(READY)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(VENV)/bin/clang-format -i $(CSRC)
+	$(VENV)/bin/clang-format -i $(CPP)
 
 pictures: $(READY)
 	$(PY) docs/gradient.py docs/gradient.png

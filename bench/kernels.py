@@ -14,6 +14,7 @@ from bench import aot, machine, nvcc, report, tables
 from bench.machine_code import widest
 from bench.occupancy import occupancy
 from bench.progress import track
+from bench.ptx import build
 from bench.ptx.executor import Counts
 from bench.ptx.triton import Executor
 from bench.results import Row, Table
@@ -118,7 +119,11 @@ def launches(case: Case) -> dict[str, Callable[[], object]]:
 
 
 def counted(make: Callable[[], object]) -> list[Counts]:
-    """What each launch did when executed, on the target that is being compiled for."""
+    """What each launch did when executed, on the target that is being compiled for; none without a C++ compiler."""
+    try:
+        build.engine()
+    except build.CannotBuildError:
+        return []
     executor = Executor(races=False)
     with (
         patch.object(triton_backend, "run", executor.run),

@@ -17,6 +17,9 @@ from data import SEED
 
 from dqn_fused._backends import serving
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; their threads would wait for each other
+    torch.set_num_threads(1)
+
 # Behind the installed package: bench/ and examples/ are imported from the source tree.
 sys.path.append(str(Path(__file__).parents[1]))
 
@@ -27,8 +30,8 @@ CUDA_SOURCES = shutil.which("nvcc") is not None and (Path(__file__).parents[1] /
 PTX_TARGETS = ("sm_75", "sm_80", "sm_90", "sm_120")
 # About torch, its graphs and its memory, more than about kernels; the executor itself holds memory.
 NOT_ON_PTX = ("memory", "compile", "graph", "batched")
-PTX_SAMPLE = 12  # one of so many cases is executed by default
-
+# One of so many cases of what runs GPU code is taken by default, another one with another seed; --sample=1 takes all.
+SAMPLE = {"ptx": 24, "interpret": 3, "aot": 4}
 
 # Where the tests of Triton's kernels themselves run: in the interpreter, on a GPU, or on executed PTX.
 _GPU = torch.cuda.is_available() and not INTERPRETED
@@ -66,26 +69,27 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--ptx", choices=["sample", "all", "none"], default="sample", help="cases run on executed PTX")
-    parser.addoption("--ptx-target", choices=PTX_TARGETS, help="GPU that they are compiled for; default: by case")
+    parser.addoption("--sample", type=int, default=0, help="take one of so many cases of GPU code, 1 for all of them")
+    parser.addoption("--ptx-target", choices=PTX_TARGETS, help="GPU that PTX is compiled for; default: by case")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    every = {"sample": PTX_SAMPLE, "all": 1, "none": 0}[config.getoption("--ptx")]
-
-    def taken(item: pytest.Item) -> bool:
-        if item.get_closest_marker("ptx") is None:
-            return True
-        return bool(every) and _number(item) % every == 0 and not any(word in item.name for word in NOT_ON_PTX)
-
-    kept = [item for item in items if taken(item)]
-    if len(kept) < len(items):
-        config.hook.pytest_deselected(items=[item for item in items if not taken(item)])
-        items[:] = kept
+    by_name = any("::" in argument for argument in config.args)
+    every = 1 if by_name else config.getoption("--sample")
+    dropped = {
+        x for x in items for mark, k in SAMPLE.items() if x.get_closest_marker(mark) and _left_out(x, every or k)
+    }
+    if dropped:
+        config.hook.pytest_deselected(items=[*dropped])
+        items[:] = [x for x in items if x not in dropped]
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA or ROCm device"))
+
+
+def _left_out(item: pytest.Item, every: int) -> bool:
+    return _number(item) % every != SEED % every
 
 
 def _number(item: pytest.Item) -> int:
@@ -140,7 +144,7 @@ def execute_ptx(request: pytest.FixtureRequest, poison: None) -> Iterator[None]:
         yield
         return
     number = _number(request.node)
-    target = request.config.getoption("--ptx-target") or PTX_TARGETS[number // PTX_SAMPLE % len(PTX_TARGETS)]
+    target = request.config.getoption("--ptx-target") or PTX_TARGETS[number // SAMPLE["ptx"] % len(PTX_TARGETS)]
     if marker.args == ("cuda",):
         from bench.ptx import cuda
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import EXECUTED
+from data import source
 from torch import Tensor
 
 if not EXECUTED:
@@ -118,7 +119,7 @@ def test_maxima_and_comparisons_with_nan() -> None:
 
 
 def test_integers() -> None:
-    g = torch.Generator().manual_seed(0)
+    g = source()
     a, b = (torch.randint(-(2**31), 2**31, (256,), generator=g).to(torch.int32) for _ in range(2))
     x, y = a.long(), b.long()
     u, v = x & 0xFFFFFFFF, y & 0xFFFFFFFF

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import EXECUTED
+from data import source
 from test_loss import make
 from torch import Tensor
 
@@ -45,7 +46,7 @@ def family(shape: tuple[int, ...]) -> Outputs:
 def sweep(m: int, kind: str, dtype: torch.dtype) -> Outputs:
     from dqn_fused._backends.triton_sweep import sweep
 
-    g = torch.Generator().manual_seed(0)
+    g = source()
     hidden, weight, bias = (torch.randn(size, generator=g).to(dtype) for size in ((m, 160), (300, 160), (300,)))
     return [x for x in sweep(Sweep(hidden, weight, bias, None, kind, 0.5)) if x is not None]
 

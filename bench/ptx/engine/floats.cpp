@@ -68,24 +68,6 @@ void multiply_add_down(Warp& w, const Instr& in, uint32_t lanes) {
   });
 }
 
-// -0 is less than +0. Without NAN_WINS a NaN gives way to a number.
-template <class T, bool NAN_WINS>
-struct Maximum {
-  T operator()(T a, T b) const {
-    if (std::isnan(a) || std::isnan(b)) {
-      if (NAN_WINS || (std::isnan(a) && std::isnan(b))) return std::numeric_limits<T>::quiet_NaN();
-      return std::isnan(a) ? b : a;
-    }
-    if (a == b) return std::signbit(a) ? b : a;
-    return a < b ? b : a;
-  }
-};
-
-template <class T, bool NAN_WINS>
-struct Minimum {
-  T operator()(T a, T b) const { return -Maximum<T, NAN_WINS>{}(-a, -b); }
-};
-
 template <bool FTZ, class F>
 Form of_three(F) {
   return {[](Warp& w, const Instr& in, uint32_t lanes) {

@@ -1,10 +1,11 @@
-// Half precision as the hardware has it: to the nearest, ties to even, one NaN.
+// Half precision as the hardware has it: to the nearest, ties to even, one NaN; and its maxima.
 
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 namespace ptx {
 
@@ -43,6 +44,24 @@ inline uint16_t to_f16(double x) {
   const double fraction = std::nearbyint(std::ldexp(size, 11 - exponent));  // in [1024, 2048]
   return sign | static_cast<uint16_t>(((exponent + 14) << 10) + static_cast<int>(fraction) - 1024);
 }
+
+// -0 is less than +0. Without NAN_WINS a NaN gives way to a number.
+template <class T, bool NAN_WINS>
+struct Maximum {
+  T operator()(T a, T b) const {
+    if (std::isnan(a) || std::isnan(b)) {
+      if (NAN_WINS || (std::isnan(a) && std::isnan(b))) return std::numeric_limits<T>::quiet_NaN();
+      return std::isnan(a) ? b : a;
+    }
+    if (a == b) return std::signbit(a) ? b : a;
+    return a < b ? b : a;
+  }
+};
+
+template <class T, bool NAN_WINS>
+struct Minimum {
+  T operator()(T a, T b) const { return -Maximum<T, NAN_WINS>{}(-a, -b); }
+};
 
 // What tensor cores read of a float32: the lowest 13 bits are ignored.
 inline float tf32(uint32_t bits) { return bits_as<float>(bits & 0xffffe000); }

@@ -1,5 +1,6 @@
 // What the lanes of a warp tell each other, and barriers.
 
+#include "rounding.h"
 #include "warp.h"
 
 namespace ptx {
@@ -119,6 +120,10 @@ void add_warp_operations(Table& table) {
   redux("and.b32", reduce<uint32_t>([](uint32_t a, uint32_t b) { return a & b; }));
   redux("or.b32", reduce<uint32_t>([](uint32_t a, uint32_t b) { return a | b; }));
   redux("xor.b32", reduce<uint32_t>([](uint32_t a, uint32_t b) { return a ^ b; }));
+  redux("min.f32", reduce<float>(Minimum<float, false>{}));
+  redux("max.f32", reduce<float>(Maximum<float, false>{}));
+  redux("min.NaN.f32", reduce<float>(Minimum<float, true>{}));
+  redux("max.NaN.f32", reduce<float>(Maximum<float, true>{}));
   together("vote.sync.ballot.b32", ballot, true, Category::SHUFFLE);
   together("vote.sync.any.pred", vote<false>, true, Category::SHUFFLE);
   together("vote.sync.all.pred", vote<true>, true, Category::SHUFFLE);
