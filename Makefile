@@ -19,9 +19,9 @@ endif
 PTX_TARGETS := sm_75 sm_80 sm_90 sm_120
 PTX_TRITON := 3.6
 
-.PHONY: test suite interpret test-all-kernels test-anywhere ptx demo bench asan lint format pictures install clean
+.PHONY: test suite interpret test-all test-anywhere ptx demo bench asan lint format pictures install clean
 
-# All cores; of what runs GPU code a sample, which moves with DQN_FUSED_TEST_SEED (tests/conftest.py).
+# All cores; of GPU code and of graphs a sample, which moves with DQN_FUSED_TEST_SEED (tests/conftest.py).
 PYTEST := $(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal
 test: $(READY) $(LINT) suite interpret
 
@@ -31,9 +31,9 @@ suite: $(READY)
 interpret: $(READY)
 	TRITON_INTERPRET=1 $(PYTEST) -m interpret
 
-# Every case that is compiled ahead of time or run in Triton's interpreter.
-test-all-kernels: $(READY)
-	$(PYTEST) --sample 1 -m aot
+# Every case that is compiled, ahead of time or by torch.compile, or run in Triton's interpreter.
+test-all: $(READY)
+	$(PYTEST) --sample 1 -m "(aot or graph) and not ptx"
 	TRITON_INTERPRET=1 $(PYTEST) --sample 1 -m interpret
 
 # The numerical tests with other vector instructions, numbers of threads and seeds: twenty runs.

@@ -82,6 +82,7 @@ def test_torchrl_agrees_with_eager() -> None:
     assert "TorchRL" in agree("dqn")
 
 
+@pytest.mark.graph
 def test_torch_compile_agrees_with_eager() -> None:
     if not can_compile():
         pytest.skip("no compiler")

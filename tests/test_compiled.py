@@ -387,6 +387,7 @@ def test_no_element_is_left_unwritten(form: Callable[..., dict[str, Any]]) -> No
                 torch.testing.assert_close(x, y)
 
 
+@pytest.mark.graph
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("form", [dict, compact], ids=["terminated", "mask"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -411,6 +412,7 @@ def test_torch_compile(backend: str, form: Callable[..., dict[str, Any]], reduct
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.graph
 @built
 @pytest.mark.parametrize("name", ["double-mask-weights-huber", "munchausen-cql-masks-weights-huber"])
 def test_torch_compile_of_the_family(name: str) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Road
+from conftest import INTERPRETED, Road
 from data import source
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -14,7 +14,7 @@ from test_loss import LAYOUTS, REDUCTIONS, check, compact, make
 from dqn_fused import fused_dqn_loss
 
 FEW = settings(
-    max_examples=60, deadline=None, derandomize=True,
+    max_examples=20 if INTERPRETED else 60, deadline=None, derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 

@@ -5,12 +5,12 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from conftest import EXECUTED
 from data import source
 from test_loss import make
+from test_ptx_backends import far_rows
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -188,14 +188,6 @@ def test_a_wait_for_asynchronous_copies_removed() -> None:
     assert count is not None
     mutated = text[: count.start(1)] + str(int(count[1]) + 1) + text[count.end(1) :]
     assert "asynchronous copy" in (noticed(case, text, mutated, expected) or "")
-
-
-def far_rows(rows: int, columns: int, stride: int, dtype: Any = np.float32) -> Tensor:
-    """Rows that lie `stride` elements apart, in pages of memory of which only those that are used exist."""
-    flat = torch.from_numpy(np.zeros((rows - 1) * stride + columns, dtype))  # calloc: untouched pages are not there
-    x = flat.as_strided((rows, columns), (stride, 1))
-    x.copy_(torch.from_numpy(np.random.default_rng(0).standard_normal((rows, columns)).astype(dtype)))
-    return x
 
 
 @pytest.mark.parametrize("columns", [7, 130])

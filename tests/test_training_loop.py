@@ -76,6 +76,7 @@ def gradients(loss: Tensor, model: nn.Module) -> list[Tensor]:
     return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
 
 
+@pytest.mark.graph
 @pytest.mark.parametrize("name", [*LOSSES, "loss_and_grad"])
 def test_torch_compile_of_network_and_loss(road: Road, name: str) -> None:
     """One graph without a break; a second one when the batch size has changed for the first time, and no third."""
@@ -106,6 +107,7 @@ def test_torch_compile_of_network_and_loss(road: Road, name: str) -> None:
     assert not counters["graph_break"]
 
 
+@pytest.mark.graph
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_torch_compile_of_leading_dimensions(road: Road, reduction: str) -> None:
     """Slices of a sequence, whose two leading dimensions do not merge: Dynamo catches no error of a view."""
@@ -154,6 +156,7 @@ def test_a_discount_in_a_tensor_is_no_constant_of_the_graph(road: Road) -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.graph
 @pytest.mark.skipif(not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="Dynamo traces no backward")
 def test_torch_compile_of_network_loss_and_backward(road: Road) -> None:
     """The backward in the same graph, where Dynamo is told to trace it."""
@@ -174,6 +177,7 @@ def test_torch_compile_of_network_loss_and_backward(road: Road) -> None:
     assert not counters["graph_break"]
 
 
+@pytest.mark.graph
 @pytest.mark.parametrize("target", ["max", Soft(0.5)], ids=["max", "soft"])
 def test_torch_compile_of_a_linear_head(road: Road, target: Any) -> None:
     body = nn.Linear(D, 16).to(road.device)

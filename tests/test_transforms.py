@@ -294,6 +294,7 @@ def test_a_named_backend_still_does_not_fall_back(road: Road) -> None:
         grad(lambda q: fused_dqn_loss(q, **arguments, backend="triton"))(q)
 
 
+@pytest.mark.graph
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 def test_inside_torch_compile(backend: str) -> None:

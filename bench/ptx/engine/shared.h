@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <set>
 
 #include "warp.h"
 
