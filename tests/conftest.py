@@ -30,8 +30,8 @@ CUDA_SOURCES = shutil.which("nvcc") is not None and (Path(__file__).parents[1] /
 PTX_TARGETS = ("sm_75", "sm_80", "sm_90", "sm_120")
 # About torch, its graphs and its memory, more than about kernels; the executor itself holds memory.
 NOT_ON_PTX = ("memory", "compile", "graph", "batched")
-# What takes long, GPU code and graphs of torch.compile: one of so many cases is taken by default, another one with another
-# seed; --sample=1 takes all.
+# What takes long, GPU code and graphs of torch.compile: one of so many cases is taken by default, another one with
+# another seed; --sample=1 takes all.
 SAMPLE = {"ptx": 24, "interpret": 4, "aot": 6, "graph": 3}
 
 # Where the tests of Triton's kernels themselves run: in the interpreter, on a GPU, or on executed PTX.
