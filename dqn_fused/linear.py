@@ -58,7 +58,9 @@ def fused_linear_dqn_loss(
         gamma: discount.
         bias: (A,) of the head. Receives a gradient.
         next_bias: (A,) of the target network's head.
-        next_hidden_online: as next_hidden, of the online network: double DQN. ``weight`` and ``bias`` choose.
+        next_hidden_online: as next_hidden, of the online network: double DQN. ``weight`` and ``bias`` choose the first
+            of the actions that are equal as the product computes them: equal rows of the weight may differ by a
+            rounding, since a library computes the columns at the edge of a matrix by another kernel.
         next_action_mask: (\\*N, A) bool, true for the actions that are legal in the next state; (M, A) with
             ``non_final_mask``.
         non_final_mask: instead of ``terminated``: true for the M samples whose next states ``next_hidden`` holds.
