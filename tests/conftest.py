@@ -32,7 +32,7 @@ PTX_TARGETS = ("sm_75", "sm_80", "sm_90", "sm_120")
 NOT_ON_PTX = ("memory", "compile", "graph", "batched")
 # What takes long, GPU code and graphs of torch.compile: one of so many cases is taken by default, another one with
 # another seed; --sample=1 takes all.
-SAMPLE = {"ptx": 24, "interpret": 4, "aot": 6, "graph": 3}
+SAMPLE = {"ptx": 36, "interpret": 8, "aot": 12, "graph": 6}
 
 # Where the tests of Triton's kernels themselves run: in the interpreter, on a GPU, or on executed PTX.
 _GPU = torch.cuda.is_available() and not INTERPRETED
