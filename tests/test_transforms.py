@@ -310,6 +310,7 @@ def test_inside_torch_compile(backend: str) -> None:
         assert_same(torch.compile(function, fullgraph=True)(q, next_q), function(q, next_q))
 
 
+@pytest.mark.graph
 def test_inside_torch_compile_all_but_q_is_a_constant() -> None:
     """One network for q and next_q, and weights that ask for a gradient."""
     arguments = make((B, A))
@@ -334,6 +335,7 @@ def test_inside_torch_compile_all_but_q_is_a_constant() -> None:
         )(layer)
 
 
+@pytest.mark.graph
 def test_inside_torch_compile_a_named_backend_refuses() -> None:
     arguments = make((B, A))
     q = arguments.pop("q")
