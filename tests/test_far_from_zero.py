@@ -64,7 +64,7 @@ def test_the_conservative_gradient(road: Road, shape: tuple[int, int], offset: f
         functions.append(by_autograd(dqn_loss))
     errors = [error(function, road.device, **options) for function in functions]
     assert max(errors) <= bound
-    if abs(offset) >= 100:
+    if abs(offset) >= 1e4:  # nearer, the one rounding of eager's sum may be lucky in the few rows there are
         assert max(errors) < error(by_autograd(eager), "cpu")
 
 

@@ -129,6 +129,7 @@ def test_torch_compile_of_leading_dimensions(road: Road, reduction: str) -> None
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.graph
 def test_priorities_in_place_inside_a_graph(road: Road) -> None:
     """Eager refuses to change what the backward needs; in a graph nobody noticed, and the gradient was that of |td|."""
     arguments = make((8, A), device=road.device)
@@ -144,6 +145,7 @@ def test_priorities_in_place_inside_a_graph(road: Road) -> None:
     torch.testing.assert_close(torch.autograd.grad(loss, q), torch.autograd.grad(expected, q))
 
 
+@pytest.mark.graph
 def test_a_discount_in_a_tensor_is_no_constant_of_the_graph(road: Road) -> None:
     arguments = make((8, A), device=road.device)
 
