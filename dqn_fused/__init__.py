@@ -14,6 +14,7 @@ from dqn_fused._warmup import warmup
 from dqn_fused.linear import FusedLinearDQNLoss, fused_linear_dqn_loss
 from dqn_fused.loss import fused_dqn_loss, fused_dqn_loss_and_grad, fused_td_loss
 from dqn_fused.module import FusedDQNLoss
+from dqn_fused.quantile import FusedQuantileLoss, fused_quantile_loss, fused_quantile_loss_and_grad
 from dqn_fused.targets import Munchausen, Soft
 
 __version__ = "0.1.0"
@@ -21,12 +22,15 @@ __all__ = [
     "BackendUnavailableError",
     "FusedDQNLoss",
     "FusedLinearDQNLoss",
+    "FusedQuantileLoss",
     "Munchausen",
     "Soft",
     "backends",
     "fused_dqn_loss",
     "fused_dqn_loss_and_grad",
     "fused_linear_dqn_loss",
+    "fused_quantile_loss",
+    "fused_quantile_loss_and_grad",
     "fused_td_loss",
     "warmup",
 ]

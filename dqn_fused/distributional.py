@@ -1,11 +1,11 @@
-"""What the distributional losses share: checks of (\\*N, A, K) tensors, the next action, and the gradient's layout."""
+"""What the distributional losses share: checks of (\\*N, A, K) tensors, the next action, reductions."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dqn_fused.arguments import Batch, accumulation_dtype, check_samples
+from dqn_fused.arguments import Batch, LossSpec, accumulation_dtype, check_samples, normalise_weights
 from dqn_fused.checks import BOOL, FLOATS, dense, show, wrong_device
 from dqn_fused.reference import legal_actions, legal_values, of_samples
 
@@ -15,7 +15,7 @@ def check_distributions(batch: Batch, name: str, same_size: bool = False) -> Bat
 
     ``name`` is what the user calls q: ``quantiles`` or ``logits``; the others are ``next_<name>`` and
     ``next_<name>_online``. next_q is (\\*N, A, K'), with K' = K if same_size, and None for a ready target;
-    next_q_online is (\\*N, A, K'') or (\\*N, A), next_action_mask (\\*N, A). With non_final_mask M stands for \\*N there.
+    next_q_online is (\\*N, A, K'') or (\\*N, A), next_action_mask (\\*N, A). With non_final_mask M stands for \\*N.
     Afterwards there is one leading dimension: (n, A, K), (m, A, K'), (m, A, K'') or (m, A), (m, A) and (n,).
     """
     q, next_q, next_q_online, next_action_mask = batch.q, batch.next_q, batch.next_q_online, batch.next_action_mask
@@ -116,11 +116,18 @@ def per_row(batch: Batch) -> Batch:
     return batch._replace(**columns)
 
 
-def scatter_rows(rows: Tensor, actions: Tensor, A: int, dtype: torch.dtype) -> Tensor:
-    """Zeros (n, A, K) with the rows, (n, K), at the actions taken; a row with an illegal action stays zero."""
-    index, legal = legal_actions(actions, A)
-    if legal is not None:
-        rows = torch.where(legal.unsqueeze(1), rows, 0)
-    n, K = rows.shape
-    zeros = torch.zeros((n, A, K), dtype=dtype, device=rows.device)
-    return zeros.scatter(1, index.view(-1, 1, 1).expand(-1, 1, K), rows.to(dtype).unsqueeze(1))
+def reduced(per_sample: Tensor, batch: Batch, reduction: str) -> Tensor:
+    """Loss of a batch, N or (), from that of each sample, (n,)."""
+    if batch.weights is not None:
+        per_sample = per_sample * batch.weights.to(per_sample.dtype)
+    if reduction == "none":
+        return per_sample.view(batch.shape)
+    return per_sample.mean() if reduction == "mean" else per_sample.sum()
+
+
+def without_weighted_mean(batch: Batch, reduction: str) -> tuple[Batch, str]:
+    """arguments.normalise_weights for a reduction alone."""
+    if reduction != "weighted_mean":
+        return batch, reduction
+    batch, spec = normalise_weights(batch, LossSpec(reduction=reduction))
+    return batch, spec.reduction

@@ -15,6 +15,12 @@ A backend is a module with
 - ``backward(grad_loss, saved, spec) -> grad_q``: saved is autograd.Saved; contiguous, every element written;
 - ``sweep(work) -> (value, index)``: as head.sweep, which most take; and ``auto_sweep``, what "auto" takes.
 
+The distributional losses are on fewer: a backend has, for the device types that DISTRIBUTIONAL names,
+
+- ``quantile_loss(batch, taus, spec) -> (loss, td_error, slopes)``: slopes (n, K), as row_loss.SavedRows has them;
+- ``quantile_loss_and_grad(batch, taus, spec) -> (loss, gradient, td_error)``;
+- ``rows_backward(grad_loss, saved) -> gradient``: saved is row_loss.SavedRows.
+
 Arguments are checked when they arrive here. Modules are imported when first asked for: Triton is heavy.
 """
 
@@ -25,6 +31,7 @@ from typing import NamedTuple
 
 import torch
 
+from dqn_fused.checks import wrong_choice
 from dqn_fused.kernels.launch import NARROW
 
 MODULES = {
@@ -37,6 +44,8 @@ MODULES = {
 AUTO = {"cpu": ("compiled", "torch"), "cuda": ("compiled", "triton", "torch")}
 AUTO_WIDE = {**AUTO, "cuda": ("triton", "compiled", "torch")}
 AUTO_ELSEWHERE = ("torch",)
+# Device types on which a backend other than torch, which has all of them, has a distributional loss.
+DISTRIBUTIONAL: dict[str, dict[str, tuple[str, ...]]] = {"quantile": {}}
 
 
 class BackendUnavailableError(RuntimeError):
@@ -84,9 +93,10 @@ def backends() -> dict[str, BackendStatus]:
     return {name: BackendStatus(why is None, why or _LOADED[name].PARTLY) for name, why in reasons.items()}
 
 
-def serving(device: torch.device) -> list[str]:
+def serving(device: torch.device, family: str | None = None) -> list[str]:
     """Names of the backends that serve a device: a backend can run here and yet have no library for it."""
-    return [name for name in MODULES if _missing(name) is None and _LOADED[name].refuses(device) is None]
+    names = [name for name in MODULES if family is None or _lacks(family, name, device) is None]
+    return [name for name in names if _missing(name) is None and _LOADED[name].refuses(device) is None]
 
 
 def choose(name: str, device: torch.device, actions: int | None = None) -> ModuleType:
@@ -119,9 +129,26 @@ def _choose(name: str, device: torch.device, wide: bool) -> ModuleType:
                 return _LOADED[candidate]
         raise BackendUnavailableError(f"no backend serves device {device}")  # torch serves every device
     if name not in MODULES:
-        expected = ", ".join(map(repr, ("auto", *MODULES)))
-        raise ValueError(f"backend: expected one of {expected}, got {name!r}")
+        wrong_choice("backend", name, ("auto", *MODULES))
     reason = _missing(name) or _LOADED[name].refuses(device)
     if reason is not None:
         raise BackendUnavailableError(f"backend {name!r} cannot serve: {reason}")
     return _LOADED[name]
+
+
+def choose_distributional(family: str, name: str, device: torch.device) -> ModuleType:
+    """Backend module that has the losses of a family on a device: by name, or the first of the device's list."""
+    if name != "auto" and name not in MODULES:
+        wrong_choice("backend", name, ("auto", *MODULES))
+    for candidate in AUTO.get(device.type, AUTO_ELSEWHERE) if name == "auto" else (name,):
+        reason = _lacks(family, candidate, device) or _missing(candidate) or _LOADED[candidate].refuses(device)
+        if reason is None:
+            return _LOADED[candidate]
+    raise BackendUnavailableError(f"backend {name!r} cannot serve: {reason}")  # of "auto" never: torch serves
+
+
+def _lacks(family: str, name: str, device: torch.device) -> str | None:
+    """Say why a backend has no losses of a family on a device."""
+    if name == "torch" or device.type in DISTRIBUTIONAL[family].get(name, ()):
+        return None
+    return f"it has no {family} loss for tensors on {device.type}; 'auto' takes a backend that has one"

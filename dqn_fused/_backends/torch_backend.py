@@ -5,8 +5,13 @@ from torch import Tensor
 
 from dqn_fused.arguments import Batch, LossSpec
 from dqn_fused.autograd import Saved, loss_gradient
+from dqn_fused.distributional import reduced, taken
 from dqn_fused.head import sweep
+from dqn_fused.quantile_arguments import QuantileSpec
+from dqn_fused.quantile_reference import loss_of_pairs, slopes_of_pairs, target_quantiles
+from dqn_fused.quantile_reference import td_error as quantile_td_error
 from dqn_fused.reference import loss_of_td_error, normaliser_of, td_error
+from dqn_fused.row_loss import SavedRows, rows_gradient
 
 __all__ = ["sweep"]
 
@@ -44,3 +49,27 @@ def loss_and_grad(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor,
     loss, td, normaliser = forward(batch, spec)
     saved = Saved.of(batch, spec, td, normaliser)
     return loss, backward(torch.ones((), dtype=td.dtype, device=td.device), saved, spec), td, normaliser
+
+
+@torch.no_grad()
+def quantile_loss(batch: Batch, taus: Tensor | None, spec: QuantileSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (loss, td_error, slopes)."""
+    predicted, target = taken(batch), target_quantiles(batch)
+    loss = reduced(loss_of_pairs(predicted, target, taus, spec), batch, spec.reduction)
+    return loss, quantile_td_error(predicted, target, batch), slopes_of_pairs(predicted, target, taus, spec)
+
+
+@torch.no_grad()
+def quantile_loss_and_grad(batch: Batch, taus: Tensor | None, spec: QuantileSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (loss, gradient, td_error)."""
+    loss, td, slopes = quantile_loss(batch, taus, spec)
+    return (
+        loss,
+        rows_backward(torch.ones((), dtype=td.dtype, device=td.device), SavedRows.of(batch, slopes, spec.reduction)),
+        td,
+    )
+
+
+def rows_backward(grad_loss: Tensor, saved: SavedRows) -> Tensor:
+    """Return the gradient of a distributional loss."""
+    return rows_gradient(grad_loss, saved)

@@ -1,0 +1,257 @@
+"""The public quantile loss: a function, the same with its gradient, and a module."""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from dqn_fused._backends import choose_distributional
+from dqn_fused.arguments import Batch, check_values
+from dqn_fused.autograd import inside_transform, refuse_forward_mode
+from dqn_fused.distributional import without_weighted_mean
+from dqn_fused.quantile_arguments import QuantileSpec, check_quantile_options, check_quantiles
+from dqn_fused.row_loss import row_loss
+from dqn_fused.transforms import refuse
+
+
+def fused_quantile_loss(
+    quantiles: Tensor,
+    actions: Tensor,
+    rewards: Tensor,
+    next_quantiles: Tensor,
+    terminated: Tensor | None = None,
+    gamma: float | Tensor = 0.99,
+    *,
+    taus: Tensor | None = None,
+    next_quantiles_online: Tensor | None = None,
+    next_action_mask: Tensor | None = None,
+    non_final_mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    kappa: float = 1.0,
+    quantile_reduction: str = "sum",
+    reduction: str = "mean",
+    return_td_error: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Quantile regression loss of QR-DQN (Dabney et al., 2018), IQN and FQF, whose pairs are never stored.
+
+    For each transition the predicted quantiles ``theta = quantiles[a]`` are compared with the target's,
+    ``t = rewards + gamma * next_quantiles[a']``, or ``t = rewards`` if terminated; a' has the largest mean. Its loss is
+    the sum over i of the mean over j of ``|tau_i - 1{u < 0}| * huber(u) / kappa`` with ``u = t_j - theta_i``. Only
+    ``quantiles`` receives a gradient, and in it only the row of the action taken.
+
+    Args:
+        quantiles: (\\*N, A, K) quantiles of each action's return by the online network; float16, bfloat16, float32 or
+            float64. Any leading dimensions.
+        actions: (\\*N) or (\\*N, 1), any integer dtype, in [0, A): the action taken.
+        rewards: (\\*N) or (\\*N, 1), floating or integer.
+        next_quantiles: (\\*N, A, K') quantiles of the target network in the next state, floating; K' need not be K.
+            With ``non_final_mask``: (M, A, K').
+        terminated: (\\*N) or (\\*N, 1), nonzero where nothing is bootstrapped, as in :func:`fused_dqn_loss`.
+        gamma: discount: a number, a 0-d tensor, or (\\*N) / (\\*N, 1) floating, for n-step returns.
+        taus: (K,) or (\\*N, K), floating: the fractions that the predicted quantiles stand for, a constant. None for
+            the midpoints ``(i + 1/2) / K`` of QR-DQN. Sampled ones are those of IQN (Dabney et al., 2018b), midpoints
+            of proposed ones those of FQF (Yang et al., 2019).
+        next_quantiles_online: what chooses a', its value being read in ``next_quantiles``: (\\*N, A, K'') quantiles of
+            the online network for double DQN, the action of the largest mean, or (\\*N, A) Q-values, such as the
+            weighted mean of FQF. With ``non_final_mask`` M stands for \\*N.
+        next_action_mask: (\\*N, A) bool, true for the actions that are legal in the next state: no other is chosen. A
+            row without one is NaN, unless terminated. With ``non_final_mask``: (M, A).
+        non_final_mask: (\\*N) or (\\*N, 1) bool, instead of ``terminated``: true for the M samples, in order, whose
+            next states the next tensors hold.
+        weights: (\\*N) or (\\*N, 1), floating: the loss of each sample is multiplied by its weight.
+        kappa: where Huber's loss turns from a parabola into a line. Since the loss is divided by it, 0 is plain
+            quantile regression, whose slope is taken as 0 where ``u`` is 0.
+        quantile_reduction: over the predicted quantiles: ``"sum"``, as published, or ``"mean"``, which is
+            Stable-Baselines3-contrib's mean over all pairs.
+        reduction: ``"mean"``, which divides by the number of samples, ``"weighted_mean"``, which divides by the sum of
+            the weights, ``"sum"``, or ``"none"`` for the loss of each sample, (\\*N).
+        return_td_error: also return the mean of the predicted less the mean of the target quantiles, (\\*N), signed,
+            unweighted and without gradient.
+        backend: ``"auto"``, or by name as in :func:`dqn_fused.backends`.
+
+    Returns:
+        The loss, or ``(loss, td_error)``, in float32, or in float64 if quantiles is float64.
+
+    Raises:
+        As :func:`fused_dqn_loss`. A second derivative raises NotImplementedError.
+
+    >>> import torch
+    >>> quantiles = torch.tensor([[[0.0, 2.0], [9.0, 9.0]]], requires_grad=True)
+    >>> next_quantiles = torch.tensor([[[0.0, 0.5], [1.0, 3.0]]])
+    >>> loss, td_error = fused_quantile_loss(
+    ...     quantiles, torch.tensor([0]), torch.tensor([0.0]), next_quantiles, gamma=1.0, return_td_error=True)
+    >>> loss.backward()
+    >>> loss.detach(), td_error, quantiles.grad
+    (tensor(0.6250), tensor([-1.]), tensor([[[-0.2500, -0.2500],
+             [ 0.0000,  0.0000]]]))
+    """
+    samples = Batch(
+        quantiles, actions, rewards, next_quantiles, terminated, gamma, non_final_mask,
+        next_quantiles_online, next_action_mask, weights,
+    )  # fmt: skip
+    loss, td_error = _run(_loss, samples, taus, kappa, quantile_reduction, reduction, backend)
+    return (loss, td_error) if return_td_error else loss
+
+
+def fused_quantile_loss_and_grad(
+    quantiles: Tensor,
+    actions: Tensor,
+    rewards: Tensor,
+    next_quantiles: Tensor,
+    terminated: Tensor | None = None,
+    gamma: float | Tensor = 0.99,
+    *,
+    taus: Tensor | None = None,
+    next_quantiles_online: Tensor | None = None,
+    next_action_mask: Tensor | None = None,
+    non_final_mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    kappa: float = 1.0,
+    quantile_reduction: str = "sum",
+    reduction: str = "mean",
+    return_td_error: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, ...]:
+    """Quantile regression loss and its gradient by quantiles in one pass, without autograd.
+
+    ``quantiles.backward(gradient)`` then goes on through the network.
+
+    Args:
+        quantiles: (\\*N, A, K), and all other arguments, as in :func:`fused_quantile_loss`. No graph is recorded.
+
+    Returns:
+        ``(loss, gradient)`` or ``(loss, gradient, td_error)``. The gradient has the shape and dtype of quantiles and is
+        contiguous. With ``reduction="none"`` it is the gradient of the sum of the losses.
+
+    Raises:
+        As :func:`fused_quantile_loss`.
+
+    >>> import torch
+    >>> quantiles = torch.tensor([[[0.0, 2.0], [9.0, 9.0]]])
+    >>> fused_quantile_loss_and_grad(
+    ...     quantiles, torch.tensor([0]), torch.tensor([1.0]), torch.zeros(1, 2, 2), torch.tensor([True]))
+    (tensor(0.2500), tensor([[[-0.2500,  0.2500],
+             [ 0.0000,  0.0000]]]))
+    """
+    samples = Batch(
+        quantiles, actions, rewards, next_quantiles, terminated, gamma, non_final_mask,
+        next_quantiles_online, next_action_mask, weights,
+    )  # fmt: skip
+    loss, gradient, td_error = _run(_loss_and_grad, samples, taus, kappa, quantile_reduction, reduction, backend)
+    return (loss, gradient, td_error) if return_td_error else (loss, gradient)
+
+
+Run = Callable[[Tensor, Batch, Tensor | None, QuantileSpec, ModuleType], tuple[Any, ...]]
+
+
+def _loss(x: Tensor, batch: Batch, taus: Tensor | None, spec: QuantileSpec, road: ModuleType) -> tuple[Any, ...]:
+    return row_loss(x, batch, spec.reduction, road, lambda: road.quantile_loss(batch, taus, spec))
+
+
+def _loss_and_grad(
+    x: Tensor, batch: Batch, taus: Tensor | None, spec: QuantileSpec, road: ModuleType
+) -> tuple[Any, ...]:
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        refuse_forward_mode()
+    found: tuple[Any, ...] = road.quantile_loss_and_grad(batch, taus, spec)
+    return found
+
+
+def _run(
+    what: Run,
+    given: Batch,
+    taus: Tensor | None,
+    kappa: float,
+    quantile_reduction: str,
+    reduction: str,
+    backend: str,
+) -> tuple[Any, ...]:
+    """Check the arguments and run a backend."""
+    spec = check_quantile_options(kappa, quantile_reduction, reduction)
+    if inside_transform():
+        refuse("fused_quantile_loss", "give an ensemble as a leading dimension, or call dqn_fused.quantile_reference")
+    batch, taus = check_quantiles(given, taus)
+    road = choose_distributional("quantile", backend, batch.q.device)
+    batch = check_values(batch, batch.q.shape[1], batch.next_count, "next_quantiles")
+    batch, reduction = without_weighted_mean(batch, spec.reduction)
+    return what(given.q, batch, taus, spec._replace(reduction=reduction), road)
+
+
+class FusedQuantileLoss(nn.Module):
+    """:func:`fused_quantile_loss` as a module that keeps the discount and the options.
+
+    ``gamma`` is a number or a tensor, which becomes a buffer and moves with the module; a call may bring its own.
+
+    >>> import torch
+    >>> criterion = FusedQuantileLoss(gamma=1.0, kappa=0.0)
+    >>> criterion
+    FusedQuantileLoss(gamma=1.0, kappa=0.0, quantile_reduction='sum', reduction='mean')
+    >>> criterion(torch.zeros(1, 1, 2), torch.tensor([0]), torch.tensor([1.0]), torch.ones(1, 1, 2))
+    tensor(2.)
+    """
+
+    gamma: float | Tensor
+
+    def __init__(
+        self,
+        gamma: float | Tensor = 0.99,
+        *,
+        kappa: float = 1.0,
+        quantile_reduction: str = "sum",
+        reduction: str = "mean",
+        return_td_error: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        check_quantile_options(kappa, quantile_reduction, reduction)
+        if isinstance(gamma, Tensor):
+            self.register_buffer("gamma", gamma)
+        else:
+            self.gamma = gamma
+        self.kappa, self.quantile_reduction, self.reduction = kappa, quantile_reduction, reduction
+        self.return_td_error, self.backend = return_td_error, backend
+
+    def forward(
+        self,
+        quantiles: Tensor,
+        actions: Tensor,
+        rewards: Tensor,
+        next_quantiles: Tensor,
+        terminated: Tensor | None = None,
+        gamma: float | Tensor | None = None,
+        *,
+        taus: Tensor | None = None,
+        next_quantiles_online: Tensor | None = None,
+        next_action_mask: Tensor | None = None,
+        non_final_mask: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Loss of a batch; see :func:`fused_quantile_loss`."""
+        return fused_quantile_loss(
+            quantiles,
+            actions,
+            rewards,
+            next_quantiles,
+            terminated,
+            self.gamma if gamma is None else gamma,
+            taus=taus,
+            next_quantiles_online=next_quantiles_online,
+            next_action_mask=next_action_mask,
+            non_final_mask=non_final_mask,
+            weights=weights,
+            kappa=self.kappa,
+            quantile_reduction=self.quantile_reduction,
+            reduction=self.reduction,
+            return_td_error=self.return_td_error,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        """Options, for repr."""
+        return (
+            f"gamma={self.gamma}, kappa={self.kappa}, quantile_reduction={self.quantile_reduction!r}, "
+            f"reduction={self.reduction!r}"
+        )

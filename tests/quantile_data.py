@@ -1,0 +1,111 @@
+"""Batches of quantiles, the roads that serve them, and the one comparison with the oracle."""
+
+from typing import Any
+
+import pytest
+import torch
+from bounds import assert_close
+from conftest import INTERPRETED, Road
+from data import source
+from quantile_oracle import Expected, eager, quantile_oracle
+from torch import Tensor
+
+from dqn_fused import fused_quantile_loss, fused_quantile_loss_and_grad
+from dqn_fused._backends import serving
+
+
+def roads(*more: str) -> list[Any]:
+    found = [
+        pytest.param(Road(name, "cpu"), id=f"{name}-cpu") for name in [*serving(torch.device("cpu"), "quantile"), *more]
+    ]
+    if torch.cuda.is_available() and not INTERPRETED:
+        found += [
+            pytest.param(Road(name, "cuda"), id=f"{name}-cuda", marks=pytest.mark.gpu)
+            for name in serving(torch.device("cuda"), "quantile")
+        ]
+    return found
+
+
+every_road = pytest.mark.parametrize("backend", roads())
+
+
+def clear_winner(values: Tensor, g: torch.Generator) -> Tensor:
+    """Quantiles (m, A, K) of which one action's mean is the largest beyond any rounding."""
+    m, A, _ = values.shape
+    if m == 0 or A == 1:
+        return values
+    winner = torch.randint(A, (m,), generator=g)
+    means = values.double().mean(2)
+    lift = means.max(1).values - means[torch.arange(m), winner] + 0.25
+    values = values.clone()
+    values[torch.arange(m), winner] += lift[:, None].to(values.dtype)
+    return values
+
+
+def make(
+    shape: tuple[int, ...],
+    K2: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Arguments of the loss for quantiles of a shape (*N, A, K), a third of the samples terminated."""
+    g = source(seed)
+    *N, A, K = shape
+    following = torch.randn((*N, A, K2 or K), generator=g).to(dtype)
+    arguments = {
+        "quantiles": torch.randn(shape, generator=g).to(dtype),
+        "actions": torch.randint(A, N, generator=g),
+        "rewards": torch.randn(N, generator=g),
+        "next_quantiles": clear_winner(following.reshape(-1, A, K2 or K), g).reshape(following.shape),
+        "terminated": torch.rand(N, generator=g) < 0.3,
+    }
+    return {name: x.to(device) for name, x in arguments.items()}
+
+
+def compact(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same batch with non_final_mask and the next states of the non-final samples only."""
+    arguments = dict(arguments)
+    mask = ~arguments.pop("terminated")
+    for name in ("next_quantiles", "next_quantiles_online", "next_action_mask"):
+        if name in arguments:
+            arguments[name] = arguments[name][mask]
+    return {**arguments, "non_final_mask": mask}
+
+
+def check(road: Road, arguments: dict[str, Any], grad_loss: Tensor | None = None) -> Expected:
+    """Run a road, with and without autograd, and compare everything with the oracle."""
+    arguments = {k: x.to(road.device) if isinstance(x, Tensor) else x for k, x in arguments.items()}
+    quantiles = arguments["quantiles"].detach().requires_grad_()
+    arguments["quantiles"] = quantiles
+    expected = quantile_oracle(**arguments, grad_loss=grad_loss)
+    loss, td_error = fused_quantile_loss(**arguments, return_td_error=True, backend=road.backend)
+    upstream = torch.ones_like(loss) if grad_loss is None else grad_loss.to(loss)
+    (gradient,) = torch.autograd.grad(loss, quantiles, upstream)
+    accumulation = torch.float64 if quantiles.dtype is torch.float64 else torch.float32
+    assert loss.dtype == td_error.dtype == accumulation
+    assert gradient.dtype == quantiles.dtype
+    assert gradient.is_contiguous()
+    assert not td_error.requires_grad
+    assert_close("td_error", td_error, expected.td_error)
+    assert_close("loss", loss, expected.loss)
+    assert_close("gradient", gradient, expected.gradient)
+    loss, gradient, td_error = fused_quantile_loss_and_grad(**arguments, return_td_error=True, backend=road.backend)
+    assert not loss.requires_grad
+    assert gradient.is_contiguous()
+    assert_close("td_error of loss_and_grad", td_error, expected.td_error)
+    assert_close("loss of loss_and_grad", loss, expected.loss)
+    if grad_loss is None:
+        assert_close("gradient of loss_and_grad", gradient, expected.gradient)
+    return expected
+
+
+def check_against_eager(road: Road, arguments: dict[str, Any]) -> None:
+    """Errors within twice those of the lines that users write."""
+    expected = quantile_oracle(**arguments)
+    x = arguments["quantiles"].detach().requires_grad_()
+    loss = eager(**{**arguments, "quantiles": x, "terminated": arguments["terminated"].to(x.dtype)})
+    (gradient,) = torch.autograd.grad(loss, x)
+    got, got_gradient = fused_quantile_loss_and_grad(**arguments, backend=road.backend)
+    assert_close("loss", got, expected.loss, loss)
+    assert_close("gradient", got_gradient, expected.gradient, gradient)

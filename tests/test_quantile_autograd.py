@@ -1,0 +1,283 @@
+"""What autograd, torch.compile and torch.func see of the quantile loss."""
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import Road
+from quantile_data import compact, every_road, make
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+from dqn_fused import FusedQuantileLoss, fused_quantile_loss, fused_quantile_loss_and_grad
+from dqn_fused.quantile_reference import quantile_loss
+
+
+@every_road
+@pytest.mark.parametrize("kappa", [1.0, 0.2, 0.0])
+@pytest.mark.parametrize("reduction", ["mean", "none", "weighted_mean"])
+def test_gradcheck(backend: Road, kappa: float, reduction: str) -> None:
+    arguments = make((3, 2, 4), 3, torch.float64, seed=40)
+    x = arguments.pop("quantiles").requires_grad_()
+    weights = torch.rand(3)
+
+    def loss(x: Tensor) -> Any:
+        return fused_quantile_loss(
+            x, **arguments, weights=weights, kappa=kappa, reduction=reduction, backend=backend.backend
+        )
+
+    assert torch.autograd.gradcheck(loss, x)
+
+
+def test_gradcheck_of_the_reference() -> None:
+    arguments = make((3, 2, 4), 3, torch.float64, seed=41)
+    x = arguments.pop("quantiles").requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: quantile_loss(x, **arguments), x)
+    assert torch.autograd.gradgradcheck(lambda x: quantile_loss(x, **arguments), x)
+
+
+@every_road
+@pytest.mark.parametrize("options", [{}, {"kappa": 0.0}, {"quantile_reduction": "mean", "reduction": "none"}])
+def test_the_reference_agrees(backend: Road, options: dict[str, Any]) -> None:
+    arguments = make((2, 5, 3, 8), 6, torch.float64, seed=42)
+    results = []
+    for function in (fused_quantile_loss, quantile_loss):
+        x = arguments["quantiles"].clone().requires_grad_()
+        name = {"backend": backend.backend} if function is fused_quantile_loss else {}
+        loss, td_error = function(**{**arguments, "quantiles": x}, **options, return_td_error=True, **name)
+        loss.sum().backward()
+        results.append((loss.detach(), td_error, x.grad))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+@every_road
+def test_two_backwards_with_different_upstream_gradients(backend: Road) -> None:
+    arguments = make((6, 3, 4), seed=43)
+    x = arguments["quantiles"].requires_grad_()
+    loss = fused_quantile_loss(**arguments, reduction="none", backend=backend.backend)
+    upstream = torch.tensor([1.0, 2.0, 0.0, -1.0, 0.5, 4.0])  # powers of two, by which scaling rounds nothing
+    (ones,) = torch.autograd.grad(loss, x, torch.ones(6), retain_graph=True)
+    (other,) = torch.autograd.grad(loss, x, upstream)
+    assert torch.equal(other, ones * upstream[:, None, None])
+
+
+@every_road
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_an_upstream_gradient_of_any_stride(backend: Road, reduction: str) -> None:
+    arguments = make((2, 3, 3, 4), seed=44)
+    x = arguments["quantiles"].requires_grad_()
+    loss = fused_quantile_loss(**arguments, reduction=reduction, backend=backend.backend)
+    (expanded,) = torch.autograd.grad(loss.sum() * 2, x, retain_graph=True)
+    (transposed,) = torch.autograd.grad(loss.t() if reduction == "none" else loss, x, torch.full_like(loss.t(), 2.0))
+    assert torch.equal(expanded, transposed)
+
+
+@every_road
+def test_the_derivative_by_the_upstream_gradient(backend: Road) -> None:
+    """It is linear in it, and so are a loss's learned weights; what is refused is the curvature alone."""
+    arguments = make((4, 3, 5), seed=45)
+    x = arguments["quantiles"].requires_grad_()
+    scale = torch.tensor([1.0, 2.0, 4.0, 0.5], requires_grad=True)
+    loss = fused_quantile_loss(**arguments, reduction="none", backend=backend.backend)
+    (gradient,) = torch.autograd.grad((loss * scale).sum(), x, create_graph=True)
+    direction = torch.randn_like(gradient)
+    (by_scale,) = torch.autograd.grad((gradient * direction).sum(), scale, retain_graph=True)
+    _, ones = fused_quantile_loss_and_grad(**arguments, reduction="none", backend=backend.backend)
+    torch.testing.assert_close(by_scale, (ones * direction).sum((1, 2)))
+
+
+@every_road
+def test_a_second_derivative_is_refused(backend: Road) -> None:
+    arguments = make((4, 3, 5), seed=46)
+    x = arguments["quantiles"].requires_grad_()
+    loss = fused_quantile_loss(**arguments, backend=backend.backend)
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"second derivative of a distributional loss .*quantile_reference"):
+        gradient.square().sum().backward()
+
+
+@every_road
+def test_forward_mode_is_refused(backend: Road) -> None:
+    arguments = make((4, 3, 5), seed=47)
+    x = arguments.pop("quantiles")
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        for function in (fused_quantile_loss, fused_quantile_loss_and_grad):
+            with pytest.raises((NotImplementedError, RuntimeError), match=r"(jvp|forward mode)"):
+                function(dual, **arguments, backend=backend.backend)
+
+
+@every_road
+@pytest.mark.parametrize("transform", ["vmap", "grad"])
+def test_transforms_are_refused_with_a_way_out(backend: Road, transform: str) -> None:
+    arguments = make((4, 3, 5), seed=48)
+
+    def loss(x: Tensor) -> Any:
+        return fused_quantile_loss(x, **{**arguments, "quantiles": x}, backend=backend.backend)
+
+    def run(x: Tensor) -> Any:
+        rest = {k: v for k, v in arguments.items() if k != "quantiles"}
+        return fused_quantile_loss(x, **rest, backend=backend.backend)
+
+    x = arguments["quantiles"]
+    with pytest.raises(RuntimeError, match=r"fused_quantile_loss: not inside torch.func's transforms; .* leading dim"):
+        torch.func.grad(run)(x) if transform == "grad" else torch.func.vmap(run)(torch.stack([x, x]))
+
+
+@every_road
+def test_everything_but_quantiles_is_a_constant(backend: Road) -> None:
+    arguments = make((4, 3, 5), seed=49)
+    arguments |= {"weights": torch.rand(4), "taus": torch.rand(5), "gamma": torch.rand(4)}
+    for name in ("rewards", "next_quantiles", "weights", "taus", "gamma"):
+        arguments[name].requires_grad_()
+    assert not fused_quantile_loss(**arguments, backend=backend.backend).requires_grad
+    assert not quantile_loss(**arguments).requires_grad
+    x = arguments["quantiles"].requires_grad_()
+    for loss in (fused_quantile_loss(**arguments, backend=backend.backend), quantile_loss(**arguments)):
+        loss.backward()
+    assert x.grad is not None
+    assert all(arguments[name].grad is None for name in ("rewards", "next_quantiles", "weights", "taus", "gamma"))
+
+
+@every_road
+def test_what_backward_reads_must_not_change(backend: Road) -> None:
+    arguments = make((4, 3, 5), seed=50)
+    arguments["quantiles"].requires_grad_()
+    loss = fused_quantile_loss(**arguments, backend=backend.backend)
+    arguments["actions"] += 0
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    arguments = make((4, 3, 5), seed=50)
+    x = arguments["quantiles"].requires_grad_()
+    loss, td_error = fused_quantile_loss(**arguments, return_td_error=True, backend=backend.backend)
+    td_error.abs_()  # the user's
+    arguments["next_quantiles"].zero_()  # not saved
+    loss.backward()
+    assert x.grad.isfinite().all()
+
+
+@every_road
+def test_no_graph_without_a_gradient_to_give(backend: Road) -> None:
+    arguments = make((4, 3, 5), seed=51)
+    assert fused_quantile_loss(**arguments, backend=backend.backend).grad_fn is None
+    arguments["quantiles"].requires_grad_()
+    with torch.no_grad():
+        assert fused_quantile_loss(**arguments, backend=backend.backend).grad_fn is None
+    assert all(not x.requires_grad for x in fused_quantile_loss_and_grad(**arguments, backend=backend.backend))
+
+
+@every_road
+def test_module_equals_function(backend: Road) -> None:
+    arguments = make((4, 3, 5), seed=52)
+    options = {"kappa": 0.5, "quantile_reduction": "mean", "reduction": "sum", "return_td_error": True}
+    module = FusedQuantileLoss(0.9, **options, backend=backend.backend)
+    expected = fused_quantile_loss(**arguments, gamma=0.9, **options, backend=backend.backend)
+    assert all(map(torch.equal, module(**arguments), expected))
+    other = module(**arguments, gamma=0.5, taus=torch.rand(5), weights=torch.rand(4))
+    assert not torch.equal(other[0], expected[0])
+    moved = FusedQuantileLoss(torch.tensor(0.9)).double()
+    assert moved.gamma.dtype is torch.float64
+    assert "kappa=1.0" in repr(moved)
+
+
+@every_road
+@pytest.mark.parametrize("name", ["plain", "everything", "mask", "loss_and_grad"])
+@pytest.mark.graph
+def test_torch_compile_of_network_and_loss(backend: Road, name: str) -> None:
+    """One graph without a break; a second one when the batch size has changed for the first time, and no third."""
+    torch._dynamo.reset()
+    counters.clear()
+    A, K, D = 3, 5, 4
+    model = nn.Linear(D, A * K)
+
+    def loss(obs: Tensor, rest: dict[str, Tensor]) -> Tensor:
+        x = model(obs).view(-1, A, K)
+        if name == "loss_and_grad":
+            value, gradient = fused_quantile_loss_and_grad(x, **rest, backend=backend.backend)
+            return value + (x * gradient).sum() - (x * gradient).sum().detach()
+        options = {"kappa": 0.5, "reduction": "weighted_mean"} if name == "everything" else {}
+        result, _ = fused_quantile_loss(x, **rest, **options, return_td_error=True, backend=backend.backend)
+        return result
+
+    compiled = torch.compile(loss, fullgraph=True)
+    for n in (6, 9, 11):
+        arguments = make((n, A, K), 4, seed=n)
+        if name == "everything":
+            arguments |= {"weights": torch.rand(n), "taus": torch.rand(n, K), "gamma": torch.rand(n)}
+            arguments["next_action_mask"] = torch.ones(n, A, dtype=torch.bool)
+            arguments["next_quantiles_online"] = torch.randn(n, A)
+        if name == "mask":
+            arguments["terminated"] = torch.arange(n) % 4 == 0
+            arguments = compact(arguments)
+        arguments.pop("quantiles")
+        obs = torch.randn(n, D)
+        results = []
+        for function in (compiled, loss):
+            value = function(obs, arguments)
+            results.append([value.detach(), *torch.autograd.grad(value, list(model.parameters()))])
+        for got, expected in zip(*results, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
+
+
+@every_road
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_changes_nothing_inside(backend: Road, dtype: torch.dtype) -> None:
+    arguments = make((4, 3, 5), dtype=dtype, seed=53)
+    plain = fused_quantile_loss_and_grad(**arguments, backend=backend.backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = fused_quantile_loss_and_grad(**arguments, backend=backend.backend)
+    assert all(map(torch.equal, plain, inside))
+
+
+@every_road
+@pytest.mark.parametrize("mode", ["meta", "fake"])
+def test_tensors_without_values(backend: Road, mode: str) -> None:
+    if mode == "meta" and backend.backend != "torch":
+        pytest.skip("a device of its own, which torch serves")
+    arguments = make((4, 3, 5), seed=54)
+    if mode == "meta":
+        arguments = {k: x.to("meta") for k, x in arguments.items()}
+        x = arguments["quantiles"].requires_grad_()
+        loss = fused_quantile_loss(**arguments)
+        loss.backward()
+    else:
+        with torch._subclasses.FakeTensorMode() as fake:
+            arguments = {k: fake.from_tensor(x) for k, x in arguments.items()}
+            x = arguments["quantiles"].requires_grad_()
+            loss = fused_quantile_loss(**arguments, backend=backend.backend)
+            loss.backward()
+    assert loss.shape == ()
+    assert x.grad.shape == x.shape
+
+
+@every_road
+def test_illegal_actions_where_nothing_looks(backend: Road, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: the loss is NaN and the gradient's row zero."""
+    for module in ("arguments", "reference"):
+        monkeypatch.setattr(f"dqn_fused.{module}.looks_at_values", lambda device: False)
+    arguments = make((4, 3, 5), seed=55)
+    arguments["actions"] = torch.tensor([0, 3, -1, 2])
+    x = arguments["quantiles"].requires_grad_()
+    loss, td_error = fused_quantile_loss(**arguments, reduction="none", return_td_error=True, backend=backend.backend)
+    assert loss.isnan().tolist() == td_error.isnan().tolist() == [False, True, True, False]
+    loss.sum().backward()
+    assert (x.grad != 0).any(2).any(1).tolist() == [True, False, False, True]
+    assert not x.grad.isnan().any()
+
+
+@every_road
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_wrong_mask_where_nothing_looks(backend: Road, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    for module in ("arguments", "reference"):
+        monkeypatch.setattr(f"dqn_fused.{module}.looks_at_values", lambda device: False)
+    arguments = make((4, 3, 5), seed=56)
+    del arguments["terminated"]
+    arguments |= {"non_final_mask": torch.arange(4) < 3, "next_quantiles": torch.randn(count, 3, 5)}
+    x = arguments["quantiles"].requires_grad_()
+    loss = fused_quantile_loss(**arguments, backend=backend.backend)
+    loss.backward()
+    assert loss.isnan()
+    assert not x.grad.any()
