@@ -101,7 +101,7 @@ def td_error(batch: Batch, spec: LossSpec) -> Tensor:
         if spec.target == "munchausen":
             target = target + spec.alpha * _log_policy(batch, spec, dtype).clamp(spec.clip, 0)
         if batch.next_q is not None:
-            target = _bootstrapped(target, _next_values(batch, batch.next_q, spec, dtype), batch, dtype)
+            target = bootstrapped(target, _next_values(batch, batch.next_q, spec, dtype), batch, dtype)
     taken, legal = _taken(batch, batch.q)
     td = _cast(taken, dtype).view(batch.shape) - target.view(batch.shape)
     return td if legal is None else torch.where(legal.view(batch.shape), td, torch.nan)
@@ -147,7 +147,7 @@ def legal_values(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else torch.where(mask if mask.dim() == x.dim() else mask.reshape(x.shape), x, -torch.inf)
 
 
-def _bootstrapped(rewards: Tensor, values: Tensor, batch: Batch, dtype: torch.dtype) -> Tensor:
+def bootstrapped(rewards: Tensor, values: Tensor, batch: Batch, dtype: torch.dtype) -> Tensor:
     """Bellman target: rewards + gamma * values, or rewards where the episode ended."""
     if isinstance(batch.gamma, Tensor):
         target = torch.addcmul(rewards, _cast(batch.gamma, dtype), values)
@@ -176,11 +176,16 @@ def _next_values(batch: Batch, next_q: Tensor, spec: LossSpec, dtype: torch.dtyp
         if mask is not None:
             values = torch.where(best == -torch.inf, torch.nan, values)
         values = _cast(values.view(-1), dtype)
+    return of_samples(values, batch)
+
+
+def of_samples(values: Tensor, batch: Batch) -> Tensor:
+    """Next states' values, (m, ...), as those of the samples, (n, ...); anything where non_final_mask is false."""
     if batch.non_final_mask is None:
         return values
     m = values.shape[0]
     if m == 0:
-        return torch.zeros(batch.actions.shape, dtype=dtype, device=values.device)
+        return values.new_zeros((*batch.actions.shape, *values.shape[1:]))
     return values[(batch.non_final_mask.cumsum(0) - 1).clamp(0, m - 1)]
 
 
