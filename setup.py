@@ -17,7 +17,10 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 
 SOURCES = {
-    "cpu": [f"csrc/cpu/{name}.cpp" for name in ("td_loss", "forward", "backward", "rows")],
+    "cpu": [
+        f"csrc/cpu/{name}.cpp"
+        for name in ("td_loss", "forward", "backward", "rows", "distributions", "categorical", "categorical_ops", "atoms")
+    ],
     "cuda": ["csrc/cuda/td_loss.cu"],
 }
 HEADERS = sorted(str(path) for suffix in ("h", "cuh") for path in Path("csrc").rglob(f"*.{suffix}"))

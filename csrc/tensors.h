@@ -75,25 +75,17 @@ inline Matrix beside(const Matrix& other, const char* name, const std::optional<
   return found;
 }
 
-inline Batch batch(const Tensor& q, const Tensor& actions, const Tensor& rewards, const Tensor* next_q,
-                   const std::optional<Tensor>& terminated, const std::optional<Tensor>& non_final_mask,
-                   const std::optional<Tensor>& gammas, double gamma) {
-  const Place place(q);
-  Batch b;
-  b.q = matrix("q", q, place);
-  b.n = b.q.rows;
+// What there is one of for each of the b.n samples, but for weights. `next` says whether there are next values.
+inline void columns(Batch& b, const Place& place, bool next, const Tensor& actions, const Tensor& rewards,
+                    const std::optional<Tensor>& terminated, const std::optional<Tensor>& non_final_mask,
+                    const std::optional<Tensor>& gammas, double gamma) {
   b.actions = column("actions", actions, b.n, place);
   fits(integer(b.actions.type), "actions");
   b.rewards = column("rewards", rewards, b.n, place);
   fits(integer(b.rewards.type) || floating(b.rewards.type), "rewards");
   b.discount = gamma;
-  if (next_q == nullptr) {
-    fits(!terminated && !non_final_mask && !gammas, "next_q");
-    return b;
-  }
-  b.next_q = matrix("next_q", *next_q, place);
   b.compacted = non_final_mask.has_value();
-  fits(b.next_q.A == b.q.A && (b.compacted ? b.next_q.rows <= b.n : b.next_q.rows == b.n), "next_q");
+  fits(next || (!terminated && !b.compacted && !gammas), "next_q");
   if (b.compacted) {
     b.final = column("non_final_mask", *non_final_mask, b.n, place);
     fits(b.final.type == ScalarType::Bool && !terminated, "non_final_mask");
@@ -110,6 +102,19 @@ inline Batch batch(const Tensor& q, const Tensor& actions, const Tensor& rewards
     }
     fits(floating(b.discounts.type), "gamma");
   }
+}
+
+inline Batch batch(const Tensor& q, const Tensor& actions, const Tensor& rewards, const Tensor* next_q,
+                   const std::optional<Tensor>& terminated, const std::optional<Tensor>& non_final_mask,
+                   const std::optional<Tensor>& gammas, double gamma) {
+  const Place place(q);
+  Batch b;
+  b.q = matrix("q", q, place);
+  b.n = b.q.rows;
+  columns(b, place, next_q != nullptr, actions, rewards, terminated, non_final_mask, gammas, gamma);
+  if (next_q == nullptr) return b;
+  b.next_q = matrix("next_q", *next_q, place);
+  fits(b.next_q.A == b.q.A && (b.compacted ? b.next_q.rows <= b.n : b.next_q.rows == b.n), "next_q");
   return b;
 }
 
@@ -173,8 +178,8 @@ inline void extend(Saved& s, const Options& options, const Tensor& td, ScalarTyp
 
 // The shim itself: torch::stable::empty looks the operator up by name, 1 us a tensor.
 inline Tensor empty(std::initializer_list<int64_t> size, ScalarType type, const Tensor& like) {
-  int64_t stride[2] = {1, 1};
-  if (size.size() == 2) stride[0] = std::max<int64_t>(size.begin()[1], 1);
+  int64_t stride[3] = {1, 1, 1};
+  for (size_t k = size.size(); k-- > 1;) stride[k - 1] = stride[k] * std::max<int64_t>(size.begin()[k], 1);
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(size.size()), size.begin(), stride,
                                                   torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),

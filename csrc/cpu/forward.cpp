@@ -1,15 +1,12 @@
 #include <atomic>
 #include <cmath>
-#include <vector>
 
+#include "blocks.h"
 #include "loss.h"
-#include "parallel.h"
 #include "rows.h"
 
 namespace dqn_fused::cpu {
 namespace {
-
-constexpr int64_t BLOCK = 8192;  // elements of next_q in a block of rows: the unit of work and of the partial sums
 
 SoftValue<double> soft_value_of(const Rows& rows, int64_t row, double temperature = 1) {
   const Summary found = rows(row);
@@ -72,17 +69,6 @@ struct Values {
     return batch.weights ? value * batch.weights.at<T>(i) : value;
   }
 };
-
-// How many next rows come before each block of rows, (blocks + 1,).
-std::vector<int64_t> first_next_rows(const Batch& b, int64_t blocks, int64_t block_rows) {
-  std::vector<int64_t> first(blocks + 1, 0);
-  for (int64_t k = 0; k < blocks; ++k) {
-    int64_t count = 0;
-    for (int64_t i = k * block_rows; i < std::min(b.n, (k + 1) * block_rows); ++i) count += b.live(i);
-    first[k + 1] = first[k] + count;
-  }
-  return first;
-}
 
 bool is_plain(const Batch& b, const Options& options) {
   return options.loss == MSE && options.target == MAX && !options.cql && b.next_q && !b.next_online && !b.next_legal &&

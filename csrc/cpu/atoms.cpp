@@ -1,0 +1,247 @@
+#include "atoms.h"
+
+#include <cmath>
+
+#include "formats.h"
+
+namespace dqn_fused::cpu {
+namespace {
+
+template <class T>
+constexpr int64_t WIDTH = Support<T>::WIDTH;
+
+// x, or 0 unless it is kept; not multiplied, and not a choice between floats, which would not vectorise before AVX-512.
+DQN_FUSED_INLINE float keep_if(bool keep, float x) { return from_bits(bits(x) & -static_cast<uint32_t>(keep)); }
+
+DQN_FUSED_INLINE double keep_if(bool keep, double x) { return keep ? x : 0; }
+
+template <class T>
+DQN_FUSED_INLINE double sum_of(const T* lanes) {
+  double total = 0;
+  for (int64_t lane = 0; lane < WIDTH<T>; ++lane) total += lanes[lane];
+  return total;
+}
+
+// 1 - exp(-x p(x)), p being fitted to -log(erfc(x)) / x on [0, 4.1] by weighted least squares: off by 2.3e-9, and by
+// two roundings of 1. Beyond, the result is 1. x must not be NaN.
+DQN_FUSED_INLINE float error_function(float x) {
+  const uint32_t sign = bits(x) & 0x80000000u;
+  float size = from_bits(bits(x) ^ sign);
+  size = size < 4.1f ? size : 4.1f;
+  float p = -8.0438240e-6f;
+  p = p * size + 1.0602666e-4f;
+  p = p * size - 5.8795069e-4f;
+  p = p * size + 1.5767602e-3f;
+  p = p * size - 5.8781545e-5f;
+  p = p * size - 1.9217143e-2f;
+  p = p * size + 1.0279921e-1f;
+  p = p * size + 6.3661611e-1f;
+  p = p * size + 1.1283793f;
+  return from_bits(bits(1 - exponential(-p * size)) | sign);
+}
+
+DQN_FUSED_INLINE double error_function(double x) { return std::erf(x); }
+
+// Evenly spaced atoms as positions 0 to K - 1. Values beyond an end are moved to it.
+template <class T>
+struct Positions {
+  T low, high, step, last;
+
+  DQN_FUSED_INLINE explicit Positions(const Support<T>& support)
+      : low(support.atoms[0]),
+        high(support.atoms[support.K - 1]),
+        step((high - low) / static_cast<T>(support.K - 1)),
+        last(static_cast<T>(support.K - 1)) {}
+
+  // value must not be NaN.
+  DQN_FUSED_INLINE T operator()(T value) const {
+    value = value < low ? low : value;
+    value = value > high ? high : value;
+    const T position = (value - low) / step;
+    return position > last ? last : position;
+  }
+
+  // The atom below, at most the last but one: a position on the last atom then is all of the way to it.
+  DQN_FUSED_INLINE int32_t below(T position) const {
+    const int32_t index = static_cast<int32_t>(position), most = static_cast<int32_t>(last) - 1;
+    return index < most ? index : most;
+  }
+};
+
+template <class Stored, class T>
+DQN_FUSED_INLINE void load(const Support<T>& support, const Row& row, T* __restrict logits) {
+  const Stored* const x = static_cast<const Stored*>(row.values);
+  if (row.stride == 1) {
+    for (int64_t j = 0; j < support.K; ++j) logits[j] = widen<T>(x[j]);
+  } else {
+    for (int64_t j = 0; j < support.K; ++j) logits[j] = widen<T>(x[j * row.stride]);
+  }
+  for (int64_t j = support.K; j < support.padded; ++j) logits[j] = -INFINITE<T>;
+}
+
+template <class Stored, class T>
+struct ExpectationOf {
+  DQN_FUSED_INLINE static double run(const Support<T>& support, const Row& row, T* logits) {
+    load<Stored>(support, row, logits);
+    const double found = largest_of<T>(logits, support.padded, 1);
+    if (!(std::abs(found) < INFINITE<double>)) return NOT_A_NUMBER<double>;
+    const T largest = static_cast<T>(found);
+    T total[WIDTH<T>] = {}, weighted[WIDTH<T>] = {};
+    for (int64_t j = 0; j < support.padded; j += WIDTH<T>) {
+      for (int64_t lane = 0; lane < WIDTH<T>; ++lane) {
+        const T e = exponential(logits[j + lane] - largest);
+        total[lane] += e;
+        weighted[lane] += e * support.atoms[j + lane];
+      }
+    }
+    return sum_of(weighted) / sum_of(total);
+  }
+};
+
+template <class Stored, class T>
+struct ExponentialsOf {
+  DQN_FUSED_INLINE static Softmax<T> run(const Support<T>& support, const Row& row, T* logits, T* e) {
+    load<Stored>(support, row, logits);
+    const T largest = static_cast<T>(largest_of<T>(logits, support.padded, 1));
+    if (!(std::abs(largest) < INFINITE<T>)) return {largest, NOT_A_NUMBER<T>};
+    T total[WIDTH<T>] = {};
+    for (int64_t j = 0; j < support.padded; j += WIDTH<T>) {
+      for (int64_t lane = 0; lane < WIDTH<T>; ++lane) {
+        const T power = exponential(logits[j + lane] - largest);
+        e[j + lane] = power;
+        total[lane] += power;
+      }
+    }
+    return {largest, static_cast<T>(sum_of(total))};
+  }
+};
+
+template <class T>
+DQN_FUSED_INLINE void fill(T* row, int64_t n, T value) {
+  for (int64_t j = 0; j < n; ++j) row[j] = value;
+}
+
+template <class T>
+struct Project {
+  DQN_FUSED_INLINE static void run(const Support<T>& support, T reward, T gamma, const T* __restrict e, T total,
+                                   T* __restrict target, T* __restrict scratch) {
+    const int64_t K = support.K, padded = support.padded;
+    T* __restrict const lower = scratch;
+    T* __restrict const upper = scratch + padded;
+    T* __restrict const more = scratch + 2 * padded;
+    int32_t* __restrict const index = reinterpret_cast<int32_t*>(scratch + 3 * padded);
+    // A location is NaN only if one at an end is not finite.
+    const T first = reward + gamma * support.atoms[0], last = reward + gamma * support.atoms[K - 1];
+    const bool infinite = !(std::abs(first) < INFINITE<T>) || !(std::abs(last) < INFINITE<T>);
+    if (infinite || total != total) {
+      for (int64_t j = 0; j < K; ++j) {
+        const T location = reward + gamma * support.atoms[j];
+        if (location != location || total != total) return fill(target, padded, NOT_A_NUMBER<T>);
+      }
+    }
+    const Positions<T> positions(support);
+    for (int64_t j = 0; j < padded; ++j) {
+      const T position = positions(reward + gamma * support.atoms[j]), probability = e[j] / total;
+      const int32_t below = positions.below(position);
+      const T share = position - static_cast<T>(below);
+      index[j] = below;
+      lower[j] = (1 - share) * probability;
+      upper[j] = share * probability;
+    }
+    fill(target, padded, T(0));
+    fill(more, padded, T(0));
+    for (int64_t j = 0; j < K; ++j) {  // two rows: one would wait for each sum before the next
+      target[index[j]] += lower[j];
+      more[index[j] + 1] += upper[j];
+    }
+    for (int64_t j = 0; j < padded; ++j) target[j] += more[j];
+  }
+};
+
+template <class T>
+struct TwoHot {
+  DQN_FUSED_INLINE static void run(const Support<T>& support, T value, T* target) {
+    if (value != value) return fill(target, support.padded, NOT_A_NUMBER<T>);
+    const Positions<T> positions(support);
+    const T position = positions(value);
+    const int32_t below = positions.below(position);
+    fill(target, support.padded, T(0));
+    target[below + 1] = position - static_cast<T>(below);
+    target[below] = 1 - target[below + 1];
+  }
+};
+
+template <class T>
+struct Gauss {
+  DQN_FUSED_INLINE static void run(const Support<T>& support, T value, T scale, T* __restrict target,
+                                   T* __restrict cumulative) {
+    const int64_t K = support.K;
+    if (value != value) return fill(target, support.padded, NOT_A_NUMBER<T>);
+    const T position = Positions<T>(support)(value);
+    for (int32_t j = 0; j <= static_cast<int32_t>(K); ++j) {
+      cumulative[j] = error_function((static_cast<T>(j) - T(0.5) - position) * scale);
+    }
+    const T total = cumulative[K] - cumulative[0];
+    for (int64_t j = 0; j < K; ++j) target[j] = (cumulative[j + 1] - cumulative[j]) / total;
+    fill(target + K, support.padded - K, T(0));
+  }
+};
+
+template <class T>
+struct CrossEntropyOf {
+  DQN_FUSED_INLINE static CrossEntropy<T> run(const Support<T>& support, const T* target, const T* logits, const T* e,
+                                              const Softmax<T>& softmax) {
+    constexpr T NONE = NOT_A_NUMBER<T>;
+    if (softmax.total != softmax.total) return {NONE, NONE, NONE, NONE};
+    const T log_total = std::log(softmax.total);
+    T loss[WIDTH<T>] = {}, mean[WIDTH<T>] = {}, target_mean[WIDTH<T>] = {}, mass[WIDTH<T>] = {};
+    for (int64_t j = 0; j < support.padded; j += WIDTH<T>) {
+      for (int64_t lane = 0; lane < WIDTH<T>; ++lane) {
+        const T m = target[j + lane], atom = support.atoms[j + lane];
+        // Where there is no target a logit does not count, -inf included.
+        loss[lane] += keep_if(m != 0, m * (log_total - (logits[j + lane] - softmax.largest)));
+        mean[lane] += e[j + lane] * atom;
+        target_mean[lane] += m * atom;
+        mass[lane] += m;
+      }
+    }
+    return {static_cast<T>(sum_of(loss)), static_cast<T>(sum_of(mean) / softmax.total),
+            static_cast<T>(sum_of(target_mean)), static_cast<T>(sum_of(mass))};
+  }
+};
+
+template <class T>
+struct Slopes {
+  DQN_FUSED_INLINE static void run(const Support<T>& support, const T* __restrict target, const T* __restrict e,
+                                   T total, T mass, T* __restrict slopes) {
+    if (total != total) return fill(slopes, support.K, NOT_A_NUMBER<T>);
+    for (int64_t j = 0; j < support.K; ++j) slopes[j] = e[j] / total * mass - target[j];
+  }
+};
+
+}  // namespace
+
+template <class T>
+Expectation<T> expectation(ScalarType type) {
+  return dispatch(type, [](auto stored) -> Expectation<T> { return fastest<ExpectationOf<decltype(stored), T>>(); });
+}
+
+template <class T>
+Exponentials<T> exponentials(ScalarType type) {
+  return dispatch(type, [](auto stored) -> Exponentials<T> { return fastest<ExponentialsOf<decltype(stored), T>>(); });
+}
+
+template <class T>
+AtomFunctions<T> atom_functions() {
+  return {fastest<Project<T>>(), fastest<TwoHot<T>>(), fastest<Gauss<T>>(), fastest<CrossEntropyOf<T>>(),
+          fastest<Slopes<T>>()};
+}
+
+template Expectation<float> expectation(ScalarType);
+template Expectation<double> expectation(ScalarType);
+template Exponentials<float> exponentials(ScalarType);
+template Exponentials<double> exponentials(ScalarType);
+template AtomFunctions<float> atom_functions();
+template AtomFunctions<double> atom_functions();
+
+}  // namespace dqn_fused::cpu

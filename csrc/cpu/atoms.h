@@ -1,0 +1,61 @@
+// What is done to a row of K atoms. Rows are padded to a multiple of WIDTH: logits with -inf, the others with zeros.
+
+#pragma once
+
+#include "rows.h"
+
+namespace dqn_fused::cpu {
+
+template <class T>
+struct Support {
+  static constexpr int64_t WIDTH = 16;  // atoms that are worked on at a time
+
+  const T* atoms;
+  int64_t K, padded;
+};
+
+// The largest of a row of logits, not finite where they are no distribution, and the sum of exp(logit - largest).
+template <class T>
+struct Softmax {
+  T largest, total;
+};
+
+template <class T>
+struct CrossEntropy {
+  T loss, expectation, target_expectation, mass;
+};
+
+// Expectation of the softmax of a row of logits, NaN where there is none; the scratch is one row.
+template <class T>
+using Expectation = double (*)(const Support<T>& support, const Row& logits, T* scratch);
+
+template <class T>
+Expectation<T> expectation(ScalarType type);
+
+// Fills two rows, the logits and exp(logit - largest).
+template <class T>
+using Exponentials = Softmax<T> (*)(const Support<T>& support, const Row& row, T* logits, T* exponentials);
+
+template <class T>
+Exponentials<T> exponentials(ScalarType type);
+
+template <class T>
+struct AtomFunctions {
+  // Shares the probabilities exponentials / total, which lie at reward + gamma * atoms, between the atoms beside them.
+  void (*project)(const Support<T>& support, T reward, T gamma, const T* exponentials, T total, T* target, T* scratch);
+  // A value shared between the atoms beside it.
+  void (*two_hot)(const Support<T>& support, T value, T* target);
+  // A normal distribution around a value, cut into bins around the atoms; scale is 1 / (sqrt(2) sigma).
+  void (*gauss)(const Support<T>& support, T value, T scale, T* target, T* scratch);
+  CrossEntropy<T> (*cross_entropy)(const Support<T>& support, const T* target, const T* logits, const T* exponentials,
+                                   const Softmax<T>& softmax);
+  // softmax * mass - target, (K,), not padded: the derivative of the cross-entropy by the logits.
+  void (*slopes)(const Support<T>& support, const T* target, const T* exponentials, T total, T mass, T* slopes);
+
+  static constexpr int64_t SCRATCH = 4;  // rows
+};
+
+template <class T>
+AtomFunctions<T> atom_functions();
+
+}  // namespace dqn_fused::cpu

@@ -1,0 +1,114 @@
+#include "categorical.h"
+
+#include <cmath>
+
+#include "atoms.h"
+#include "formats.h"
+
+namespace dqn_fused::cpu {
+namespace {
+
+constexpr int64_t COST = 8;  // what an exponential takes, 1 being the reading of an element
+
+template <class T>
+struct Worker {
+  const Distributions& d;
+  const CategoricalOptions& options;
+  const Support<T>& support;
+  const CategoricalOutputs<T>& out;
+  const Matrix& chooser;
+  AtomFunctions<T> functions = atom_functions<T>();
+  Exponentials<T> taken, next;
+  Expectation<T> value;
+  std::vector<T> scratch;
+
+  Worker(const Distributions& d, const CategoricalOptions& options, const Support<T>& support,
+         const CategoricalOutputs<T>& out)
+      : d(d),
+        options(options),
+        support(support),
+        out(out),
+        chooser(d.batch.next_online ? d.batch.next_online : d.batch.next_q),
+        taken(exponentials<T>(d.batch.q.values.type)),
+        next(exponentials<T>(d.batch.next_q.values.type)),
+        value(expectation<T>(chooser.values.type)),
+        scratch((3 + AtomFunctions<T>::SCRATCH) * (support.padded + Support<T>::WIDTH)) {}
+
+  // The first of the legal actions of largest value; -1 where none is legal, or a legal one's value is NaN.
+  int64_t best_action(int64_t next_row, T* row) const {
+    int64_t best = -1;
+    double largest = 0;
+    for (int64_t a = 0; a < d.A; ++a) {
+      if (d.batch.next_legal && !d.batch.next_legal.at<bool>(next_row, a)) continue;
+      const double found = d.values_choose
+                               ? chooser.at<double>(next_row, a)
+                               : value(support, row_of(chooser, {}, next_row * d.A + a, 0, d.K), row);
+      if (found != found) return -1;
+      if (best >= 0 && found <= largest) continue;
+      best = a;
+      largest = found;
+    }
+    return d.batch.next_legal && largest == -INFINITE<double> ? -1 : best;
+  }
+
+  // The target of sample i, (K,); next_row is only looked at where something is bootstrapped.
+  void fill_target(int64_t i, bool live, int64_t next_row, T* target, T* logits, T* powers, T* more) const {
+    const Batch& b = d.batch;
+    const T reward = b.rewards.at<T>(i);
+    if (options.sigma > 0) {
+      const double scale = 1 / (options.sigma * std::sqrt(2.0)), most = std::numeric_limits<T>::max();
+      return functions.gauss(support, reward, static_cast<T>(std::min(scale, most)), target, more);
+    }
+    if (!live) return functions.two_hot(support, reward, target);
+    const int64_t best = best_action(next_row, more);
+    if (best < 0) return functions.two_hot(support, NOT_A_NUMBER<T>, target);
+    const Softmax<T> softmax = next(support, row_of(b.next_q, {}, next_row * d.A + best, 0, d.K), logits, powers);
+    functions.project(support, reward, b.gamma<T>(i), powers, softmax.total, target, more);
+  }
+
+  void write_grad(int64_t i, int64_t action, const T* slopes) const {
+    const T factor = scaled(T(1), T(1), d.batch.weights, i, options.reduction == MEAN ? d.batch.n : int64_t(1));
+    dispatch(d.batch.q.values.type, [&](auto stored) {
+      using Out = decltype(stored);
+      write_gradient(static_cast<Out*>(out.grad) + i * d.A * d.K, d.A, d.K, action, factor, slopes);
+    });
+  }
+
+  // As reduce_samples has it.
+  T operator()(int64_t i, bool known, bool live, int64_t next_row) {
+    const Batch& b = d.batch;
+    const int64_t action = b.actions.at<int64_t>(i), row = support.padded + Support<T>::WIDTH;
+    T *const target = scratch.data(), *const logits = target + row, *const powers = logits + row;
+    T *const more = powers + row, *const slopes = out.slopes ? out.slopes + i * d.K : more;
+    constexpr T NONE = NOT_A_NUMBER<T>;
+    CrossEntropy<T> found{NONE, NONE, NONE, NONE};
+    Softmax<T> softmax{NONE, NONE};
+    if (known) {
+      fill_target(i, live, next_row, target, logits, powers, more);
+      softmax = taken(support, row_of(b.q, {}, i * d.A + action, 0, d.K), logits, powers);
+      found = functions.cross_entropy(support, target, logits, powers, softmax);
+    }
+    out.values[i] = found.expectation - found.target_expectation;
+    out.values[b.n + i] = found.expectation;
+    functions.slopes(support, target, powers, softmax.total, found.mass, slopes);
+    if (out.grad) write_grad(i, known ? action : -1, slopes);
+    return b.weights ? found.loss * b.weights.at<T>(i) : found.loss;
+  }
+};
+
+}  // namespace
+
+template <class T>
+bool categorical(const Distributions& d, const CategoricalOptions& options, const std::vector<T>& atoms,
+                 const CategoricalOutputs<T>& out) {
+  const Support<T> support{atoms.data(), d.K, static_cast<int64_t>(atoms.size())};
+  const int64_t cost = d.A * d.K * (d.batch.next_q ? COST : 1);
+  return reduce_samples(d, options.reduction, cost, out.loss, [&] { return Worker<T>(d, options, support, out); });
+}
+
+template bool categorical(const Distributions&, const CategoricalOptions&, const std::vector<float>&,
+                          const CategoricalOutputs<float>&);
+template bool categorical(const Distributions&, const CategoricalOptions&, const std::vector<double>&,
+                          const CategoricalOutputs<double>&);
+
+}  // namespace dqn_fused::cpu
