@@ -11,6 +11,13 @@
 
 from dqn_fused._backends import BackendUnavailableError, backends
 from dqn_fused._warmup import warmup
+from dqn_fused.categorical import (
+    fused_categorical_loss,
+    fused_categorical_loss_and_grad,
+    fused_categorical_td_loss,
+    fused_categorical_td_loss_and_grad,
+)
+from dqn_fused.categorical_module import FusedCategoricalLoss, FusedCategoricalTDLoss
 from dqn_fused.linear import FusedLinearDQNLoss, fused_linear_dqn_loss
 from dqn_fused.loss import fused_dqn_loss, fused_dqn_loss_and_grad, fused_td_loss
 from dqn_fused.module import FusedDQNLoss
@@ -20,12 +27,18 @@ from dqn_fused.targets import Munchausen, Soft
 __version__ = "0.1.0"
 __all__ = [
     "BackendUnavailableError",
+    "FusedCategoricalLoss",
+    "FusedCategoricalTDLoss",
     "FusedDQNLoss",
     "FusedLinearDQNLoss",
     "FusedQuantileLoss",
     "Munchausen",
     "Soft",
     "backends",
+    "fused_categorical_loss",
+    "fused_categorical_loss_and_grad",
+    "fused_categorical_td_loss",
+    "fused_categorical_td_loss_and_grad",
     "fused_dqn_loss",
     "fused_dqn_loss_and_grad",
     "fused_linear_dqn_loss",

@@ -1,7 +1,6 @@
 """The categorical losses in plain PyTorch: ground truth for the kernels, fallback where none of them runs.
 
-A distribution is K probabilities on K evenly spaced atoms, the support. Everything is (n, K), and in units of the
-distance of two atoms where it says position: atom j is at position j.
+A distribution is K probabilities on K evenly spaced atoms, the support. Where it says position, atom j is at j.
 """
 
 import math
@@ -9,20 +8,127 @@ import math
 import torch
 from torch import Tensor
 
-CPU = torch.device("cpu")
+from dqn_fused.arguments import Batch, accumulation_dtype, check_values, constants
+from dqn_fused.categorical_arguments import CategoricalSpec, Support, check_categorical_options, check_logits
+from dqn_fused.distributional import chosen, per_row, reduced, taken, without_weighted_mean
+from dqn_fused.reference import bootstrapped
 
 
-def atoms(support: Tensor | tuple[float, float], K: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The support, (K,)."""
-    if isinstance(support, Tensor):
-        return support.detach().to(dtype)
-    return torch.linspace(*support, K, dtype=dtype, device=device)
+def categorical_loss(
+    logits: Tensor,
+    actions: Tensor,
+    rewards: Tensor,
+    next_logits: Tensor,
+    terminated: Tensor | None = None,
+    gamma: float | Tensor = 0.99,
+    *,
+    support: Support,
+    next_logits_online: Tensor | None = None,
+    next_action_mask: Tensor | None = None,
+    non_final_mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    return_td_error: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, ...]:
+    """Loss of C51 (Bellemare et al., 2017) by PyTorch operations, differentiated by autograd, on any device.
+
+    Arguments, result and errors are those of :func:`dqn_fused.fused_categorical_loss`; ``backend`` is there for the
+    sake of the same signature and must be ``"auto"`` or ``"torch"``.
+
+    >>> import torch
+    >>> logits, next_logits = torch.zeros(1, 1, 4), torch.tensor([[[0.0, 0.0, 0.0, 100.0]]])
+    >>> categorical_loss(logits, torch.tensor([0]), torch.tensor([1.0]), next_logits, support=(0.0, 3.0)).exp()
+    tensor(4.)
+    """
+    spec = check_categorical_options(support, reduction)
+    batch = Batch(
+        logits, actions, rewards, next_logits, terminated, gamma, non_final_mask,
+        next_logits_online, next_action_mask, weights,
+    )  # fmt: skip
+    loss, values = _differentiable(batch, spec, backend)
+    return (loss, values[0]) if return_td_error else loss
+
+
+def categorical_td_loss(
+    logits: Tensor,
+    actions: Tensor,
+    target: Tensor,
+    *,
+    support: Support,
+    projection: str = "two_hot",
+    sigma: float | None = None,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    return_td_error: bool = False,
+    return_expectation: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, ...]:
+    """Regression as classification (Farebrother et al., 2024) by PyTorch operations, differentiated by autograd.
+
+    Arguments, result and errors are those of :func:`dqn_fused.fused_categorical_td_loss`; ``backend`` must be
+    ``"auto"`` or ``"torch"``.
+
+    >>> import torch
+    >>> logits = torch.tensor([[[0.0, 0.0, 0.0]]])
+    >>> categorical_td_loss(logits, torch.tensor([0]), torch.tensor([0.5]), support=(0.0, 2.0)).exp()
+    tensor(3.)
+    """
+    spec = check_categorical_options(support, reduction, projection, sigma)
+    loss, values = _differentiable(Batch(logits, actions, target, None, weights=weights), spec, backend)
+    found = [loss]
+    if return_td_error:
+        found.append(values[0])
+    if return_expectation:
+        found.append(values[1])
+    return loss if len(found) == 1 else tuple(found)
+
+
+def _differentiable(given: Batch, spec: CategoricalSpec, backend: str) -> tuple[Tensor, Tensor]:
+    if backend not in ("auto", "torch"):
+        raise ValueError(f"backend: the reference is PyTorch, expected 'auto' or 'torch', got {backend!r}")
+    batch = check_logits(given, spec)
+    batch = check_values(batch, batch.q.shape[1], batch.next_count, "next_logits")
+    batch, reduction = without_weighted_mean(batch, spec.reduction)
+    batch = constants(batch)
+    logits, support = taken(batch), atoms(batch, spec)
+    with torch.no_grad():
+        target = target_distribution(batch, spec, support)
+        values = values_of(logits, target, support, batch)
+    return reduced(cross_entropy(logits, target), batch, reduction), values
+
+
+def atoms(batch: Batch, spec: CategoricalSpec) -> Tensor:
+    """The support, (K,), in the accumulation dtype."""
+    q, dtype = batch.q, accumulation_dtype(batch.q)
+    if isinstance(spec.support, Tensor):
+        return spec.support.detach().to(dtype)
+    return torch.linspace(*spec.support, q.shape[2], dtype=dtype, device=q.device)
+
+
+def target_distribution(batch: Batch, spec: CategoricalSpec, support: Tensor) -> Tensor:
+    """The distribution that each sample's logits are compared with, (n, K); NaN where it is not known."""
+    next_q, dtype, K = batch.next_q, support.dtype, support.shape[0]
+    rewards = batch.rewards.to(dtype)
+    if next_q is None:
+        return hl_gauss(rewards, support, spec.sigma) if spec.sigma else two_hot(rewards, support)
+    chooser = next_q if batch.next_q_online is None else batch.next_q_online
+    values = chooser if chooser.dim() == 2 else expectation(chooser.to(dtype), support)
+    probabilities = torch.softmax(chosen(next_q, values, batch), 1)
+    column = per_row(batch)
+    ended = None if batch.non_final_mask is None else ~column.non_final_mask  # type: ignore[operator]
+    if column.terminated is not None:
+        ended = column.terminated.to(torch.bool)
+    if ended is not None:  # all atoms are at the reward, so one of them takes the whole probability there
+        probabilities = torch.where(ended, torch.arange(K, device=support.device) == 0, probabilities)
+    locations = bootstrapped(rewards.unsqueeze(1), support, column, dtype)  # (n, K)
+    return project(positions(locations, support), probabilities, K)
 
 
 def positions(values: Tensor, support: Tensor) -> Tensor:
     """Positions of values on a support; those beyond an end are moved to it. NaN stays NaN."""
     low, high, last = support[0], support[-1], support.shape[0] - 1
-    return ((torch.clamp(values, low, high) - low) / ((high - low) / last)).clamp(0, last)
+    return ((torch.clamp(values, low, high) - low) / ((high - low) / last)).clamp(max=last)
 
 
 def project(position: Tensor, probabilities: Tensor, K: int) -> Tensor:
@@ -31,22 +137,22 @@ def project(position: Tensor, probabilities: Tensor, K: int) -> Tensor:
     The lower atom is at most the last but one, so that a position on an atom, also on the last, gives it everything.
     """
     lower = position.floor().clamp(max=K - 2)
-    index = torch.where(position.isnan(), 0, lower).to(torch.int64)
     upper_share = position - lower  # NaN reaches the result here
+    index = torch.where(position.isnan(), 0, lower).to(torch.int64)
     return add_at(index, (1 - upper_share) * probabilities, K) + add_at(index + 1, upper_share * probabilities, K)
 
 
 def add_at(index: Tensor, values: Tensor, K: int) -> Tensor:
     """Sums of the values of equal index, (n, K), in a fixed order."""
     if values.device.type == "cpu":
-        return values.new_zeros(values.shape[0], K).scatter_add(1, index, values)
+        return values.new_zeros(values.shape[0], K).scatter_add_(1, index, values)
     # A GPU would add by atomics, in another order every time.
     same = index.unsqueeze(1) == torch.arange(K, device=index.device).unsqueeze(1)  # (n, K, K')
     return torch.where(same, values.unsqueeze(1), 0).sum(-1)
 
 
 def two_hot(target: Tensor, support: Tensor) -> Tensor:
-    """A scalar, (n,), as the distribution on its two neighbouring atoms that has it for its mean, (n, K)."""
+    """A scalar, (n,), as the distribution on the two atoms beside it that has it for its mean, (n, K)."""
     position = positions(target, support).unsqueeze(1)
     return project(position, torch.ones_like(position), support.shape[0])
 
@@ -63,11 +169,22 @@ def hl_gauss(target: Tensor, support: Tensor, sigma: float) -> Tensor:
     return cumulative.diff(dim=1) / (cumulative[:, -1:] - cumulative[:, :1])
 
 
-def cross_entropy(target: Tensor, logits: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """-sum_j target_j log softmax(logits)_j, (n,): an atom without a target does not count, whatever its logit."""
     return -torch.where(target == 0, 0, target * torch.log_softmax(logits, -1)).sum(-1)
+
+
+def slopes_of(logits: Tensor, target: Tensor) -> Tensor:
+    """Derivative of the cross-entropy by the logits, (n, K)."""
+    return torch.softmax(logits, -1) * target.sum(-1, keepdim=True) - target
 
 
 def expectation(logits: Tensor, support: Tensor) -> Tensor:
     """Expectation of softmax(logits) on the support, over the last dimension."""
     return (torch.softmax(logits, -1) * support).sum(-1)
+
+
+def values_of(logits: Tensor, target: Tensor, support: Tensor, batch: Batch) -> Tensor:
+    """TD errors, which are differences of expectations, and expectations of the actions taken, (2, *N)."""
+    predicted = expectation(logits, support)
+    return torch.stack((predicted - (target * support).sum(-1), predicted)).view(2, *batch.shape)

@@ -40,9 +40,8 @@ struct Worker {
     double largest = 0;
     for (int64_t a = 0; a < d.A; ++a) {
       if (d.batch.next_legal && !d.batch.next_legal.at<bool>(next_row, a)) continue;
-      const double found = d.values_choose
-                               ? chooser.at<double>(next_row, a)
-                               : value(support, row_of(chooser, {}, next_row * d.A + a, 0, d.K), row);
+      const double found = d.values_choose ? chooser.at<double>(next_row, a)
+                                           : value(support, row_of(chooser, {}, next_row * d.A + a, 0, d.K), row);
       if (found != found) return -1;
       if (best >= 0 && found <= largest) continue;
       best = a;

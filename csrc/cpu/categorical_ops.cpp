@@ -25,7 +25,8 @@ std::vector<T> atoms_of(const Maybe& support, double v_min, double v_max, int64_
     for (int64_t j = 0; j < K; ++j) atoms[j] = values.at<T>(j);
   } else {
     const double step = (v_max - v_min) / static_cast<double>(K - 1);
-    for (int64_t j = 0; j < K; ++j) atoms[j] = static_cast<T>(j < K - 1 ? v_min + step * static_cast<double>(j) : v_max);
+    for (int64_t j = 0; j < K; ++j)
+      atoms[j] = static_cast<T>(j < K - 1 ? v_min + step * static_cast<double>(j) : v_max);
   }
   fits(K > 1 && atoms[0] < atoms[K - 1], "support");
   return atoms;
@@ -69,11 +70,12 @@ Results run(const Tensor& q, const Tensor& actions, const Tensor& rewards, const
   return run(d, options, atoms_of<float>(support, v_min, v_max, d.K, place), q, check, with_grad);
 }
 
-std::tuple<Tensor, Tensor, Tensor> categorical_loss(
-    const Tensor& q, const Tensor& actions, const Tensor& rewards, const Maybe& next_q, const Maybe& terminated,
-    const Maybe& non_final_mask, const Maybe& gammas, double gamma, const Maybe& next_q_online,
-    const Maybe& next_action_mask, const Maybe& weights, const Maybe& support, double v_min, double v_max, double sigma,
-    int64_t reduction, bool check) {
+std::tuple<Tensor, Tensor, Tensor> categorical_loss(const Tensor& q, const Tensor& actions, const Tensor& rewards,
+                                                    const Maybe& next_q, const Maybe& terminated,
+                                                    const Maybe& non_final_mask, const Maybe& gammas, double gamma,
+                                                    const Maybe& next_q_online, const Maybe& next_action_mask,
+                                                    const Maybe& weights, const Maybe& support, double v_min,
+                                                    double v_max, double sigma, int64_t reduction, bool check) {
   Results r = run(q, actions, rewards, next_q, terminated, non_final_mask, gammas, gamma, next_q_online,
                   next_action_mask, weights, support, v_min, v_max, sigma, reduction, check, false);
   return {std::move(r.loss), std::move(r.values), std::move(r.slopes)};

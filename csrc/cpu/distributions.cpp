@@ -12,8 +12,8 @@ namespace {
 template <class T, class Out>
 void write(const Tensor& grad_loss, const Tensor& slopes, const Saved& s, int64_t K, int64_t reduction,
            const Tensor& grad) {
-  const T *const upstream = static_cast<const T*>(grad_loss.const_data_ptr()),
-                 *const rows = static_cast<const T*>(slopes.const_data_ptr());
+  const T *const upstream = static_cast<const T*>(grad_loss.const_data_ptr()), *const rows = static_cast<const T*>(
+                                                                                   slopes.const_data_ptr());
   Out* const out = static_cast<Out*>(grad.mutable_data_ptr());
   for_each_block(s.n, s.A * K, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -25,7 +25,7 @@ void write(const Tensor& grad_loss, const Tensor& slopes, const Saved& s, int64_
 }
 
 Tensor rows_backward(const Tensor& grad_loss, const Tensor& slopes, const Tensor& actions,
-                               const std::optional<Tensor>& weights, int64_t A, ScalarType type, int64_t reduction) {
+                     const std::optional<Tensor>& weights, int64_t A, ScalarType type, int64_t reduction) {
   const Place place(slopes);
   fits(slopes.dim() == 2 && slopes.is_contiguous() && A > 0 && floating(type) &&
            slopes.scalar_type() == accumulation_type(type),
@@ -46,7 +46,8 @@ Tensor rows_backward(const Tensor& grad_loss, const Tensor& slopes, const Tensor
   const Tensor grad = empty({s.n, A, K}, type, slopes);
   dispatch(type, [&](auto stored) {
     using Out = decltype(stored);
-    write<std::conditional_t<std::is_same_v<Out, double>, double, float>, Out>(grad_loss, slopes, s, K, reduction, grad);
+    write<std::conditional_t<std::is_same_v<Out, double>, double, float>, Out>(grad_loss, slopes, s, K, reduction,
+                                                                               grad);
   });
   return grad;
 }

@@ -19,6 +19,8 @@ The distributional losses are on fewer: a backend has, for the device types that
 
 - ``quantile_loss(batch, taus, spec) -> (loss, td_error, slopes)``: slopes (n, K), as row_loss.SavedRows has them;
 - ``quantile_loss_and_grad(batch, taus, spec) -> (loss, gradient, td_error)``;
+- ``categorical_loss(batch, spec) -> (loss, values, slopes)``: values (2, *N), TD errors and expectations;
+- ``categorical_loss_and_grad(batch, spec) -> (loss, gradient, values)``;
 - ``rows_backward(grad_loss, saved) -> gradient``: saved is row_loss.SavedRows.
 
 Arguments are checked when they arrive here. Modules are imported when first asked for: Triton is heavy.
@@ -45,7 +47,7 @@ AUTO = {"cpu": ("compiled", "torch"), "cuda": ("compiled", "triton", "torch")}
 AUTO_WIDE = {**AUTO, "cuda": ("triton", "compiled", "torch")}
 AUTO_ELSEWHERE = ("torch",)
 # Device types on which a backend other than torch, which has all of them, has a distributional loss.
-DISTRIBUTIONAL: dict[str, dict[str, tuple[str, ...]]] = {"quantile": {}}
+DISTRIBUTIONAL: dict[str, dict[str, tuple[str, ...]]] = {"quantile": {}, "categorical": {"compiled": ("cpu",)}}
 
 
 class BackendUnavailableError(RuntimeError):

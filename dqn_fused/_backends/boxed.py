@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from dqn_fused._ops import LOSSES, REDUCTIONS, TARGETS
-from dqn_fused.arguments import Batch, LossSpec
+from dqn_fused.arguments import Batch, LossSpec, looks_at_values
 from dqn_fused.autograd import Saved
+from dqn_fused.categorical_arguments import CategoricalSpec
 
 _NAMES = [{code: name for name, code in codes.items()} for codes in (LOSSES, TARGETS, REDUCTIONS)]
 
@@ -108,3 +109,29 @@ def shaped_forward(
 def shaped(x: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
     """Give an op's result a shape; not as a view, which autograd would not let users change in place."""
     return x if x.shape == shape else torch.ops.aten._unsafe_view.default(x, shape)
+
+
+def categorical_arguments(batch: Batch, spec: CategoricalSpec) -> tuple[object, ...]:
+    """Arguments of a categorical op."""
+    (
+        q, actions, rewards, next_q, terminated, gamma, non_final_mask, next_q_online, next_action_mask, weights, *_,
+    ) = batch  # fmt: skip
+    gammas, support, ends = None, None, (0.0, 0.0)
+    if isinstance(gamma, Tensor):
+        gammas, gamma = gamma, 0.0
+    if isinstance(spec.support, Tensor):
+        support = spec.support
+    else:
+        ends = spec.support
+    return (
+        q, actions, rewards, next_q, terminated, non_final_mask, gammas, gamma, next_q_online, next_action_mask,
+        weights, support, *ends, spec.sigma, REDUCTIONS[spec.reduction], looks_at_values(q.device),
+    )  # fmt: skip
+
+
+def shaped_values(loss: Tensor, values: Tensor, batch: Batch, reduction: str) -> tuple[Tensor, Tensor]:
+    """Give the loss and the values of a distributional op, (2, n), the leading dimensions of the batch."""
+    shape = batch.shape
+    if len(shape) != 1:
+        loss, values = shaped(loss, shape if reduction == "none" else loss.shape), shaped(values, (2, *shape))
+    return loss, values

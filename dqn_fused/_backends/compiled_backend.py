@@ -7,13 +7,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dqn_fused import _ops, arguments
+from dqn_fused import _distributional_ops, _ops, arguments
 from dqn_fused._backends import boxed
 from dqn_fused._backends.boxed import backward_arguments, shaped, shaped_forward
 from dqn_fused._ops import REDUCTIONS
 from dqn_fused.arguments import Batch, LossSpec
 from dqn_fused.autograd import Saved
+from dqn_fused.categorical_arguments import CategoricalSpec
 from dqn_fused.head import sweep
+from dqn_fused.row_loss import SavedRows
 
 __all__ = ["sweep"]
 
@@ -123,3 +125,23 @@ def _arguments(batch: Batch, spec: LossSpec) -> tuple[object, ...]:
             if x is not None and x.dim() != 2:
                 raise RuntimeError(f"expected matrices of two dimensions, as q, got {x.dim()}")
     return (*boxed.arguments(batch, spec), arguments.looks_at_values(batch.q.device))
+
+
+def categorical_loss(batch: Batch, spec: CategoricalSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (loss, values, slopes)."""
+    loss, values, slopes = _distributional_ops.categorical_loss(*boxed.categorical_arguments(batch, spec))
+    return *boxed.shaped_values(loss, values, batch, spec.reduction), slopes
+
+
+def categorical_loss_and_grad(batch: Batch, spec: CategoricalSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (loss, gradient, values)."""
+    loss, grad, values = _distributional_ops.categorical_loss_and_grad(*boxed.categorical_arguments(batch, spec))
+    loss, values = boxed.shaped_values(loss, values, batch, spec.reduction)
+    return loss, shaped(grad, (*batch.shape, *grad.shape[1:])), values
+
+
+def rows_backward(grad_loss: Tensor, saved: SavedRows) -> Tensor:
+    """Return the gradient of a distributional loss."""
+    slopes, actions, weights, shape, dtype, reduction = saved
+    code = REDUCTIONS[reduction]
+    return shaped(_distributional_ops.rows_backward(grad_loss, slopes, actions, weights, shape[-2], dtype, code), shape)

@@ -5,6 +5,8 @@ from torch import Tensor
 
 from dqn_fused.arguments import Batch, LossSpec
 from dqn_fused.autograd import Saved, loss_gradient
+from dqn_fused.categorical_arguments import CategoricalSpec
+from dqn_fused.categorical_reference import atoms, cross_entropy, slopes_of, target_distribution, values_of
 from dqn_fused.distributional import reduced, taken
 from dqn_fused.head import sweep
 from dqn_fused.quantile_arguments import QuantileSpec
@@ -73,3 +75,20 @@ def quantile_loss_and_grad(batch: Batch, taus: Tensor | None, spec: QuantileSpec
 def rows_backward(grad_loss: Tensor, saved: SavedRows) -> Tensor:
     """Return the gradient of a distributional loss."""
     return rows_gradient(grad_loss, saved)
+
+
+@torch.no_grad()
+def categorical_loss(batch: Batch, spec: CategoricalSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (loss, values, slopes)."""
+    logits, support = taken(batch), atoms(batch, spec)
+    target = target_distribution(batch, spec, support)
+    loss = reduced(cross_entropy(logits, target), batch, spec.reduction)
+    return loss, values_of(logits, target, support, batch), slopes_of(logits, target)
+
+
+@torch.no_grad()
+def categorical_loss_and_grad(batch: Batch, spec: CategoricalSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (loss, gradient, values)."""
+    loss, values, slopes = categorical_loss(batch, spec)
+    upstream = torch.ones((), dtype=slopes.dtype, device=slopes.device)
+    return loss, rows_backward(upstream, SavedRows.of(batch, slopes, spec.reduction)), values

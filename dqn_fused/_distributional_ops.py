@@ -1,0 +1,66 @@
+"""Schemas and fakes of the compiled ops of the distributional losses, as _ops.py has those of the others."""
+
+import torch
+from torch import Tensor
+from torch.library import Library
+
+from dqn_fused._ops import REDUCTIONS
+
+DISTRIBUTIONS = (
+    "Tensor q, Tensor actions, Tensor rewards, Tensor? next_q, Tensor? terminated, Tensor? non_final_mask, "
+    "Tensor? gammas, float gamma, Tensor? next_q_online, Tensor? next_action_mask, Tensor? weights"
+)
+CATEGORICAL = "Tensor? support, float v_min, float v_max, float sigma, int reduction, bool check"
+
+_library = Library("dqn_fused", "FRAGMENT")
+# slopes is (n, K), values (2, n): the TD errors and the expectations of the actions taken.
+_library.define(f"categorical_loss({DISTRIBUTIONS}, {CATEGORICAL}) -> (Tensor loss, Tensor values, Tensor slopes)")
+_library.define(
+    f"categorical_loss_and_grad({DISTRIBUTIONS}, {CATEGORICAL}) -> (Tensor loss, Tensor grad_q, Tensor values)"
+)
+_library.define(
+    "rows_backward(Tensor grad_loss, Tensor slopes, Tensor actions, Tensor? weights, int A, ScalarType dtype, "
+    "int reduction) -> Tensor grad_q"
+)
+for _name in ("categorical_loss", "categorical_loss_and_grad", "rows_backward"):
+    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+
+
+@torch.library.register_fake("dqn_fused::categorical_loss", lib=_library)
+def _categorical_loss(q: Tensor, actions: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
+    loss, values = _forward(q, actions, *rest)
+    return loss, values, values.new_empty((q.shape[0], q.shape[2]))
+
+
+@torch.library.register_fake("dqn_fused::categorical_loss_and_grad", lib=_library)
+def _categorical_loss_and_grad(q: Tensor, actions: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
+    loss, values = _forward(q, actions, *rest)
+    return loss, q.new_empty(q.shape), values
+
+
+@torch.library.register_fake("dqn_fused::rows_backward", lib=_library)
+def _rows_backward(
+    grad_loss: Tensor,
+    slopes: Tensor,
+    actions: Tensor,
+    weights: Tensor | None,
+    A: int,
+    dtype: torch.dtype,
+    *rest: object,
+) -> Tensor:
+    return slopes.new_empty((slopes.shape[0], A, slopes.shape[1]), dtype=dtype)
+
+
+def _forward(q: Tensor, actions: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    for x in (actions, *rest):
+        if isinstance(x, Tensor) and x.device != q.device:
+            raise RuntimeError(f"expected all tensors on {q.device}, as q, got {x.device}")
+    *_, reduction, _ = rest
+    n, dtype = q.shape[0], torch.float64 if q.dtype is torch.float64 else torch.float32
+    loss = q.new_empty((n,) if reduction == REDUCTIONS["none"] else (), dtype=dtype)
+    return loss, q.new_empty((2, n), dtype=dtype)
+
+
+categorical_loss = torch.ops.dqn_fused.categorical_loss.default
+categorical_loss_and_grad = torch.ops.dqn_fused.categorical_loss_and_grad.default
+rows_backward = torch.ops.dqn_fused.rows_backward.default

@@ -1,0 +1,263 @@
+"""The public categorical losses: functions, and the same with their gradients."""
+
+from collections.abc import Callable
+from types import ModuleType
+
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from dqn_fused._backends import choose_distributional
+from dqn_fused.arguments import Batch, check_values
+from dqn_fused.autograd import inside_transform, refuse_forward_mode
+from dqn_fused.categorical_arguments import CategoricalSpec, Support, check_categorical_options, check_logits
+from dqn_fused.distributional import without_weighted_mean
+from dqn_fused.row_loss import row_loss
+from dqn_fused.transforms import refuse
+
+
+def fused_categorical_loss(
+    logits: Tensor,
+    actions: Tensor,
+    rewards: Tensor,
+    next_logits: Tensor,
+    terminated: Tensor | None = None,
+    gamma: float | Tensor = 0.99,
+    *,
+    support: Support,
+    next_logits_online: Tensor | None = None,
+    next_action_mask: Tensor | None = None,
+    non_final_mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    return_td_error: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, ...]:
+    """Loss of C51 (Bellemare et al., 2017): the cross-entropy of a return's distribution and its projected target.
+
+    The return of each action is a distribution on K evenly spaced atoms z, ``softmax(logits)``. The target is that of
+    the next state's action of largest expectation, with its atoms at ``rewards + gamma * z``, or all of it at
+    ``rewards`` if terminated: locations beyond the support are moved to its ends, and each probability is shared
+    between the two atoms beside it, in proportion to their nearness. Only ``logits`` receives a gradient, and in it
+    only the row of the action taken.
+
+    Args:
+        logits: (\\*N, A, K) of the online network; float16, bfloat16, float32 or float64. Any leading dimensions, at
+            least two atoms.
+        actions: (\\*N) or (\\*N, 1), any integer dtype, in [0, A): the action taken.
+        rewards: (\\*N) or (\\*N, 1), floating or integer.
+        next_logits: (\\*N, A, K) of the target network in the next state, floating. With ``non_final_mask``: (M, A, K).
+        terminated: (\\*N) or (\\*N, 1), nonzero where nothing is bootstrapped, as in :func:`fused_dqn_loss`.
+        gamma: discount: a number, a 0-d tensor, or (\\*N) / (\\*N, 1) floating, for n-step returns.
+        support: the atoms: their ends ``(v_min, v_max)``, or all of them, (K,), floating, increasing by the same step.
+            On a GPU the values of a tensor are checked only if ``DQN_FUSED_CHECK=1`` is set.
+        next_logits_online: what chooses the next action, whose distribution is read in ``next_logits``: (\\*N, A, K)
+            logits of the online network for double DQN, or (\\*N, A) Q-values. With ``non_final_mask`` M stands for
+            \\*N.
+        next_action_mask: (\\*N, A) bool, true for the actions that are legal in the next state: no other is chosen. A
+            row without one is NaN, unless terminated. With ``non_final_mask``: (M, A).
+        non_final_mask: (\\*N) or (\\*N, 1) bool, instead of ``terminated``: true for the M samples, in order, whose
+            next states the next tensors hold.
+        weights: (\\*N) or (\\*N, 1), floating: the loss of each sample is multiplied by its weight.
+        reduction: ``"mean"``, which divides by the number of samples, ``"weighted_mean"``, which divides by the sum of
+            the weights, ``"sum"``, or ``"none"`` for the loss of each sample, (\\*N): priorities as Rainbow has them.
+        return_td_error: also return the expectation of the distribution of the action taken less that of the projected
+            target, (\\*N), signed, unweighted and without gradient.
+        backend: ``"auto"``, or by name as in :func:`dqn_fused.backends`.
+
+    Returns:
+        The loss, or ``(loss, td_error)``, in float32, or in float64 if logits is float64.
+
+    Raises:
+        As :func:`fused_dqn_loss`. A second derivative raises NotImplementedError.
+
+    >>> import torch
+    >>> logits = torch.zeros(1, 2, 3, requires_grad=True)
+    >>> next_logits = torch.tensor([[[0.0, 0.0, 100.0], [100.0, 0.0, 0.0]]])  # of the value 2, and 0
+    >>> loss, td_error = fused_categorical_loss(
+    ...     logits, torch.tensor([0]), torch.tensor([-0.5]), next_logits, gamma=1.0, support=(0.0, 2.0),
+    ...     return_td_error=True)
+    >>> loss.backward()
+    >>> loss.exp().detach(), td_error, logits.grad
+    (tensor(3.), tensor([-0.5000]), tensor([[[ 0.3333, -0.1667, -0.1667],
+             [ 0.0000,  0.0000,  0.0000]]]))
+    """
+    spec = check_categorical_options(support, reduction)
+    batch = _with_next_states(
+        logits, actions, rewards, next_logits, terminated, gamma, non_final_mask,
+        next_logits_online, next_action_mask, weights,
+    )  # fmt: skip
+    loss, values = _run(_loss, batch, spec, backend)
+    return (loss, values[0]) if return_td_error else loss
+
+
+def fused_categorical_loss_and_grad(
+    logits: Tensor,
+    actions: Tensor,
+    rewards: Tensor,
+    next_logits: Tensor,
+    terminated: Tensor | None = None,
+    gamma: float | Tensor = 0.99,
+    *,
+    support: Support,
+    next_logits_online: Tensor | None = None,
+    next_action_mask: Tensor | None = None,
+    non_final_mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    return_td_error: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, ...]:
+    """:func:`fused_categorical_loss` and its gradient by logits in one pass, without autograd.
+
+    Args:
+        logits: (\\*N, A, K), and all other arguments, as in :func:`fused_categorical_loss`. No graph is recorded.
+
+    Returns:
+        ``(loss, gradient)`` or ``(loss, gradient, td_error)``. The gradient has the shape and dtype of logits and is
+        contiguous. With ``reduction="none"`` it is the gradient of the sum of the losses.
+
+    Raises:
+        As :func:`fused_categorical_loss`.
+
+    >>> import torch
+    >>> fused_categorical_loss_and_grad(
+    ...     torch.zeros(1, 1, 2), torch.tensor([0]), torch.tensor([3.0]), torch.zeros(1, 1, 2), torch.tensor([True]),
+    ...     support=(-1.0, 1.0))
+    (tensor(0.6931), tensor([[[ 0.5000, -0.5000]]]))
+    """
+    spec = check_categorical_options(support, reduction)
+    batch = _with_next_states(
+        logits, actions, rewards, next_logits, terminated, gamma, non_final_mask,
+        next_logits_online, next_action_mask, weights,
+    )  # fmt: skip
+    loss, gradient, values = _run(_loss_and_grad, batch, spec, backend)
+    return (loss, gradient, values[0]) if return_td_error else (loss, gradient)
+
+
+def fused_categorical_td_loss(
+    logits: Tensor,
+    actions: Tensor,
+    target: Tensor,
+    *,
+    support: Support,
+    projection: str = "two_hot",
+    sigma: float | None = None,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    return_td_error: bool = False,
+    return_expectation: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, ...]:
+    """A scalar target learned by classification (Farebrother et al., 2024), whose Q-value is an expectation.
+
+    The target becomes a distribution on the K atoms, and the loss is its cross-entropy with ``softmax(logits[a])``.
+
+    Args:
+        logits: (\\*N, A, K), and all other arguments, as in :func:`fused_categorical_loss`.
+        target: (\\*N) or (\\*N, 1), floating or integer; a constant. Beyond the support it is moved to its end.
+        projection: ``"two_hot"``: shared between the two atoms beside it, in proportion to their nearness;
+            ``"hl_gauss"``: a normal distribution around it, cut into bins whose centres are the atoms, what falls
+            outside of all bins being shared out among them. The ends of the published listing, where the outer bins
+            end, are half a bin further out than those of the support.
+        sigma: standard deviation of ``"hl_gauss"`` in units of the width of a bin, 0.75 if None.
+        return_td_error: also return the expectation of ``softmax(logits[a])`` less that of the target's distribution,
+            (\\*N), without gradient.
+        return_expectation: also return that expectation, the Q-value of the action taken, (\\*N), without gradient.
+
+    Returns:
+        The loss, or a tuple of it and what else is asked for, in that order: loss, td_error, expectation.
+
+    Raises:
+        As :func:`fused_categorical_loss`.
+
+    >>> import torch
+    >>> logits = torch.zeros(1, 2, 3)
+    >>> loss, expectation = fused_categorical_td_loss(
+    ...     logits, torch.tensor([1]), torch.tensor([0.5]), support=(0.0, 2.0), return_expectation=True)
+    >>> loss.exp(), expectation
+    (tensor(3.), tensor([1.]))
+    """
+    spec = check_categorical_options(support, reduction, projection, sigma)
+    found = _run(_loss, Batch(logits, actions, target, None, weights=weights), spec, backend)
+    return _returned(found, return_td_error, return_expectation)
+
+
+def fused_categorical_td_loss_and_grad(
+    logits: Tensor,
+    actions: Tensor,
+    target: Tensor,
+    *,
+    support: Support,
+    projection: str = "two_hot",
+    sigma: float | None = None,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    return_td_error: bool = False,
+    return_expectation: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, ...]:
+    """:func:`fused_categorical_td_loss` and its gradient by logits in one pass, without autograd.
+
+    Args:
+        logits: (\\*N, A, K), and all other arguments, as in :func:`fused_categorical_td_loss`. No graph is recorded.
+
+    Returns:
+        ``(loss, gradient)``, and then td_error and expectation, if asked for.
+
+    Raises:
+        As :func:`fused_categorical_loss`.
+
+    >>> import torch
+    >>> logits, target = torch.zeros(1, 1, 2), torch.tensor([0.75])
+    >>> fused_categorical_td_loss_and_grad(logits, torch.tensor([0]), target, support=(0.0, 1.0))
+    (tensor(0.6931), tensor([[[ 0.2500, -0.2500]]]))
+    """
+    spec = check_categorical_options(support, reduction, projection, sigma)
+    found = _run(_loss_and_grad, Batch(logits, actions, target, None, weights=weights), spec, backend)
+    return tuple(_returned(found, return_td_error, return_expectation))
+
+
+Run = Callable[[Tensor, Batch, CategoricalSpec, ModuleType], tuple[Tensor, ...]]
+
+
+def _returned(
+    found: tuple[Tensor, ...], return_td_error: bool, return_expectation: bool
+) -> Tensor | tuple[Tensor, ...]:
+    *first, values = found
+    wanted = [*first]
+    if return_td_error:
+        wanted.append(values[0])
+    if return_expectation:
+        wanted.append(values[1])
+    return wanted[0] if len(wanted) == 1 else tuple(wanted)
+
+
+def _with_next_states(logits: Tensor, actions: Tensor, rewards: Tensor, next_logits: Tensor, *rest: object) -> Batch:
+    if next_logits is None:  # which in a Batch stands for a ready target
+        raise TypeError(
+            "next_logits: expected a torch.Tensor, got NoneType; for a ready target there is fused_categorical_td_loss"
+        )
+    return Batch(logits, actions, rewards, next_logits, *rest)  # type: ignore[arg-type]
+
+
+def _loss(x: Tensor, batch: Batch, spec: CategoricalSpec, road: ModuleType) -> tuple[Tensor, ...]:
+    return row_loss(x, batch, spec.reduction, road, lambda: road.categorical_loss(batch, spec))
+
+
+def _loss_and_grad(x: Tensor, batch: Batch, spec: CategoricalSpec, road: ModuleType) -> tuple[Tensor, ...]:
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        refuse_forward_mode()
+    found: tuple[Tensor, ...] = road.categorical_loss_and_grad(batch, spec)
+    return found
+
+
+def _run(what: Run, given: Batch, spec: CategoricalSpec, backend: str) -> tuple[Tensor, ...]:
+    """Check the arguments and run a backend."""
+    if inside_transform():
+        refuse("the categorical losses", "give an ensemble as a leading dimension, or call "
+               "dqn_fused.categorical_reference")  # fmt: skip
+    batch = check_logits(given, spec)
+    road = choose_distributional("categorical", backend, batch.q.device)
+    batch = check_values(batch, batch.q.shape[1], batch.next_count, "next_logits")
+    batch, reduction = without_weighted_mean(batch, spec.reduction)
+    return what(given.q, batch, spec._replace(reduction=reduction), road)

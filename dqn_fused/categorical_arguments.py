@@ -1,0 +1,97 @@
+"""The arguments of the categorical losses: options and the support; what they share is checked in distributional.py."""
+
+from math import inf
+from typing import NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from dqn_fused.arguments import REDUCTIONS, Batch, looks_at_values
+from dqn_fused.checks import FLOATS, dense, show, wrong_choice, wrong_device
+from dqn_fused.distributional import check_distributions
+from dqn_fused.targets import number
+
+PROJECTIONS = ("two_hot", "hl_gauss")
+SIGMA = 0.75  # Farebrother et al. (2024)
+
+Support = Tensor | tuple[float, float]
+
+
+class CategoricalSpec(NamedTuple):
+    """What is computed of a batch: options, all of them checked."""
+
+    support: Support
+    sigma: float = 0.0  # of HL-Gauss, in units of the distance of two atoms; 0: two-hot
+    reduction: str = "mean"
+
+
+def check_categorical_options(
+    support: Support, reduction: str, projection: str = "two_hot", sigma: float | None = None
+) -> CategoricalSpec:
+    """Check the options; of a support that is a tensor only that it is one."""
+    if reduction not in REDUCTIONS:
+        wrong_choice("reduction", reduction, REDUCTIONS)
+    if projection not in PROJECTIONS:
+        wrong_choice("projection", projection, PROJECTIONS)
+    if isinstance(support, Tensor):
+        dense("support", support, FLOATS)
+    else:
+        support = _ends(support)
+    if projection == "two_hot":
+        if sigma is not None:
+            raise ValueError("sigma: expected None with projection 'two_hot': only 'hl_gauss' has a width")
+        return CategoricalSpec(support, 0.0, reduction)
+    sigma = SIGMA if sigma is None else number("sigma", sigma)
+    if not 0 < sigma < inf:
+        raise ValueError(f"sigma: expected a finite number above 0, got {sigma}")
+    return CategoricalSpec(support, sigma, reduction)
+
+
+def check_logits(given: Batch, spec: CategoricalSpec) -> Batch:
+    """Check a batch of logits, and the support against them."""
+    batch = check_distributions(given, "logits", same_size=True)
+    K, device = batch.q.shape[2], batch.q.device
+    if K < 2:
+        raise ValueError(f"logits: expected at least two atoms, got {show(given.q.shape)}")
+    support = spec.support
+    if isinstance(support, Tensor):
+        if support.device != device:
+            wrong_device("support", support, device, "logits")
+        if support.shape != (K,):
+            raise ValueError(f"support: expected two numbers or shape ({K},), an atom for each logit, got "
+                             f"{show(support.shape)}")  # fmt: skip
+        if looks_at_values(device):
+            check_even(support)
+    return batch
+
+
+_EVEN = WeakIdKeyDictionary()  # supports that were looked at, and their versions: looking takes 60 us
+
+
+def check_even(support: Tensor) -> None:
+    """Check that atoms, (K,), increase by the same step, but for the rounding of their dtype."""
+    version = -1 if support.is_inference() else support._version
+    if _EVEN.get(support, -1) == version >= 0:
+        return
+    atoms = support.detach().double()
+    even = torch.linspace(float(atoms[0]), float(atoms[-1]), len(atoms), dtype=torch.float64, device=atoms.device)
+    error, largest = (atoms - even).abs().amax(), atoms.abs().amax()
+    if not (largest < inf and (atoms.diff() > 0).all() and error <= 2 * torch.finfo(support.dtype).eps * largest):
+        raise ValueError(f"support: expected atoms that increase by the same step, got {support.tolist()}")
+    _EVEN[support] = version
+
+
+def _ends(support: object) -> tuple[float, float]:
+    if not isinstance(support, (tuple, list)) or len(support) != 2:
+        _wrong_support(support)
+    low, high = number("support", support[0], "two numbers"), number("support", support[1], "two numbers")
+    if not 0 < high - low < inf:
+        raise ValueError(f"support: expected v_min < v_max, both finite, got ({low}, {high})")
+    return low, high
+
+
+def _wrong_support(support: object) -> NoReturn:
+    raise TypeError(
+        f"support: expected (v_min, v_max) or a torch.Tensor of evenly spaced atoms, got {type(support).__name__}"
+    )
