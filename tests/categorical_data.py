@@ -1,0 +1,117 @@
+"""Batches of logits, the roads that serve them, and the one comparison with the oracle."""
+
+from typing import Any
+
+import pytest
+import torch
+from bounds import assert_close
+from categorical_oracle import Expected, categorical_oracle
+from conftest import INTERPRETED, Road
+from data import source
+from torch import Tensor
+
+from dqn_fused import (
+    fused_categorical_loss,
+    fused_categorical_loss_and_grad,
+    fused_categorical_td_loss,
+    fused_categorical_td_loss_and_grad,
+)
+from dqn_fused._backends import serving
+
+SUPPORT = (-5.0, 10.0)
+
+
+def _roads() -> list[Any]:
+    found = [pytest.param(Road(name, "cpu"), id=f"{name}-cpu") for name in serving(torch.device("cpu"), "categorical")]
+    if torch.cuda.is_available() and not INTERPRETED:
+        found += [
+            pytest.param(Road(name, "cuda"), id=f"{name}-cuda", marks=pytest.mark.gpu)
+            for name in serving(torch.device("cuda"), "categorical")
+        ]
+    return found
+
+
+every_road = pytest.mark.parametrize("backend", _roads())
+
+
+def clear_winner(logits: Tensor) -> Tensor:
+    """Logits (*N, A, K) of which one action's expectation is the largest beyond any rounding."""
+    *_, A, K = logits.shape
+    if A == 1 or logits.numel() == 0:
+        return logits
+    flat = logits.reshape(-1, A, K).clone()
+    ramp = torch.linspace(0, 1, K, dtype=torch.float64)
+    two = (torch.softmax(flat.double(), 2) * ramp).sum(2).topk(2)
+    close = two.values[:, 0] - two.values[:, 1] < 0.01
+    flat[close, two.indices[close, 0]] = (8 * ramp).to(flat.dtype)
+    return flat.reshape(logits.shape)
+
+
+def make(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Any]:
+    """Arguments of the loss of C51 for logits of a shape (*N, A, K), a third of the samples terminated."""
+    g = source(seed)
+    *N, A, _ = shape
+    return {
+        "logits": (2 * torch.randn(shape, generator=g)).to(dtype),
+        "actions": torch.randint(A, N, generator=g),
+        "rewards": 3 * torch.randn(N, generator=g),
+        "next_logits": clear_winner((2 * torch.randn(shape, generator=g)).to(dtype)),
+        "terminated": torch.rand(N, generator=g) < 0.3,
+        "support": SUPPORT,
+    }
+
+
+def ready(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Any]:
+    """Arguments of the loss for a ready target."""
+    arguments = make(shape, dtype, seed)
+    return {k: arguments[k] for k in ("logits", "actions", "support")} | {"target": 2 + 2 * arguments["rewards"]}
+
+
+def compact(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same batch with non_final_mask and the next states of the non-final samples only."""
+    arguments = dict(arguments)
+    mask = ~arguments.pop("terminated")
+    for name in ("next_logits", "next_logits_online", "next_action_mask"):
+        if name in arguments:
+            arguments[name] = arguments[name][mask]
+    return {**arguments, "non_final_mask": mask}
+
+
+def check(road: Road, arguments: dict[str, Any], grad_loss: Tensor | None = None) -> Expected:
+    """Run a road, with and without autograd, and compare everything with the oracle."""
+    arguments = {k: x.to(road.device) if isinstance(x, Tensor) else x for k, x in arguments.items()}
+    known = dict(arguments)
+    if "target" in known:
+        known["rewards"] = known.pop("target")
+    expected = categorical_oracle(**known, grad_loss=grad_loss)
+    logits = arguments["logits"].detach().requires_grad_()
+    arguments |= {"logits": logits, "return_td_error": True, "backend": road.backend}
+    functions = [fused_categorical_loss, fused_categorical_loss_and_grad]
+    if "target" in arguments:
+        arguments["return_expectation"] = True
+        functions = [fused_categorical_td_loss, fused_categorical_td_loss_and_grad]
+    loss, td_error, *expectation = functions[0](**arguments)
+    upstream = torch.ones_like(loss) if grad_loss is None else grad_loss.to(loss)
+    (gradient,) = torch.autograd.grad(loss, logits, upstream)
+    accumulation = torch.float64 if logits.dtype is torch.float64 else torch.float32
+    assert loss.dtype == td_error.dtype == accumulation
+    assert gradient.dtype == logits.dtype
+    assert gradient.is_contiguous()
+    assert not td_error.requires_grad
+    assert_close("td_error", td_error, expected.td_error)
+    assert_close("loss", loss, expected.loss)
+    assert_close("gradient", gradient, expected.gradient)
+    if expectation:
+        assert_close("expectation", expectation[0], expected.expectation)
+        assert not expectation[0].requires_grad
+    again, its_gradient, *values = functions[1](**arguments)
+    assert not again.requires_grad
+    assert torch.equal(again.isnan(), loss.isnan())
+    assert torch.equal(again.nan_to_num(), loss.detach().nan_to_num())
+    assert all(
+        torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(values, [td_error, *expectation], strict=True)
+    )
+    assert its_gradient.is_contiguous()
+    if grad_loss is None:
+        assert_close("gradient of loss_and_grad", its_gradient, expected.gradient)
+    return expected
