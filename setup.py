@@ -17,10 +17,7 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 
 SOURCES = {
-    "cpu": [
-        f"csrc/cpu/{name}.cpp"
-        for name in ("td_loss", "forward", "backward", "rows", "distributions", "categorical", "categorical_ops", "atoms")
-    ],
+    "cpu": sorted(map(str, Path("csrc/cpu").glob("*.cpp"))),
     "cuda": ["csrc/cuda/td_loss.cu"],
 }
 HEADERS = sorted(str(path) for suffix in ("h", "cuh") for path in Path("csrc").rglob(f"*.{suffix}"))

@@ -70,14 +70,15 @@ _EVEN = WeakIdKeyDictionary()  # supports that were looked at, and their version
 
 
 def check_even(support: Tensor) -> None:
-    """Check that atoms, (K,), increase by the same step, but for the rounding of their dtype."""
+    """Check that atoms, (K,), increase by the same step, but for the rounding of their dtype, or of float32."""
     version = -1 if support.is_inference() else support._version
     if _EVEN.get(support, -1) == version >= 0:
         return
     atoms = support.detach().double()
     even = torch.linspace(float(atoms[0]), float(atoms[-1]), len(atoms), dtype=torch.float64, device=atoms.device)
     error, largest = (atoms - even).abs().amax(), atoms.abs().amax()
-    if not (largest < inf and (atoms.diff() > 0).all() and error <= 2 * torch.finfo(support.dtype).eps * largest):
+    eps = max(torch.finfo(support.dtype).eps, torch.finfo(torch.float32).eps)
+    if not (largest < inf and (atoms.diff() > 0).all() and error <= 2 * eps * largest):
         raise ValueError(f"support: expected atoms that increase by the same step, got {support.tolist()}")
     _EVEN[support] = version
 

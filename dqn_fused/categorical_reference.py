@@ -146,8 +146,12 @@ def add_at(index: Tensor, values: Tensor, K: int) -> Tensor:
     """Sums of the values of equal index, (n, K), in a fixed order."""
     if values.device.type == "cpu":
         return values.new_zeros(values.shape[0], K).scatter_add_(1, index, values)
-    # A GPU would add by atomics, in another order every time.
-    same = index.unsqueeze(1) == torch.arange(K, device=index.device).unsqueeze(1)  # (n, K, K')
+    return compare_and_add(index, values, K)
+
+
+def compare_and_add(index: Tensor, values: Tensor, K: int) -> Tensor:
+    """add_at where a sum by index would be by atomics, in another order every time: (n, K, K') on the way."""
+    same = index.unsqueeze(1) == torch.arange(K, device=index.device).unsqueeze(1)
     return torch.where(same, values.unsqueeze(1), 0).sum(-1)
 
 

@@ -108,7 +108,8 @@ class Family:
         x = (np.arange(self.K + 1) - 0.5 - position.value) * scale
         x_error = position.error * scale + 3 * unit * np.abs(x)
         c = np.array([math.erf(t) for t in x])
-        c_error = 2 / math.sqrt(math.pi) * np.exp(-np.square(np.maximum(np.abs(x) - x_error, 0))) * x_error + ERF * unit
+        steep = 2 / math.sqrt(math.pi) * np.exp(-np.square(np.clip(np.abs(x) - x_error, 0, 30)))
+        c_error = steep * x_error + ERF * unit
         total = Number(c[-1] - c[0], c_error[-1] + c_error[0])
         m = np.diff(c) / total.value
         error = (c_error[1:] + c_error[:-1]) / total.value + m * total.error / total.value + 2 * unit * m

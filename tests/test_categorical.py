@@ -1,0 +1,458 @@
+"""The categorical losses of every backend against the oracle, hand-worked values, and the guarantees of the family."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from bounds import Values, assert_close
+from categorical_data import SUPPORT, check, clear_winner, compact, every_road, make, ready
+from categorical_oracle import categorical_oracle, eager
+from conftest import Road
+from data import source
+from torch import Tensor
+
+from dqn_fused import fused_categorical_loss, fused_categorical_loss_and_grad, fused_categorical_td_loss
+from dqn_fused.categorical_reference import add_at, compare_and_add
+
+SHAPES = [
+    (1, 1, 2), (0, 3, 4), (5, 1, 7), (7, 3, 5), (33, 4, 16), (6, 18, 51), (4, 2, 101), (2, 3, 257), (2, 2, 1030),
+    (2, 3, 2, 6), (2, 2, 3, 4, 17), (4, 51),
+]  # fmt: skip
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+REDUCTIONS = ["mean", "sum", "none", "weighted_mean"]
+
+
+def name_of(x: Any) -> str:
+    return "x".join(map(str, x)) if isinstance(x, tuple) else str(x).removeprefix("torch.")
+
+
+@every_road
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("shape", SHAPES, ids=name_of)
+def test_shapes_and_dtypes(backend: Road, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    check(backend, make(shape, dtype))
+
+
+@every_road
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("shape", SHAPES, ids=name_of)
+@pytest.mark.parametrize("projection", ["two_hot", "hl_gauss"])
+def test_a_ready_target(backend: Road, projection: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    check(backend, {**ready(shape, dtype), "projection": projection})
+
+
+@every_road
+@pytest.mark.parametrize("sigma", [1e-300, 1e-6, 0.1, 0.75, 2.0, 40.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
+def test_widths_of_hl_gauss(backend: Road, dtype: torch.dtype, sigma: float) -> None:
+    arguments = ready((9, 2, 16), dtype, seed=1)
+    check(backend, {**arguments, "projection": "hl_gauss", "sigma": sigma})
+
+
+@every_road
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("function", [make, ready])
+def test_reductions_with_an_upstream_gradient(backend: Road, function: Any, reduction: str) -> None:
+    arguments, g = function((2, 5, 3, 12), seed=3), source(4)
+    arguments |= {"weights": torch.rand(2, 5, generator=g) + 0.1, "reduction": reduction}
+    upstream = torch.randn((2, 5) if reduction == "none" else (), generator=g)
+    check(backend, arguments, upstream)
+
+
+@every_road
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_reductions_of_many_samples(backend: Road, reduction: str) -> None:
+    check(backend, {**make((700, 2, 11), seed=5), "reduction": reduction})
+
+
+def some(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
+    """A mask with at least one legal action in each row."""
+    mask = torch.rand(shape, generator=g) < 0.5
+    return mask.scatter_(-1, torch.randint(shape[-1], (*shape[:-1], 1), generator=g), True)
+
+
+def options(shape: tuple[int, ...], names: set[str], dtype: torch.dtype = torch.float32, seed: int = 6) -> Any:
+    arguments, g = make(shape, dtype, seed), source(seed + 1)
+    *N, A, _ = shape
+    if "mask" in names:
+        arguments["next_action_mask"] = some((*N, A), g)
+        arguments["next_logits"] = clear_winner(arguments["next_logits"])
+    if "online" in names:
+        arguments["next_logits_online"] = clear_winner(2 * torch.randn(shape, generator=g).to(dtype))
+    if "values" in names:
+        arguments["next_logits_online"] = torch.randn((*N, A), generator=g).to(dtype)
+    if "gammas" in names:
+        arguments["gamma"] = torch.rand(N, generator=g)
+    if "weights" in names:
+        arguments["weights"] = torch.rand(N, generator=g)
+    return compact(arguments) if "compacted" in names else arguments
+
+
+@every_road
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=name_of)
+@pytest.mark.parametrize(
+    "names",
+    ["mask", "online", "values", "gammas", "weights", "compacted", "online mask", "values mask compacted",
+     "online mask gammas weights compacted"],
+)  # fmt: skip
+def test_options(backend: Road, names: str, dtype: torch.dtype) -> None:
+    check(backend, options((12, 5, 21), set(names.split()), dtype))
+
+
+@every_road
+def test_every_dtype_may_be_mixed(backend: Road) -> None:
+    for i, dtype in enumerate(DTYPES):
+        arguments = make((6, 3, 9), dtype, seed=8)
+        others = DTYPES[i + 1 :] + DTYPES[:i]
+        arguments["next_logits"] = clear_winner(arguments["next_logits"].float()).to(others[0])
+        arguments["next_logits_online"] = clear_winner(torch.randn(6, 3, 9)).to(others[1])
+        arguments["rewards"] = arguments["rewards"].to(others[2])
+        check(backend, {**arguments, "actions": arguments["actions"].to(torch.uint8), "gamma": torch.tensor(0.9)})
+
+
+@every_road
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_a_support_of_atoms(backend: Road, dtype: torch.dtype) -> None:
+    """Its atoms count as they are, rounded or not; from end to end they are evenly spaced."""
+    check(backend, {**make((6, 3, 51), torch.float64, seed=9), "support": torch.linspace(-5, 10, 51).to(dtype)})
+    check(backend, {**make((6, 3, 51), seed=9), "support": torch.linspace(-5, 10, 51).to(dtype)[:]})
+
+
+ATOMS = 5  # at -2, -1, 0, 1, 2
+
+
+@every_road
+@pytest.mark.parametrize("gamma", [1.0, 0.5, 0.0, -1.0])
+@pytest.mark.parametrize("K", [2, ATOMS])
+def test_targets_on_atoms_at_the_ends_and_beyond(backend: Road, K: int, gamma: float) -> None:
+    rewards = torch.tensor([-math.inf, -1e30, -3.0, -2.0, -1.5, -1.0, 0.0, 0.5, 1.0, 2.0, 2.5, 1e30, math.inf])
+    n = len(rewards)
+    arguments = make((n, 2, K), torch.float64, seed=10)
+    arguments |= {"rewards": rewards, "gamma": gamma, "support": (-2.0, 2.0)}
+    for terminated in (None, torch.ones(n)):
+        expected = check(backend, {**arguments, "terminated": terminated})
+        assert expected.loss.value.shape == ()
+    for dtype in (torch.float32, torch.float64):
+        target = {"target": rewards, "actions": arguments["actions"], "support": (-2.0, 2.0)}
+        check(backend, {**target, "logits": arguments["logits"].to(dtype)})
+        check(backend, {**target, "logits": arguments["logits"].to(dtype), "projection": "hl_gauss"})
+
+
+@every_road
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_no_mass_is_lost_on_an_atom(backend: Road, dtype: torch.dtype) -> None:
+    """Where l == u, (u - b) p and (b - l) p are both zero: the mass is gone, and the loss is silently too small."""
+    logits = torch.zeros(ATOMS, 1, ATOMS, dtype=dtype)
+    next_logits = torch.full((ATOMS, 1, ATOMS), -math.inf, dtype=dtype)
+    next_logits[torch.arange(ATOMS), 0, torch.arange(ATOMS)] = 0  # all of it on one atom
+    arguments = {"actions": torch.zeros(ATOMS, dtype=torch.int64), "support": (-2.0, 2.0), "backend": backend.backend}
+    for reward in (-1, 0, 1):
+        loss, gradient = fused_categorical_loss_and_grad(
+            logits, rewards=torch.full((ATOMS,), reward), next_logits=next_logits, gamma=1.0, reduction="none",
+            **arguments,
+        )  # fmt: skip
+        torch.testing.assert_close(loss, torch.full_like(loss, math.log(ATOMS)), rtol=1e-6, atol=0)
+        one_hot = F.one_hot((torch.arange(ATOMS) + reward).clamp(0, ATOMS - 1), ATOMS)
+        torch.testing.assert_close(gradient[:, 0], (1 / ATOMS - one_hot).to(dtype), rtol=1e-2, atol=1e-6)
+
+
+WORKED = {
+    # p = (0.2, 0.3, 0.5) at 0.5, 1 and 1.5, the first and the last shared by halves
+    "between atoms": ([0.2, 0.3, 0.5], 0.5, 0.5, False, [0.1, 0.65, 0.25]),
+    "on atoms": ([0.2, 0.3, 0.5], 1.0, 1.0, False, [0.0, 0.2, 0.8]),  # 3 is moved to 2
+    "below": ([0.2, 0.3, 0.5], -1.0, 1.0, False, [0.5, 0.5, 0.0]),
+    "all beyond": ([0.2, 0.3, 0.5], 7.0, 1.0, False, [0.0, 0.0, 1.0]),
+    "all at one place": ([0.2, 0.3, 0.5], 0.75, 0.0, False, [0.25, 0.75, 0.0]),
+    "terminated": ([0.2, 0.3, 0.5], 1.25, 0.9, True, [0.0, 0.75, 0.25]),
+    "terminated on the last atom": ([0.2, 0.3, 0.5], 2.0, 0.9, True, [0.0, 0.0, 1.0]),
+}
+
+
+@every_road
+@pytest.mark.parametrize("case", WORKED)
+def test_worked_by_hand(backend: Road, case: str) -> None:
+    """Algorithm 1 of Bellemare et al. (2017) on the atoms 0, 1 and 2."""
+    p, reward, gamma, terminated, m = WORKED[case]
+    predicted = torch.tensor([0.25, 0.5, 0.25], dtype=torch.float64)
+    target = torch.tensor(m, dtype=torch.float64)
+    other = torch.tensor([1.0, 0.0, -100.0], dtype=torch.float64)  # of expectation 0.27: not chosen
+    logits = torch.stack((other, predicted.log()))[None].requires_grad_()
+    loss, td_error = fused_categorical_loss(
+        logits, torch.tensor([1]), torch.tensor([reward]), torch.stack((other, torch.tensor(p).double().log()))[None],
+        torch.tensor([terminated]), gamma, support=(0.0, 2.0), return_td_error=True, backend=backend.backend,
+    )  # fmt: skip
+    (gradient,) = torch.autograd.grad(loss, logits)
+    close = {"rtol": 0, "atol": 1e-7}  # p was rounded to float32
+    torch.testing.assert_close(loss, -(target * predicted.log()).sum(), **close)
+    torch.testing.assert_close(td_error, torch.tensor([1 - m[1] - 2 * m[2]], dtype=torch.float64), **close)
+    torch.testing.assert_close(gradient, torch.stack((torch.zeros(3).double(), predicted - target))[None], **close)
+
+
+@every_road
+def test_hl_gauss_by_the_tables(backend: Road) -> None:
+    """Of the normal distribution's tables: Phi(2/3) = 0.747507 and Phi(2) = 0.977250, for sigma = 0.75."""
+    logits = torch.zeros(1, 1, 3, dtype=torch.float64, requires_grad=True)
+    loss = fused_categorical_td_loss(
+        logits, torch.tensor([0]), torch.tensor([1]), support=(0.0, 2.0), projection="hl_gauss", backend=backend.backend
+    )
+    (gradient,) = torch.autograd.grad(loss, logits)
+    whole = 2 * 0.977250 - 1
+    middle, side = (2 * 0.747507 - 1) / whole, (0.977250 - 0.747507) / whole
+    expected = 1 / 3 - torch.tensor([[[side, middle, side]]], dtype=torch.float64)
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=2e-6)
+
+
+@every_road
+def test_a_target_on_an_atom_is_a_label(backend: Road) -> None:
+    """Then the loss is torch.nn.functional.cross_entropy."""
+    arguments = ready((20, 3, ATOMS), torch.float64, seed=12)
+    labels = torch.randint(ATOMS, (20,), generator=source(13))
+    loss = fused_categorical_td_loss(
+        arguments["logits"], arguments["actions"], labels - 2, support=(-2.0, 2.0), backend=backend.backend
+    )
+    taken = arguments["logits"][torch.arange(20), arguments["actions"]]
+    torch.testing.assert_close(loss, F.cross_entropy(taken, labels))
+
+
+@every_road
+def test_equal_distributions_have_no_gradient(backend: Road) -> None:
+    arguments = make((8, 1, 33), torch.float64, seed=14)
+    arguments |= {"next_logits": arguments["logits"], "rewards": torch.zeros(8), "gamma": 1.0, "terminated": None}
+    arguments["actions"] = torch.zeros(8, dtype=torch.int64)
+    loss, gradient, td_error = fused_categorical_loss_and_grad(
+        **arguments, reduction="none", return_td_error=True, backend=backend.backend
+    )
+    log_p = torch.log_softmax(arguments["logits"][:, 0], 1)
+    torch.testing.assert_close(loss, -(log_p.exp() * log_p).sum(1))
+    torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-14)
+    torch.testing.assert_close(td_error, torch.zeros_like(td_error), rtol=0, atol=1e-13)
+
+
+@every_road
+def test_within_twice_the_error_of_eager_code(backend: Road) -> None:
+    arguments = make((64, 6, 51), seed=15)
+    expected = categorical_oracle(**arguments)
+    x = arguments["logits"].clone().requires_grad_()
+    loss = eager(**{**arguments, "logits": x, "terminated": arguments["terminated"].float()})
+    (gradient,) = torch.autograd.grad(loss, x)
+    got, got_gradient = fused_categorical_loss_and_grad(**arguments, backend=backend.backend)
+    assert_close("loss", got, expected.loss, loss)
+    assert_close("gradient", got_gradient, expected.gradient, gradient)
+
+
+@every_road
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_chosen_is_not_read(backend: Road, bad: float) -> None:
+    """Next states of terminated samples, illegal and unchosen actions, logits of actions that were not taken."""
+    arguments = options((12, 4, 9), {"online", "mask"}, seed=16)
+    expected = fused_categorical_loss_and_grad(**arguments, return_td_error=True, backend=backend.backend)
+    values = (torch.softmax(arguments["next_logits_online"], 2) * torch.arange(9)).sum(2)
+    best = values.where(arguments["next_action_mask"], -math.inf).argmax(1)
+    ended = arguments["terminated"]
+    arguments = {k: x.clone() if isinstance(x, Tensor) else x for k, x in arguments.items()}
+    arguments["next_logits"][ended] = bad
+    arguments["next_logits_online"][ended] = bad
+    arguments["next_logits_online"][~arguments["next_action_mask"]] = bad
+    arguments["next_action_mask"][ended] = False
+    for i in range(12):
+        for a in range(4):
+            if a != best[i]:
+                arguments["next_logits"][i, a] = bad
+            if a != arguments["actions"][i]:
+                arguments["logits"][i, a] = bad
+    got = fused_categorical_loss_and_grad(**arguments, return_td_error=True, backend=backend.backend)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@every_road
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nan_of_a_live_row_is_nan_in_its_loss_alone(backend: Road, bad: float, dtype: torch.dtype) -> None:
+    g = source(18)
+    places: dict[str, tuple[Any, ...]] = {"logits": (1, 5), "next_logits": (0, 5), "next_logits_online": (2, 5)}
+    for name, (action, atom) in places.items():
+        arguments = make((3, 4, 9), dtype, seed=17) | {"terminated": None, "actions": torch.tensor([1, 1, 1])}
+        arguments["next_logits_online"] = clear_winner(torch.randn(3, 4, 9, generator=g).to(dtype))
+        if name == "next_logits":
+            del arguments["next_logits_online"]
+        arguments[name][1, action, atom] = bad
+        expected = check(backend, {**arguments, "reduction": "none"})
+        assert expected.loss.value[1] != expected.loss.value[1]
+    for name in ("rewards", "gamma", "weights"):
+        arguments = make((3, 4, 9), dtype, seed=17) | {"terminated": None}
+        arguments[name] = torch.tensor([0.5, math.nan, 0.5])
+        loss = fused_categorical_loss(**arguments, reduction="none", backend=backend.backend)
+        assert loss.isnan().tolist() == [False, True, False]
+    arguments = ready((3, 4, 9), dtype, seed=17) | {"target": torch.tensor([0.5, math.nan, math.inf])}
+    for projection in ("two_hot", "hl_gauss"):
+        loss = fused_categorical_td_loss(**arguments, projection=projection, reduction="none", backend=backend.backend)
+        assert loss.isnan().tolist() == [False, True, False]
+
+
+@every_road
+def test_infinity_times_an_atom_at_zero(backend: Road) -> None:
+    arguments = make((3, 2, ATOMS), seed=19) | {"terminated": None, "support": (-2.0, 2.0)}
+    arguments |= {"gamma": torch.tensor([0.5, math.inf, -math.inf])}
+    loss = fused_categorical_loss(**arguments, reduction="none", backend=backend.backend)
+    assert loss.isnan().tolist() == [False, True, True]
+    loss = fused_categorical_loss(**{**arguments, "support": (-1.0, 2.0)}, reduction="none", backend=backend.backend)
+    assert loss.isfinite().all()
+
+
+@every_road
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_an_atom_without_target_may_have_no_probability(backend: Road, dtype: torch.dtype) -> None:
+    """0 * -inf is NaN; users rule out atoms by -inf."""
+    arguments = ready((2, 1, 4), dtype, seed=20) | {"support": (0.0, 3.0), "target": torch.tensor([0.5, 2.5])}
+    arguments["logits"][0, 0, 3] = arguments["logits"][1, 0, 0] = -math.inf
+    expected = check(backend, arguments)
+    assert math.isfinite(expected.loss.value)
+    arguments["logits"][0, 0, 1] = -math.inf
+    loss = fused_categorical_td_loss(**arguments, reduction="none", backend=backend.backend)
+    assert loss.isinf().tolist() == [True, False]
+
+
+@every_road
+def test_a_live_row_without_a_legal_action_is_nan(backend: Road) -> None:
+    for names in ({"mask"}, {"mask", "online"}, {"mask", "values"}):
+        arguments = options((3, 4, 9), names, seed=21) | {"terminated": torch.tensor([False, False, True])}
+        arguments["next_action_mask"] = torch.tensor([[True] * 4, [False] * 4, [False] * 4])
+        loss = fused_categorical_loss(**arguments, reduction="none", backend=backend.backend)
+        assert loss.isnan().tolist() == [False, True, False]
+    arguments["next_action_mask"][1] = True
+    arguments["next_logits_online"][1] = -math.inf  # Q-values: beside a mask -inf counts as illegal
+    loss = fused_categorical_loss(**arguments, reduction="none", backend=backend.backend)
+    assert loss.isnan().tolist() == [False, True, False]
+
+
+@every_road
+def test_of_equal_expectations_the_first_counts(backend: Road) -> None:
+    arguments = make((4, 6, 13), seed=22) | {"terminated": None}
+    row = torch.randn(13, generator=source(23))
+    arguments["next_logits_online"] = row.expand(4, 6, 13)
+    first = fused_categorical_loss(**arguments, backend=backend.backend)
+    chooser = torch.full((4, 6), -1.0)
+    chooser[:, 0] = 1
+    assert torch.equal(
+        first, fused_categorical_loss(**{**arguments, "next_logits_online": chooser}, backend=backend.backend)
+    )
+    mask = torch.ones(4, 6, dtype=torch.bool)
+    mask[:, :2] = False
+    third = fused_categorical_loss(**arguments, next_action_mask=mask, backend=backend.backend)
+    chooser[:, 2] = 2
+    assert torch.equal(
+        third, fused_categorical_loss(**{**arguments, "next_logits_online": chooser}, backend=backend.backend)
+    )
+
+
+@every_road
+def test_strides(backend: Road) -> None:
+    """Transposed, sliced and expanded tensors; none of them is contiguous."""
+    plain = options((6, 4, 9), {"online", "mask", "weights"}, seed=24)
+    expected = fused_categorical_loss_and_grad(**plain, return_td_error=True, backend=backend.backend)
+    for layout in ("transposed", "sliced", "reversed atoms"):
+        arguments = dict(plain)
+        for name, x in plain.items():
+            if not isinstance(x, Tensor):
+                continue
+            if layout == "transposed":
+                arguments[name] = x.movedim(0, -1).contiguous().movedim(-1, 0)
+            elif layout == "sliced":
+                arguments[name] = torch.stack([x, torch.zeros_like(x)], -1)[..., 0]
+            elif x.dim() == 3:
+                arguments[name] = x.transpose(1, 2).contiguous().transpose(1, 2)
+        got = fused_categorical_loss_and_grad(**arguments, return_td_error=True, backend=backend.backend)
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        assert got[1].is_contiguous()
+    expanded = plain | {"next_logits": plain["next_logits"][:1].expand(6, 4, 9)}
+    check(backend, expanded)
+
+
+@every_road
+def test_a_column_is_a_row(backend: Road) -> None:
+    """(N, 1) is what a replay buffer holds, and never broadcast against (N,)."""
+    arguments = options((6, 3, 9), {"weights", "gammas"}, seed=25)
+    columns = {k: x[:, None] if isinstance(x, Tensor) and x.dim() == 1 else x for k, x in arguments.items()}
+    plain, other = (fused_categorical_loss(**a, backend=backend.backend) for a in (arguments, columns))
+    assert torch.equal(plain, other)
+
+
+@every_road
+def test_a_permuted_batch_has_permuted_losses(backend: Road) -> None:
+    arguments = options((40, 3, 21), {"online", "mask", "weights", "gammas"}, seed=26)
+    order = torch.randperm(40, generator=source(27))
+    permuted = {k: x[order] if isinstance(x, Tensor) else x for k, x in arguments.items()}
+    one, other = (
+        fused_categorical_loss_and_grad(**a, reduction="none", backend=backend.backend) for a in (arguments, permuted)
+    )
+    assert all(torch.equal(a[order], b) for a, b in zip(one, other, strict=True))
+
+
+@every_road
+def test_the_same_bits_at_any_number_of_threads(backend: Road) -> None:
+    arguments = make((600, 18, 51), seed=28)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 3, 1):
+            torch.set_num_threads(number)
+            found.append(fused_categorical_loss_and_grad(**arguments, backend=backend.backend))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+@every_road
+def test_ready_targets_are_what_terminated_samples_have(backend: Road) -> None:
+    arguments = make((30, 3, 21), seed=29) | {"terminated": torch.ones(30)}
+    ended = fused_categorical_loss_and_grad(**arguments, backend=backend.backend)
+    for name in ("next_logits", "terminated"):
+        del arguments[name]
+    arguments["target"] = arguments.pop("rewards")
+    loss = fused_categorical_td_loss(**arguments, reduction="mean", backend=backend.backend)
+    torch.testing.assert_close(loss, ended[0], rtol=1e-6, atol=0)
+
+
+def test_sums_by_comparison_are_those_by_index() -> None:
+    """What a GPU takes, where sums by index are atomic."""
+    g = source(30)
+    index = torch.randint(7, (5, 11), generator=g)
+    values = torch.randint(-9, 9, (5, 11), generator=g).double()  # exact in any order
+    assert torch.equal(compare_and_add(index, values, 7), add_at(index, values, 7))
+    nan = values.clone()
+    nan[2, 3] = math.nan
+    found = compare_and_add(index, nan, 7)
+    assert found.isnan().nonzero().tolist() == [[2, int(index[2, 3])]]
+
+
+@every_road
+def test_what_is_kept_for_the_backward(backend: Road) -> None:
+    """(n, K) slopes and (n,) values, nothing of the size of the logits."""
+    arguments = make((16, 10, 21), seed=31) | {"weights": torch.rand(16)}
+    arguments["logits"].requires_grad_()
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        fused_categorical_loss(**arguments, backend=backend.backend)
+    assert sum(kept) == 16 * 21 + 2 * 16
+
+
+@every_road
+def test_the_support_is_scale_free(backend: Road) -> None:
+    """Rewards and atoms times a power of two: the same bits."""
+    arguments = make((10, 3, 17), seed=32)
+    losses = []
+    for scale in (1.0, 1024.0):
+        scaled = {"rewards": arguments["rewards"] * scale, "support": tuple(scale * x for x in SUPPORT)}
+        losses.append(fused_categorical_loss(**{**arguments, **scaled}, backend=backend.backend))
+    assert torch.equal(*losses)
+
+
+def test_the_oracle_knows_a_lost_mass() -> None:
+    """The trap, l == u, on the oracle's own bounds: they are narrow enough to see it."""
+    arguments = make((5, 1, ATOMS), seed=33) | {"support": (-2.0, 2.0), "rewards": torch.zeros(5), "gamma": 1.0}
+    arguments["terminated"] = torch.ones(5)
+    expected = categorical_oracle(**arguments)
+    with pytest.raises(AssertionError, match="loss: error"):
+        assert_close("loss", torch.tensor(0.0), Values(expected.loss.value, expected.loss.error))
