@@ -19,7 +19,19 @@ from setuptools.command.bdist_wheel import bdist_wheel
 SOURCES = {
     "cpu": [
         f"csrc/cpu/{name}.cpp"
-        for name in ("td_loss", "forward", "backward", "rows", "distributions", "categorical", "categorical_ops", "atoms")
+        for name in (
+            "td_loss",
+            "forward",
+            "backward",
+            "rows",
+            "distributions",
+            "categorical",
+            "categorical_ops",
+            "atoms",
+            "quantile",
+            "quantile_ops",
+            "pairs",
+        )
     ],
     "cuda": ["csrc/cuda/td_loss.cu"],
 }
