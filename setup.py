@@ -17,7 +17,22 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 
 SOURCES = {
-    "cpu": sorted(map(str, Path("csrc/cpu").glob("*.cpp"))),
+    "cpu": [
+        f"csrc/cpu/{name}.cpp"
+        for name in (
+            "td_loss",
+            "forward",
+            "backward",
+            "rows",
+            "distributions",
+            "categorical",
+            "categorical_ops",
+            "atoms",
+            "quantile",
+            "quantile_ops",
+            "pairs",
+        )
+    ],
     "cuda": ["csrc/cuda/td_loss.cu"],
 }
 HEADERS = sorted(str(path) for suffix in ("h", "cuh") for path in Path("csrc").rglob(f"*.{suffix}"))

@@ -11,6 +11,7 @@ DISTRIBUTIONS = (
     "Tensor? gammas, float gamma, Tensor? next_q_online, Tensor? next_action_mask, Tensor? weights"
 )
 CATEGORICAL = "Tensor? support, float v_min, float v_max, float sigma, int reduction, bool check"
+QUANTILE = "Tensor? taus, float kappa, bool mean, int reduction, bool check"
 
 _library = Library("dqn_fused", "FRAGMENT")
 # slopes is (n, K), values (2, n): the TD errors and the expectations of the actions taken.
@@ -18,11 +19,14 @@ _library.define(f"categorical_loss({DISTRIBUTIONS}, {CATEGORICAL}) -> (Tensor lo
 _library.define(
     f"categorical_loss_and_grad({DISTRIBUTIONS}, {CATEGORICAL}) -> (Tensor loss, Tensor grad_q, Tensor values)"
 )
+_library.define(f"quantile_loss({DISTRIBUTIONS}, {QUANTILE}) -> (Tensor loss, Tensor td_error, Tensor slopes)")
+_library.define(f"quantile_loss_and_grad({DISTRIBUTIONS}, {QUANTILE}) -> (Tensor loss, Tensor grad_q, Tensor td_error)")
 _library.define(
     "rows_backward(Tensor grad_loss, Tensor slopes, Tensor actions, Tensor? weights, int A, ScalarType dtype, "
     "int reduction) -> Tensor grad_q"
 )
-for _name in ("categorical_loss", "categorical_loss_and_grad", "rows_backward"):
+NAMES = ("categorical_loss", "categorical_loss_and_grad", "quantile_loss", "quantile_loss_and_grad", "rows_backward")
+for _name in NAMES:
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 
@@ -36,6 +40,18 @@ def _categorical_loss(q: Tensor, actions: Tensor, *rest: object) -> tuple[Tensor
 def _categorical_loss_and_grad(q: Tensor, actions: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
     loss, values = _forward(q, actions, *rest)
     return loss, q.new_empty(q.shape), values
+
+
+@torch.library.register_fake("dqn_fused::quantile_loss", lib=_library)
+def _quantile_loss(q: Tensor, actions: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
+    loss, values = _forward(q, actions, *rest)
+    return loss, values.new_empty(q.shape[:1]), values.new_empty((q.shape[0], q.shape[2]))
+
+
+@torch.library.register_fake("dqn_fused::quantile_loss_and_grad", lib=_library)
+def _quantile_loss_and_grad(q: Tensor, actions: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
+    loss, values = _forward(q, actions, *rest)
+    return loss, q.new_empty(q.shape), values.new_empty(q.shape[:1])
 
 
 @torch.library.register_fake("dqn_fused::rows_backward", lib=_library)
@@ -63,4 +79,6 @@ def _forward(q: Tensor, actions: Tensor, *rest: object) -> tuple[Tensor, Tensor]
 
 categorical_loss = torch.ops.dqn_fused.categorical_loss.default
 categorical_loss_and_grad = torch.ops.dqn_fused.categorical_loss_and_grad.default
+quantile_loss = torch.ops.dqn_fused.quantile_loss.default
+quantile_loss_and_grad = torch.ops.dqn_fused.quantile_loss_and_grad.default
 rows_backward = torch.ops.dqn_fused.rows_backward.default

@@ -253,11 +253,15 @@ def test_tensors_without_values(backend: Road, mode: str) -> None:
     assert x.grad.shape == x.shape
 
 
+def nothing_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("arguments", "reference", "_backends.boxed"):
+        monkeypatch.setattr(f"dqn_fused.{module}.looks_at_values", lambda device: False)
+
+
 @every_road
 def test_illegal_actions_where_nothing_looks(backend: Road, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: the loss is NaN and the gradient's row zero."""
-    for module in ("arguments", "reference"):
-        monkeypatch.setattr(f"dqn_fused.{module}.looks_at_values", lambda device: False)
+    nothing_looks(monkeypatch)
     arguments = make((4, 3, 5), seed=55)
     arguments["actions"] = torch.tensor([0, 3, -1, 2])
     x = arguments["quantiles"].requires_grad_()
@@ -271,8 +275,7 @@ def test_illegal_actions_where_nothing_looks(backend: Road, monkeypatch: pytest.
 @every_road
 @pytest.mark.parametrize("count", [2, 4])
 def test_a_wrong_mask_where_nothing_looks(backend: Road, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    for module in ("arguments", "reference"):
-        monkeypatch.setattr(f"dqn_fused.{module}.looks_at_values", lambda device: False)
+    nothing_looks(monkeypatch)
     arguments = make((4, 3, 5), seed=56)
     del arguments["terminated"]
     arguments |= {"non_final_mask": torch.arange(4) < 3, "next_quantiles": torch.randn(count, 3, 5)}

@@ -3,7 +3,6 @@
 #include <cmath>
 
 #include "atoms.h"
-#include "formats.h"
 
 namespace dqn_fused::cpu {
 namespace {
@@ -34,22 +33,6 @@ struct Worker {
         value(expectation<T>(chooser.values.type)),
         scratch((3 + AtomFunctions<T>::SCRATCH) * (support.padded + Support<T>::WIDTH)) {}
 
-  // The first of the legal actions of largest value; -1 where none is legal, or a legal one's value is NaN.
-  int64_t best_action(int64_t next_row, T* row) const {
-    int64_t best = -1;
-    double largest = 0;
-    for (int64_t a = 0; a < d.A; ++a) {
-      if (d.batch.next_legal && !d.batch.next_legal.at<bool>(next_row, a)) continue;
-      const double found = d.values_choose ? chooser.at<double>(next_row, a)
-                                           : value(support, row_of(chooser, {}, next_row * d.A + a, 0, d.K), row);
-      if (found != found) return -1;
-      if (best >= 0 && found <= largest) continue;
-      best = a;
-      largest = found;
-    }
-    return d.batch.next_legal && largest == -INFINITE<double> ? -1 : best;
-  }
-
   // The target of sample i, (K,); next_row is only looked at where something is bootstrapped.
   void fill_target(int64_t i, bool live, int64_t next_row, T* target, T* logits, T* powers, T* more) const {
     const Batch& b = d.batch;
@@ -59,18 +42,12 @@ struct Worker {
       return functions.gauss(support, reward, static_cast<T>(std::min(scale, most)), target, more);
     }
     if (!live) return functions.two_hot(support, reward, target);
-    const int64_t best = best_action(next_row, more);
+    const int64_t best = best_action(d, next_row, [&](int64_t a) {
+      return value(support, row_of(chooser, {}, next_row * d.A + a, 0, d.K), more);
+    });
     if (best < 0) return functions.two_hot(support, NOT_A_NUMBER<T>, target);
     const Softmax<T> softmax = next(support, row_of(b.next_q, {}, next_row * d.A + best, 0, d.K), logits, powers);
     functions.project(support, reward, b.gamma<T>(i), powers, softmax.total, target, more);
-  }
-
-  void write_grad(int64_t i, int64_t action, const T* slopes) const {
-    const T factor = scaled(T(1), T(1), d.batch.weights, i, options.reduction == MEAN ? d.batch.n : int64_t(1));
-    dispatch(d.batch.q.values.type, [&](auto stored) {
-      using Out = decltype(stored);
-      write_gradient(static_cast<Out*>(out.grad) + i * d.A * d.K, d.A, d.K, action, factor, slopes);
-    });
   }
 
   // As reduce_samples has it.
@@ -90,7 +67,7 @@ struct Worker {
     out.values[i] = found.expectation - found.target_expectation;
     out.values[b.n + i] = found.expectation;
     functions.slopes(support, target, powers, softmax.total, found.mass, slopes);
-    if (out.grad) write_grad(i, known ? action : -1, slopes);
+    write_gradient(d, options.reduction, i, known ? action : -1, slopes, out.grad);
     return b.weights ? found.loss * b.weights.at<T>(i) : found.loss;
   }
 };

@@ -8,6 +8,7 @@
 
 #include "../tensors.h"
 #include "blocks.h"
+#include "formats.h"
 
 namespace dqn_fused::cpu {
 
@@ -102,6 +103,24 @@ bool reduce_samples(const Distributions& d, int64_t reduction, int64_t cost, T* 
   return all_known;
 }
 
+// The first of the legal actions of largest value, which value(action) has unless Q-values choose; -1 where none is
+// legal, as -inf counts beside a mask, or a legal one's value is NaN.
+template <class Value>
+int64_t best_action(const Distributions& d, int64_t next_row, const Value& value) {
+  const Matrix& next_legal = d.batch.next_legal;
+  int64_t best = -1;
+  double largest = 0;
+  for (int64_t a = 0; a < d.A; ++a) {
+    if (next_legal && !next_legal.at<bool>(next_row, a)) continue;
+    const double found = d.values_choose ? d.batch.next_online.at<double>(next_row, a) : value(a);
+    if (found != found) return -1;
+    if (best >= 0 && found <= largest) continue;
+    best = a;
+    largest = found;
+  }
+  return next_legal && largest == -INFINITE<double> ? -1 : best;
+}
+
 // A sample's gradient, (A, K): a factor times the slopes, (K,), at the action taken, and zeros.
 template <class T, class Out>
 void write_gradient(Out* out, int64_t A, int64_t K, int64_t action, T factor, const T* slopes) {
@@ -109,6 +128,17 @@ void write_gradient(Out* out, int64_t A, int64_t K, int64_t action, T factor, co
   if (!legal(action, A)) return;
   out += action * K;
   for (int64_t j = 0; j < K; ++j) out[j] = static_cast<Out>(slopes[j] * factor);
+}
+
+// The same for sample i of a batch, if there is a gradient to write; of the reduced loss, and zero for no action, -1.
+template <class T>
+void write_gradient(const Distributions& d, int64_t reduction, int64_t i, int64_t action, const T* slopes, void* grad) {
+  if (grad == nullptr) return;
+  const T factor = scaled(T(1), T(1), d.batch.weights, i, reduction == MEAN ? d.batch.n : int64_t(1));
+  dispatch(d.batch.q.values.type, [&](auto stored) {
+    using Out = decltype(stored);
+    write_gradient(static_cast<Out*>(grad) + i * d.A * d.K, d.A, d.K, action, factor, slopes);
+  });
 }
 
 }  // namespace dqn_fused::cpu

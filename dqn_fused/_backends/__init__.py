@@ -47,7 +47,10 @@ AUTO = {"cpu": ("compiled", "torch"), "cuda": ("compiled", "triton", "torch")}
 AUTO_WIDE = {**AUTO, "cuda": ("triton", "compiled", "torch")}
 AUTO_ELSEWHERE = ("torch",)
 # Device types on which a backend other than torch, which has all of them, has a distributional loss.
-DISTRIBUTIONAL: dict[str, dict[str, tuple[str, ...]]] = {"quantile": {}, "categorical": {"compiled": ("cpu",)}}
+DISTRIBUTIONAL: dict[str, dict[str, tuple[str, ...]]] = {
+    "quantile": {"compiled": ("cpu",)},
+    "categorical": {"compiled": ("cpu",)},
+}
 
 
 class BackendUnavailableError(RuntimeError):

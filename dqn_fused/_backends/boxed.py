@@ -7,6 +7,7 @@ from dqn_fused._ops import LOSSES, REDUCTIONS, TARGETS
 from dqn_fused.arguments import Batch, LossSpec, looks_at_values
 from dqn_fused.autograd import Saved
 from dqn_fused.categorical_arguments import CategoricalSpec
+from dqn_fused.quantile_arguments import QuantileSpec
 
 _NAMES = [{code: name for name, code in codes.items()} for codes in (LOSSES, TARGETS, REDUCTIONS)]
 
@@ -111,27 +112,43 @@ def shaped(x: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
     return x if x.shape == shape else torch.ops.aten._unsafe_view.default(x, shape)
 
 
-def categorical_arguments(batch: Batch, spec: CategoricalSpec) -> tuple[object, ...]:
-    """Arguments of a categorical op."""
+def distributional_arguments(batch: Batch) -> tuple[object, ...]:
+    """The arguments that the distributional ops share."""
     (
         q, actions, rewards, next_q, terminated, gamma, non_final_mask, next_q_online, next_action_mask, weights, *_,
     ) = batch  # fmt: skip
-    gammas, support, ends = None, None, (0.0, 0.0)
+    gammas = None
     if isinstance(gamma, Tensor):
         gammas, gamma = gamma, 0.0
+    return (
+        q, actions, rewards, next_q, terminated, non_final_mask, gammas, gamma,
+        next_q_online, next_action_mask, weights,
+    )  # fmt: skip
+
+
+def quantile_arguments(batch: Batch, taus: Tensor | None, spec: QuantileSpec) -> tuple[object, ...]:
+    """Arguments of a quantile op."""
+    kappa, quantile_reduction, reduction = spec
+    look = looks_at_values(batch.q.device)
+    mean = quantile_reduction == "mean"
+    return *distributional_arguments(batch), taus, kappa, mean, REDUCTIONS[reduction], look
+
+
+def categorical_arguments(batch: Batch, spec: CategoricalSpec) -> tuple[object, ...]:
+    """Arguments of a categorical op."""
+    support, ends = None, (0.0, 0.0)
     if isinstance(spec.support, Tensor):
         support = spec.support
     else:
         ends = spec.support
-    return (
-        q, actions, rewards, next_q, terminated, non_final_mask, gammas, gamma, next_q_online, next_action_mask,
-        weights, support, *ends, spec.sigma, REDUCTIONS[spec.reduction], looks_at_values(q.device),
-    )  # fmt: skip
+    look = looks_at_values(batch.q.device)
+    return *distributional_arguments(batch), support, *ends, spec.sigma, REDUCTIONS[spec.reduction], look
 
 
 def shaped_values(loss: Tensor, values: Tensor, batch: Batch, reduction: str) -> tuple[Tensor, Tensor]:
-    """Give the loss and the values of a distributional op, (2, n), the leading dimensions of the batch."""
+    """Give the loss and the values of a distributional op, (n,) or (2, n), the leading dimensions of the batch."""
     shape = batch.shape
     if len(shape) != 1:
-        loss, values = shaped(loss, shape if reduction == "none" else loss.shape), shaped(values, (2, *shape))
+        loss = shaped(loss, shape if reduction == "none" else loss.shape)
+        values = shaped(values, (*values.shape[:-1], *shape))
     return loss, values

@@ -15,6 +15,7 @@ from dqn_fused.arguments import Batch, LossSpec
 from dqn_fused.autograd import Saved
 from dqn_fused.categorical_arguments import CategoricalSpec
 from dqn_fused.head import sweep
+from dqn_fused.quantile_arguments import QuantileSpec
 from dqn_fused.row_loss import SavedRows
 
 __all__ = ["sweep"]
@@ -125,6 +126,19 @@ def _arguments(batch: Batch, spec: LossSpec) -> tuple[object, ...]:
             if x is not None and x.dim() != 2:
                 raise RuntimeError(f"expected matrices of two dimensions, as q, got {x.dim()}")
     return (*boxed.arguments(batch, spec), arguments.looks_at_values(batch.q.device))
+
+
+def quantile_loss(batch: Batch, taus: Tensor | None, spec: QuantileSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (loss, td_error, slopes)."""
+    loss, td_error, slopes = _distributional_ops.quantile_loss(*boxed.quantile_arguments(batch, taus, spec))
+    return *boxed.shaped_values(loss, td_error, batch, spec.reduction), slopes
+
+
+def quantile_loss_and_grad(batch: Batch, taus: Tensor | None, spec: QuantileSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (loss, gradient, td_error)."""
+    loss, grad, td_error = _distributional_ops.quantile_loss_and_grad(*boxed.quantile_arguments(batch, taus, spec))
+    loss, td_error = boxed.shaped_values(loss, td_error, batch, spec.reduction)
+    return loss, shaped(grad, (*batch.shape, *grad.shape[1:])), td_error
 
 
 def categorical_loss(batch: Batch, spec: CategoricalSpec) -> tuple[Tensor, Tensor, Tensor]:
