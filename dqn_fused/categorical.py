@@ -7,9 +7,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from dqn_fused._backends import choose_distributional
-from dqn_fused.arguments import Batch, check_values
+from dqn_fused.arguments import Batch, check_values, looks_at_values
 from dqn_fused.autograd import inside_transform, refuse_forward_mode
-from dqn_fused.categorical_arguments import CategoricalSpec, Support, check_categorical_options, check_logits
+from dqn_fused.categorical_arguments import (
+    CategoricalSpec,
+    Support,
+    check_categorical_options,
+    check_even,
+    check_logits,
+)
 from dqn_fused.distributional import without_weighted_mean
 from dqn_fused.row_loss import row_loss
 from dqn_fused.transforms import refuse
@@ -252,10 +258,20 @@ def _loss_and_grad(x: Tensor, batch: Batch, spec: CategoricalSpec, road: ModuleT
 
 
 def _run(what: Run, given: Batch, spec: CategoricalSpec, backend: str) -> tuple[Tensor, ...]:
-    """Check the arguments and run a backend."""
+    """Check the arguments and run a backend; as loss._run does, an op that checks them itself is asked first."""
     if inside_transform():
         refuse("the categorical losses", "give an ensemble as a leading dimension, or call "
                "dqn_fused.categorical_reference")  # fmt: skip
+    try:
+        device = given.q.device
+        road = choose_distributional("categorical", backend, device)
+        plain = given.q.dim() == 3 and spec.reduction != "weighted_mean" and isinstance(given.gamma, (float, Tensor))
+        if road.CHECKS_CPU and plain and looks_at_values(device):
+            if isinstance(spec.support, Tensor):
+                check_even(spec.support)
+            return what(given.q, given._replace(shape=given.q.shape[:1]), spec, road)
+    except (RuntimeError, ValueError, AttributeError, TypeError):
+        pass
     batch = check_logits(given, spec)
     road = choose_distributional("categorical", backend, batch.q.device)
     batch = check_values(batch, batch.q.shape[1], batch.next_count, "next_logits")
