@@ -63,7 +63,8 @@ def replaced(readme: str, wanted: dict[str, str]) -> str:
 
 
 def of_folder(folder: Path) -> dict[str, str]:
-    loss, linear, update = (read(folder / f"{kind}.csv") for kind in ("loss", "linear", "update"))
+    kinds = ("loss", "linear", "distributional", "update")
+    loss, linear, distributional, update = (read(folder / f"{kind}.csv") for kind in kinds)
     plain = [row for row in loss if row["variant"] == "dqn"]
     family = [row for row in loss if row["variant"] != "dqn"]
     found = {}
@@ -73,6 +74,9 @@ def of_folder(folder: Path) -> dict[str, str]:
         found["family"] = f"{tables.loss(family, columns(family), memory=True)}\n\n{gradient(family)}"
     if linear:
         found["linear"] = f"{tables.linear(linear)}\n\n{heads(linear)}"
+    if distributional:
+        names = [name for name in tables.seen(distributional) if not name.endswith("[torch]")]
+        found["distributional"] = f"{tables.distributional(distributional, names)}\n\n{pairs(distributional)}"
     if update:
         found["update"] = f"{tables.update(update)}\n\n{shares(update)}"
     return found
@@ -122,6 +126,16 @@ def gradient(rows: Sequence[Row]) -> str:
     largest = max(rows, key=lambda row: row["n"] * row["A"])
     size = 4 * largest["n"] * largest["A"] / 1e6
     return f"The gradient alone is {size:,.1f} MB at {tables.size_of(largest)}."
+
+
+def pairs(rows: Sequence[Row]) -> str:
+    """What the gradients take, and from what commit the figures are."""
+    largest = max(rows, key=lambda row: row["n"] * row["A"] * row["K"])
+    size = 4 * largest["n"] * largest["A"] * largest["K"] / 1e6
+    return (
+        f"The gradient alone is {size:,.1f} MB at {largest['n']} x {largest['A']} x {largest['K']}. {machine(largest)} "
+        f"{noise(rows)}"
+    )
 
 
 def heads(rows: Sequence[Row]) -> str:

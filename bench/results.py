@@ -16,6 +16,7 @@ COLUMNS = {
         "bytes", "gb_per_s", "of_floor", "peak_bytes",
     ),
     "linear": (*ABOUT, "variant", "n", "A", "D", "dtype", "provider", *TIMES, *ON_A_GPU, "peak_bytes"),
+    "distributional": (*ABOUT, "variant", "n", "A", "K", "dtype", "provider", *TIMES, *ON_A_GPU, "peak_bytes"),
     "update": (
         *ABOUT, "network", "n", "A", "dtype", "mode", "provider", *TIMES, "adds_us", "adds_p20", "adds_p80",
         "share", "peak_bytes",
@@ -30,7 +31,7 @@ COLUMNS = {
     ),
 }  # fmt: skip
 INTEGERS = {
-    "cores", "threads", "n", "A", "D", "bytes", "peak_bytes", "registers", "spill_bytes", "shared_bytes",
+    "cores", "threads", "n", "A", "D", "K", "bytes", "peak_bytes", "registers", "spill_bytes", "shared_bytes",
     "load_bits", "store_bits", "block_threads", "programs", "loaded_bytes", "stored_bytes", "sectors", "bank_conflicts",
 }  # fmt: skip
 NUMBERS = {

@@ -13,6 +13,8 @@ def tables(kind: str, rows: Sequence[Row]) -> dict[str, str]:
     if kind == "loss":
         names = dict.fromkeys(row["variant"] for row in rows)
         return {name: loss([row for row in rows if row["variant"] == name], seen(rows, name)) for name in names}
+    if kind == "distributional":
+        return {"distributional losses": distributional(rows)}
     return {"linear head": linear(rows)} if kind == "linear" else {"whole update": update(rows)}
 
 
@@ -35,6 +37,15 @@ def loss(rows: Sequence[Row], providers: Sequence[str], memory: bool = False) ->
 def linear(rows: Sequence[Row], providers: Sequence[str] | None = None) -> str:
     """A line a head."""
     return grid("A x D", rows, head_of, providers or seen(rows), lambda row: cell(row, True))
+
+
+def distributional(rows: Sequence[Row], providers: Sequence[str] | None = None) -> str:
+    """A line a loss and size."""
+
+    def label(row: Row) -> str:
+        return f"{row['variant']}, {row['n']} x {row['A']} x {row['K']}{dtype_of(row)}"
+
+    return grid("loss, n x A x K", rows, label, providers or seen(rows), lambda row: cell(row, True))
 
 
 def update(rows: Sequence[Row]) -> str:

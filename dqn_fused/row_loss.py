@@ -92,9 +92,9 @@ def rows_gradient(grad_loss: Tensor, saved: SavedRows) -> Tensor:
     n, (*_, A, K) = slopes.shape[0], shape
     scale = grad_loss.reshape(-1) / max(n, 1) if reduction == "mean" else grad_loss.reshape(-1)  # (n,) or (1,)
     if weights is not None:
-        scale = scale * weights.to(slopes.dtype)
+        scale = scale * weights.reshape(-1).to(slopes.dtype)  # (n, 1), where an op has checked them
     rows = slopes * scale.unsqueeze(1)
-    index, legal = legal_actions(actions, A)
+    index, legal = legal_actions(actions.reshape(-1), A)
     if legal is not None:
         rows = torch.where(legal.unsqueeze(1), rows, 0)
     zeros = rows.new_zeros((n, A, K), dtype=dtype)

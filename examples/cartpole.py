@@ -2,6 +2,7 @@
 
     python examples/cartpole.py                        # fused loss, seed 1, learning curve in cartpole.png
     python examples/cartpole.py --loss eager --seed 7  # the same agent on the plain PyTorch loss
+    python examples/cartpole.py --quantiles 50         # QR-DQN: the return's quantiles instead of its mean
     python examples/cartpole.py --compile              # networks and loss in one graph of torch.compile
     python examples/cartpole.py --cuda-graph           # on a GPU, with the whole update captured and replayed
 
@@ -23,10 +24,12 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dqn_fused import fused_dqn_loss
+from dqn_fused import fused_dqn_loss, fused_quantile_loss
+from dqn_fused.quantile_reference import quantile_loss
 from dqn_fused.reference import dqn_loss
 
 LOSSES: dict[str, Any] = {"fused": fused_dqn_loss, "eager": dqn_loss}
+QUANTILE_LOSSES: dict[str, Any] = {"fused": fused_quantile_loss, "eager": quantile_loss}
 GOAL = 475.0  # the mean return at which CartPole-v1 counts as solved; an episode yields 500 at most
 # First seeds of two sets of evaluation episodes, disjoint so that no episode that helped to choose
 # the checkpoint also grades it.
@@ -42,6 +45,7 @@ class Args:
     seed: int = option(1, "seeds the environment, the networks, the replay and the exploration")
     total_steps: int = option(80_000, "environment steps at most")
     loss: str = option("fused", "implementation of the loss", choices=tuple(LOSSES))
+    quantiles: int = option(0, "of the return of each action, for QR-DQN; 0 for DQN")
     plot: str = option("cartpole.png", "where to save the learning curve")
     quiet: bool = option(False, "hide the progress bar")
     compile: bool = option(False, "compile the online network and the loss, fullgraph=True")
@@ -63,12 +67,19 @@ class Args:
 
 
 class QNetwork(nn.Sequential):
-    def __init__(self, obs_dim: int, n_actions: int) -> None:
-        super().__init__(nn.Linear(obs_dim, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, n_actions))
+    """Q-values (*N, A), or with quantiles those of each action's return, (*N, A, K), whose mean is the Q-value."""
+
+    def __init__(self, obs_dim: int, n_actions: int, quantiles: int = 0) -> None:
+        head = [nn.Linear(84, n_actions * max(quantiles, 1))]
+        super().__init__(nn.Linear(obs_dim, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), *head)
+        self.quantiles = quantiles
+        if quantiles:
+            self.append(nn.Unflatten(-1, (n_actions, quantiles)))
 
     @torch.inference_mode()
     def greedy(self, obs: np.ndarray) -> int:
-        return int(self(torch.from_numpy(obs).to(next(self.parameters()).device)).argmax())
+        q = self(torch.from_numpy(obs).to(next(self.parameters()).device))
+        return int((q.mean(-1) if self.quantiles else q).argmax())
 
 
 class Batch(NamedTuple):
@@ -112,7 +123,7 @@ class Update:
         # A captured step reads the learning rate from memory, where it can be changed between two replays.
         rate = torch.tensor(args.learning_rate, device=args.device) if args.cuda_graph else args.learning_rate
         self.optimizer = torch.optim.Adam(q_network.parameters(), lr=rate, fused=True, capturable=args.cuda_graph)
-        loss_fn, gamma = LOSSES[args.loss], args.gamma
+        loss_fn, gamma = (QUANTILE_LOSSES if args.quantiles else LOSSES)[args.loss], args.gamma
 
         def loss(batch: Batch, next_q: Tensor) -> Tensor:
             q = q_network(batch.obs)
@@ -210,7 +221,7 @@ def train(args: Args) -> Run:
 
     env = gym.make("CartPole-v1")
     obs_dim, n_actions = env.observation_space.shape[0], int(env.action_space.n)
-    q_network = QNetwork(obs_dim, n_actions).to(args.device)
+    q_network = QNetwork(obs_dim, n_actions, args.quantiles).to(args.device)
     target_network = copy.deepcopy(q_network)
     plain_update = Update(args, q_network, target_network)
     update = GraphedUpdate(plain_update) if args.cuda_graph else plain_update
@@ -276,7 +287,8 @@ def plot(run: Run, path: str) -> None:
     axes.plot(steps, means, "o", color="tab:orange", markersize=5, label=label)
     axes.set(xlabel="environment steps", ylabel="episode return", xlim=(0, None), ylim=(0, 520))
     final = f"final mean return {fmean(run.final_returns):.1f}"
-    axes.set_title(f"DQN on CartPole-v1, {run.args.loss} loss, seed {run.args.seed}: {final}")
+    name = "QR-DQN" if run.args.quantiles else "DQN"
+    axes.set_title(f"{name} on CartPole-v1, {run.args.loss} loss, seed {run.args.seed}: {final}")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -302,6 +314,8 @@ def parse_args() -> Args:
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "default": f.default}
         parser.add_argument("--" + f.name.replace("_", "-"), **kind, **f.metadata)
     args = Args(**vars(parser.parse_args()))
+    if args.quantiles < 0:
+        parser.error("--quantiles must be at least 0")
     if min(args.total_steps, args.eval_episodes, args.check_episodes) < 1:
         parser.error("--total-steps, --eval-episodes and --check-episodes must be at least 1")
     if args.cuda_graph:

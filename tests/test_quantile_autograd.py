@@ -88,6 +88,21 @@ def test_the_derivative_by_the_upstream_gradient(backend: Road) -> None:
 
 
 @every_road
+def test_columns_in_a_backward_that_is_recorded(backend: Road) -> None:
+    """An op that checks its arguments saves them as they are: weights of (n, 1) would broadcast against (n,)."""
+    arguments = make((4, 3, 5), seed=45) | {"weights": torch.rand(4)}
+    x = arguments["quantiles"].requires_grad_()
+    gradients = []
+    for create_graph in (False, True):
+        for form in (lambda x: x, lambda x: x.unsqueeze(1)):
+            given = {**arguments, "actions": form(arguments["actions"]), "weights": form(arguments["weights"])}
+            loss = fused_quantile_loss(**given, backend=backend.backend)
+            gradients += torch.autograd.grad(loss, x, create_graph=create_graph)
+    for gradient in gradients:
+        torch.testing.assert_close(gradient, gradients[0])
+
+
+@every_road
 def test_a_second_derivative_is_refused(backend: Road) -> None:
     arguments = make((4, 3, 5), seed=46)
     x = arguments["quantiles"].requires_grad_()
@@ -254,7 +269,7 @@ def test_tensors_without_values(backend: Road, mode: str) -> None:
 
 
 def nothing_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("arguments", "reference", "_backends.boxed"):
+    for module in ("arguments", "reference", "quantile", "_backends.boxed"):
         monkeypatch.setattr(f"dqn_fused.{module}.looks_at_values", lambda device: False)
 
 
