@@ -1,7 +1,8 @@
 """The distributional losses against the lines people write for them. One row a loss, size, dtype and provider."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +35,7 @@ class Family(NamedTuple):
     backends: str  # the name of the family in dqn_fused._backends
     input: str  # the argument that has a gradient
     arguments: Callable[[int, int, int, torch.dtype, str], Arguments]
-    options: Arguments = {}  # of the fused losses
+    options: Mapping[str, Any] = MappingProxyType({})  # of the fused losses
     by_hand: tuple[str, ...] = ()  # arguments of the eager one alone
 
 
