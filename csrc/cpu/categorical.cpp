@@ -42,9 +42,8 @@ struct Worker {
       return functions.gauss(support, reward, static_cast<T>(std::min(scale, most)), target, more);
     }
     if (!live) return functions.two_hot(support, reward, target);
-    const int64_t best = best_action(d, next_row, [&](int64_t a) {
-      return value(support, row_of(chooser, {}, next_row * d.A + a, 0, d.K), more);
-    });
+    const int64_t best = best_action(
+        d, next_row, [&](int64_t a) { return value(support, row_of(chooser, {}, next_row * d.A + a, 0, d.K), more); });
     if (best < 0) return functions.two_hot(support, NOT_A_NUMBER<T>, target);
     const Softmax<T> softmax = next(support, row_of(b.next_q, {}, next_row * d.A + best, 0, d.K), logits, powers);
     functions.project(support, reward, b.gamma<T>(i), powers, softmax.total, target, more);

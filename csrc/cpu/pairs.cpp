@@ -65,8 +65,8 @@ struct PairsOf {
   }
 
   DQN_FUSED_INLINE static void run(const T* __restrict predicted, const T* __restrict above, const T* __restrict below,
-                                   int64_t padded, const T* __restrict target, int64_t n, T kappa,
-                                   T* __restrict losses, T* __restrict slopes) {
+                                   int64_t padded, const T* __restrict target, int64_t n, T kappa, T* __restrict losses,
+                                   T* __restrict slopes) {
     const T inverse = std::min(1 / kappa, std::numeric_limits<T>::max()), half = kappa / 2;
     const Bits one = to_bits(T(1));
     for (int64_t first = 0; first < padded; first += PAIR_WIDTH) {

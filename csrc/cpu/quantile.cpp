@@ -100,8 +100,7 @@ struct Worker {
       tau(dqn_fused::cpu::row_of(options.taus, {}, i, 0, d.K), 0, 1, below.data());
       weigh();
     }
-    sums(predicted.data(), above.data(), below.data(), padded, target.data(), n, kappa,
-         losses.data(), slopes.data());
+    sums(predicted.data(), above.data(), below.data(), padded, target.data(), n, kappa, losses.data(), slopes.data());
     const T share = 1 / static_cast<T>(parts);
     for (int64_t k = 0; k < d.K; ++k) found[k] = slopes[k] * share;
     write_gradient(d, options.reduction, i, action, found, out.grad);
