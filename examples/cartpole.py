@@ -3,6 +3,7 @@
     python examples/cartpole.py                        # fused loss, seed 1, learning curve in cartpole.png
     python examples/cartpole.py --loss eager --seed 7  # the same agent on the plain PyTorch loss
     python examples/cartpole.py --quantiles 50         # QR-DQN: the return's quantiles instead of its mean
+    python examples/cartpole.py --atoms 51             # C51: its distribution on 51 atoms
     python examples/cartpole.py --compile              # networks and loss in one graph of torch.compile
     python examples/cartpole.py --cuda-graph           # on a GPU, with the whole update captured and replayed
 
@@ -14,6 +15,7 @@ import copy
 import random
 import time
 from dataclasses import dataclass, field, fields
+from functools import partial
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -24,12 +26,14 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dqn_fused import fused_dqn_loss, fused_quantile_loss
+from dqn_fused import fused_categorical_loss, fused_dqn_loss, fused_quantile_loss
+from dqn_fused.categorical_reference import categorical_loss
 from dqn_fused.quantile_reference import quantile_loss
 from dqn_fused.reference import dqn_loss
 
 LOSSES: dict[str, Any] = {"fused": fused_dqn_loss, "eager": dqn_loss}
 QUANTILE_LOSSES: dict[str, Any] = {"fused": fused_quantile_loss, "eager": quantile_loss}
+CATEGORICAL_LOSSES: dict[str, Any] = {"fused": fused_categorical_loss, "eager": categorical_loss}
 GOAL = 475.0  # the mean return at which CartPole-v1 counts as solved; an episode yields 500 at most
 # First seeds of two sets of evaluation episodes, disjoint so that no episode that helped to choose
 # the checkpoint also grades it.
@@ -46,6 +50,7 @@ class Args:
     total_steps: int = option(80_000, "environment steps at most")
     loss: str = option("fused", "implementation of the loss", choices=tuple(LOSSES))
     quantiles: int = option(0, "of the return of each action, for QR-DQN; 0 for DQN")
+    atoms: int = option(0, "that the return of each action is distributed on, for C51; 0 for DQN")
     plot: str = option("cartpole.png", "where to save the learning curve")
     quiet: bool = option(False, "hide the progress bar")
     compile: bool = option(False, "compile the online network and the loss, fullgraph=True")
@@ -67,19 +72,24 @@ class Args:
 
 
 class QNetwork(nn.Sequential):
-    """Q-values (*N, A), or with quantiles those of each action's return, (*N, A, K), whose mean is the Q-value."""
+    """Q-values (*N, A), or of each action's return quantiles or the logits of its atoms, (*N, A, K)."""
 
-    def __init__(self, obs_dim: int, n_actions: int, quantiles: int = 0) -> None:
-        head = [nn.Linear(84, n_actions * max(quantiles, 1))]
+    def __init__(self, obs_dim: int, n_actions: int, quantiles: int = 0, atoms: int = 0) -> None:
+        K = max(quantiles, atoms)
+        head = [nn.Linear(84, n_actions * max(K, 1))]
         super().__init__(nn.Linear(obs_dim, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), *head)
-        self.quantiles = quantiles
-        if quantiles:
-            self.append(nn.Unflatten(-1, (n_actions, quantiles)))
+        self.quantiles, self.atoms = quantiles, atoms
+        if K:
+            self.append(nn.Unflatten(-1, (n_actions, K)))
 
     @torch.inference_mode()
     def greedy(self, obs: np.ndarray) -> int:
         q = self(torch.from_numpy(obs).to(next(self.parameters()).device))
-        return int((q.mean(-1) if self.quantiles else q).argmax())
+        if self.quantiles:
+            q = q.mean(-1)
+        if self.atoms:  # the largest expectation, whatever the ends of the support
+            q = (q.softmax(-1) * torch.linspace(0, 1, self.atoms, device=q.device)).sum(-1)
+        return int(q.argmax())
 
 
 class Batch(NamedTuple):
@@ -124,6 +134,8 @@ class Update:
         rate = torch.tensor(args.learning_rate, device=args.device) if args.cuda_graph else args.learning_rate
         self.optimizer = torch.optim.Adam(q_network.parameters(), lr=rate, fused=True, capturable=args.cuda_graph)
         loss_fn, gamma = (QUANTILE_LOSSES if args.quantiles else LOSSES)[args.loss], args.gamma
+        if args.atoms:  # a reward of one at each step: no return is larger than their discounted sum
+            loss_fn = partial(CATEGORICAL_LOSSES[args.loss], support=(0.0, 1 / (1 - gamma)))
 
         def loss(batch: Batch, next_q: Tensor) -> Tensor:
             q = q_network(batch.obs)
@@ -221,7 +233,7 @@ def train(args: Args) -> Run:
 
     env = gym.make("CartPole-v1")
     obs_dim, n_actions = env.observation_space.shape[0], int(env.action_space.n)
-    q_network = QNetwork(obs_dim, n_actions, args.quantiles).to(args.device)
+    q_network = QNetwork(obs_dim, n_actions, args.quantiles, args.atoms).to(args.device)
     target_network = copy.deepcopy(q_network)
     plain_update = Update(args, q_network, target_network)
     update = GraphedUpdate(plain_update) if args.cuda_graph else plain_update
@@ -287,7 +299,7 @@ def plot(run: Run, path: str) -> None:
     axes.plot(steps, means, "o", color="tab:orange", markersize=5, label=label)
     axes.set(xlabel="environment steps", ylabel="episode return", xlim=(0, None), ylim=(0, 520))
     final = f"final mean return {fmean(run.final_returns):.1f}"
-    name = "QR-DQN" if run.args.quantiles else "DQN"
+    name = "QR-DQN" if run.args.quantiles else "C51" if run.args.atoms else "DQN"
     axes.set_title(f"{name} on CartPole-v1, {run.args.loss} loss, seed {run.args.seed}: {final}")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.grid(alpha=0.25)
@@ -314,8 +326,8 @@ def parse_args() -> Args:
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "default": f.default}
         parser.add_argument("--" + f.name.replace("_", "-"), **kind, **f.metadata)
     args = Args(**vars(parser.parse_args()))
-    if args.quantiles < 0:
-        parser.error("--quantiles must be at least 0")
+    if min(args.quantiles, args.atoms) < 0 or args.atoms == 1 or (args.quantiles and args.atoms):
+        parser.error("--quantiles or --atoms, not both: at least 0, and not one atom")
     if min(args.total_steps, args.eval_episodes, args.check_episodes) < 1:
         parser.error("--total-steps, --eval-episodes and --check-episodes must be at least 1")
     if args.cuda_graph:

@@ -15,11 +15,20 @@ DQN_FUSED_INLINE float keep_if(bool keep, float x) { return from_bits(bits(x) & 
 
 DQN_FUSED_INLINE double keep_if(bool keep, double x) { return keep ? x : 0; }
 
+// One of two without a branch, of bits for the same reason.
+DQN_FUSED_INLINE float choose(bool first, float a, float b) {
+  const uint32_t mask = -static_cast<uint32_t>(first);
+  return from_bits((bits(a) & mask) | (bits(b) & ~mask));
+}
+
+DQN_FUSED_INLINE double choose(bool first, double a, double b) { return first ? a : b; }
+
 template <class T>
-DQN_FUSED_INLINE double sum_of(const T* lanes) {
-  double total = 0;
-  for (int64_t lane = 0; lane < WIDTH<T>; ++lane) total += lanes[lane];
-  return total;
+DQN_FUSED_INLINE T sum_of(const T* lanes) {
+  T half[WIDTH<T> / 2], quarter[WIDTH<T> / 4];
+  for (int64_t lane = 0; lane < WIDTH<T> / 2; ++lane) half[lane] = lanes[lane] + lanes[lane + WIDTH<T> / 2];
+  for (int64_t lane = 0; lane < WIDTH<T> / 4; ++lane) quarter[lane] = half[lane] + half[lane + WIDTH<T> / 4];
+  return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
 }
 
 // 1 - exp(-x p(x)), p being fitted to -log(erfc(x)) / x on [0, 4.1] by weighted least squares: off by 2.3e-9, and by
@@ -55,10 +64,10 @@ struct Positions {
 
   // value must not be NaN.
   DQN_FUSED_INLINE T operator()(T value) const {
-    value = value < low ? low : value;
-    value = value > high ? high : value;
+    value = choose(value < low, low, value);
+    value = choose(value > high, high, value);
     const T position = (value - low) / step;
-    return position > last ? last : position;
+    return choose(position > last, last, position);
   }
 
   // The atom below, at most the last but one: a position on the last atom then is all of the way to it.
@@ -68,51 +77,69 @@ struct Positions {
   }
 };
 
+// The last K % WIDTH logits of a row, or all of it where it is not contiguous, padded with -inf; returns how many come
+// before.
 template <class Stored, class T>
-DQN_FUSED_INLINE void load(const Support<T>& support, const Row& row, T* __restrict logits) {
+DQN_FUSED_INLINE int64_t load_rest(const Row& row, T* __restrict rest) {
   const Stored* const x = static_cast<const Stored*>(row.values);
-  if (row.stride == 1) {
-    for (int64_t j = 0; j < support.K; ++j) logits[j] = widen<T>(x[j]);
-  } else {
-    for (int64_t j = 0; j < support.K; ++j) logits[j] = widen<T>(x[j * row.stride]);
+  const int64_t first = row.stride == 1 ? row.n / WIDTH<T> * WIDTH<T> : 0, n = row.n - first;
+  for (int64_t j = 0; j < n; ++j) rest[j] = widen<T>(x[(first + j) * row.stride]);
+  for (int64_t j = n; j % WIDTH<T> != 0; ++j) rest[j] = -INFINITE<T>;
+  return first;
+}
+
+// Of n logits, a multiple of WIDTH: the lanes of the sum of exp(logit - largest), and of their products with the atoms.
+template <class T, class Stored>
+DQN_FUSED_INLINE void add_powers(const Stored* x, int64_t n, const T* atoms, T largest, T* total, T* weighted) {
+  for (int64_t j = 0; j < n; j += WIDTH<T>) {
+    for (int64_t lane = 0; lane < WIDTH<T>; ++lane) {
+      const T power = exponential(widen<T>(x[j + lane]) - largest);
+      total[lane] += power;
+      weighted[lane] += power * atoms[j + lane];
+    }
   }
-  for (int64_t j = support.K; j < support.padded; ++j) logits[j] = -INFINITE<T>;
 }
 
 template <class Stored, class T>
 struct ExpectationOf {
-  DQN_FUSED_INLINE static double run(const Support<T>& support, const Row& row, T* logits) {
-    load<Stored>(support, row, logits);
-    const double found = largest_of<T>(logits, support.padded, 1);
-    if (!(std::abs(found) < INFINITE<double>)) return NOT_A_NUMBER<double>;
-    const T largest = static_cast<T>(found);
-    T total[WIDTH<T>] = {}, weighted[WIDTH<T>] = {};
-    for (int64_t j = 0; j < support.padded; j += WIDTH<T>) {
-      for (int64_t lane = 0; lane < WIDTH<T>; ++lane) {
-        const T e = exponential(logits[j + lane] - largest);
-        total[lane] += e;
-        weighted[lane] += e * support.atoms[j + lane];
-      }
+  DQN_FUSED_INLINE static double run(const Support<T>& support, const Row& row, T* __restrict rest) {
+    const Stored* const x = static_cast<const Stored*>(row.values);
+    const int64_t first = load_rest<Stored>(row, rest), more = support.padded - first;
+    double largest = first > 0 ? largest_of<Stored>(x, first, 1) : -INFINITE<double>;
+    if (more > 0) {
+      const double other = largest_of<T>(rest, more, 1);
+      largest = other > largest || other != other ? other : largest;
     }
-    return sum_of(weighted) / sum_of(total);
+    if (!(std::abs(largest) < INFINITE<double>)) return NOT_A_NUMBER<double>;
+    T total[WIDTH<T>] = {}, weighted[WIDTH<T>] = {};
+    add_powers(x, first, support.atoms, static_cast<T>(largest), total, weighted);
+    add_powers(rest, more, support.atoms + first, static_cast<T>(largest), total, weighted);
+    return static_cast<double>(sum_of(weighted)) / static_cast<double>(sum_of(total));
   }
 };
 
 template <class Stored, class T>
 struct ExponentialsOf {
-  DQN_FUSED_INLINE static Softmax<T> run(const Support<T>& support, const Row& row, T* logits, T* e) {
-    load<Stored>(support, row, logits);
+  DQN_FUSED_INLINE static Softmax<T> run(const Support<T>& support, const Row& row, T* __restrict logits,
+                                         T* __restrict powers) {
+    const Stored* const x = static_cast<const Stored*>(row.values);
+    if (row.stride == 1) {
+      for (int64_t j = 0; j < row.n; ++j) logits[j] = widen<T>(x[j]);
+    } else {
+      for (int64_t j = 0; j < row.n; ++j) logits[j] = widen<T>(x[j * row.stride]);
+    }
+    for (int64_t j = row.n; j < support.padded; ++j) logits[j] = -INFINITE<T>;
     const T largest = static_cast<T>(largest_of<T>(logits, support.padded, 1));
     if (!(std::abs(largest) < INFINITE<T>)) return {largest, NOT_A_NUMBER<T>};
     T total[WIDTH<T>] = {};
     for (int64_t j = 0; j < support.padded; j += WIDTH<T>) {
       for (int64_t lane = 0; lane < WIDTH<T>; ++lane) {
         const T power = exponential(logits[j + lane] - largest);
-        e[j + lane] = power;
+        powers[j + lane] = power;
         total[lane] += power;
       }
     }
-    return {largest, static_cast<T>(sum_of(total))};
+    return {largest, sum_of(total)};
   }
 };
 
@@ -205,8 +232,7 @@ struct CrossEntropyOf {
         mass[lane] += m;
       }
     }
-    return {static_cast<T>(sum_of(loss)), static_cast<T>(sum_of(mean) / softmax.total),
-            static_cast<T>(sum_of(target_mean)), static_cast<T>(sum_of(mass))};
+    return {sum_of(loss), sum_of(mean) / softmax.total, sum_of(target_mean), sum_of(mass)};
   }
 };
 
