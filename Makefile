@@ -66,6 +66,7 @@ asan: $(READY)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0:max_malloc_fill_size=1000000000 PYTHONPATH=$(OUT)/asan TORCHDYNAMO_DISABLE=1 \
 		$(VENV)/bin/pytest -q -m "not ptx" tests/test_compiled.py tests/test_loss.py tests/test_family.py tests/test_arguments.py \
+		tests/test_quantile.py tests/test_quantile_compiled.py \
 		-k "not torch-cpu and not torch_compile and not opcheck"
 
 lint: $(READY)

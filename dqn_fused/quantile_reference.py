@@ -74,6 +74,12 @@ def midpoints(predicted: Tensor) -> Tensor:
     return (torch.arange(K, dtype=predicted.dtype, device=predicted.device) + 0.5) / K
 
 
+def kappa_in(dtype: torch.dtype, spec: QuantileSpec) -> float:
+    """kappa as a dtype has it: 0 below its normal numbers."""
+    limits = torch.finfo(dtype)
+    return min(spec.kappa, limits.max) if spec.kappa >= limits.tiny else 0.0
+
+
 def pair_weights(difference: Tensor, predicted: Tensor, taus: Tensor | None) -> Tensor:
     """|tau_i - 1{u < 0}|, (n, K, K'), of the differences -u = predicted_i - target_j."""
     taus = (midpoints(predicted) if taus is None else taus.detach().to(predicted.dtype)).unsqueeze(-1)
@@ -84,7 +90,9 @@ def loss_of_pairs(predicted: Tensor, target: Tensor, taus: Tensor | None, spec: 
     """Loss of each sample, (n,), of its predicted and target quantiles, (n, K) and (n, K')."""
     difference = predicted.unsqueeze(2) - target.unsqueeze(1)  # (n, K, K')
     weights = pair_weights(difference.detach(), predicted, taus)
-    huber = F.smooth_l1_loss(difference, torch.zeros_like(difference), reduction="none", beta=spec.kappa)
+    huber = F.smooth_l1_loss(
+        difference, torch.zeros_like(difference), reduction="none", beta=kappa_in(predicted.dtype, spec)
+    )
     each = (weights * huber).mean(2)
     return each.sum(1) if spec.quantile_reduction == "sum" else each.mean(1)
 
@@ -92,8 +100,9 @@ def loss_of_pairs(predicted: Tensor, target: Tensor, taus: Tensor | None, spec: 
 def slopes_of_pairs(predicted: Tensor, target: Tensor, taus: Tensor | None, spec: QuantileSpec) -> Tensor:
     """Derivative of each sample's loss by its predicted quantiles, (n, K); 0 for equal ones where kappa is 0."""
     difference = predicted.unsqueeze(2) - target.unsqueeze(1)
-    if spec.kappa > 0:
-        slopes = (difference / spec.kappa).clamp(-1, 1)
+    kappa = kappa_in(predicted.dtype, spec)
+    if kappa > 0:
+        slopes = (difference / kappa).clamp(-1, 1)
     else:
         slopes = torch.where(difference.isnan(), difference, difference.sgn())  # the sign of NaN is 0
     slopes = (pair_weights(difference, predicted, taus) * slopes).mean(2)

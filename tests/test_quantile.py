@@ -283,7 +283,7 @@ def test_infinite_targets(backend: Road, kappa: float) -> None:
 
 
 @every_road
-@pytest.mark.parametrize("kappa", [1e-30, 1e-6, 1e30])
+@pytest.mark.parametrize("kappa", [1e-300, 1e-30, 1e-6, 1e30, 1e300])
 def test_extreme_kappa(backend: Road, kappa: float) -> None:
     check(backend, {**make((5, 2, 4), 3, seed=20), "kappa": kappa})
 

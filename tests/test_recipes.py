@@ -195,7 +195,7 @@ class TestCartPole:
 
         torch.manual_seed(0)
         args = Args(**options)
-        q_network, target_network = QNetwork(4, 2), QNetwork(4, 2)
+        q_network, target_network = QNetwork(4, 2, args.quantiles), QNetwork(4, 2, args.quantiles)
         update = Update(args, q_network, target_network)
         found = []
         for _ in range(LOSSES):
@@ -211,6 +211,9 @@ class TestCartPole:
         assert_same_losses(self.losses(loss="fused"), expected)
         torch._dynamo.reset()
         assert_same_losses(self.losses(loss="fused", compile=True), expected)
+
+    def test_quantiles_same_as_eager(self) -> None:
+        assert_same_losses(self.losses(loss="fused", quantiles=8), self.losses(loss="eager", quantiles=8))
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device serves it")
     def test_a_cuda_graph_needs_a_gpu(

@@ -26,6 +26,7 @@ struct Worker {
   const int64_t padded;
   const Mean value, mean = mean_of(TYPE);
   const Affine<T> read, next, tau;
+  const T kappa;
   const Pairs<T> sums;
   std::vector<T> predicted, above, below, losses, slopes, target;
 
@@ -39,7 +40,8 @@ struct Worker {
         read(affine<T>(d.batch.q.values.type)),
         next(affine<T>(d.batch.next_q.values.type)),
         tau(affine<T>(options.taus.values.type)),
-        sums(pairs<T>(options.kappa)),
+        kappa(kappa_of(options.kappa)),
+        sums(pairs<T>(kappa)),
         predicted(padded),
         above(padded),
         below(padded),
@@ -49,6 +51,12 @@ struct Worker {
     if (options.taus) return;
     for (int64_t i = 0; i < d.K; ++i) below[i] = (static_cast<T>(i) + T(0.5)) / static_cast<T>(d.K);
     weigh();
+  }
+
+  // As T has it: 0 below the normal numbers.
+  static T kappa_of(double kappa) {
+    using Limits = std::numeric_limits<T>;
+    return kappa < Limits::min() ? T(0) : static_cast<T>(std::min<double>(kappa, Limits::max()));
   }
 
   // |tau - 1| and |tau| of the taus in below.
@@ -92,8 +100,7 @@ struct Worker {
       tau(dqn_fused::cpu::row_of(options.taus, {}, i, 0, d.K), 0, 1, below.data());
       weigh();
     }
-    sums(predicted.data(), above.data(), below.data(), padded, target.data(), n, static_cast<T>(options.kappa),
-         losses.data(), slopes.data());
+    sums(predicted.data(), above.data(), below.data(), padded, target.data(), n, kappa, losses.data(), slopes.data());
     const T share = 1 / static_cast<T>(parts);
     for (int64_t k = 0; k < d.K; ++k) found[k] = slopes[k] * share;
     write_gradient(d, options.reduction, i, action, found, out.grad);
