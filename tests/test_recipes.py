@@ -195,7 +195,7 @@ class TestCartPole:
 
         torch.manual_seed(0)
         args = Args(**options)
-        q_network, target_network = QNetwork(4, 2, args.quantiles), QNetwork(4, 2, args.quantiles)
+        q_network, target_network = (QNetwork(4, 2, args.quantiles, args.atoms) for _ in range(2))
         update = Update(args, q_network, target_network)
         found = []
         for _ in range(LOSSES):
@@ -214,6 +214,9 @@ class TestCartPole:
 
     def test_quantiles_same_as_eager(self) -> None:
         assert_same_losses(self.losses(loss="fused", quantiles=8), self.losses(loss="eager", quantiles=8))
+
+    def test_atoms_same_as_eager(self) -> None:
+        assert_same_losses(self.losses(loss="fused", atoms=9), self.losses(loss="eager", atoms=9))
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device serves it")
     def test_a_cuda_graph_needs_a_gpu(
