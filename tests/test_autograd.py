@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dqn_fused.arguments
 import dqn_fused.reference
-from dqn_fused import FusedDQNLoss, fused_dqn_loss, fused_dqn_loss_and_grad
+from dqn_fused import FusedDQNLoss, fused_dqn_loss, fused_dqn_loss_and_grad, node
 from dqn_fused.reference import dqn_loss
 
 
@@ -187,6 +187,7 @@ def blind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing looks at values, as on a GPU, where looking would cost a synchronisation."""
     for module in (dqn_fused.arguments, dqn_fused.reference):
         monkeypatch.setattr(module, "looks_at_values", lambda device: False)
+    monkeypatch.setattr(node, "serves", set())  # whose ops look, as those on the CPU always do
 
 
 @pytest.mark.usefixtures("blind")
