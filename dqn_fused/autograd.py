@@ -121,7 +121,7 @@ def save(
 def differentiable_backward(
     grad_loss: Tensor | None, grad_td_error: Tensor | None, saved: Saved, spec: LossSpec
 ) -> Tensor | None:
-    """Gradient of q by what comes upstream of the loss and of the TD errors, in operations that can be differentiated."""
+    """Gradient of q by what comes upstream of loss and TD errors, in operations that can be differentiated."""
     terms = [] if grad_td_error is None else [scatter_taken(grad_td_error, saved)]
     if grad_loss is not None:
         terms.append(loss_gradient(grad_loss, saved, spec))

@@ -61,6 +61,6 @@ def start() -> None:
 MODULE, MISSING = load()
 # Names of the backends that mean the compiled ops on the CPU: none before those are loaded.
 serves: set[str] = set()
-# (spec, batch) -> what a backend's loss_and_grad, and forward, returns; None where the arguments are not the ordinary
-# ones, or wrong, and Python must look at them.
-calls: tuple[Call, Call] | None = None if MODULE is None else (MODULE.td_loss_and_grad, MODULE.td_loss)
+# By whether the loss is recorded: (spec, batch) -> what a backend's forward, or its loss_and_grad, returns. None where
+# the arguments are not the ordinary ones, or wrong, and Python must look at them.
+calls: dict[bool, Call] = {} if MODULE is None else {True: MODULE.td_loss, False: MODULE.td_loss_and_grad}
