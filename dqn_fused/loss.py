@@ -20,7 +20,8 @@ from dqn_fused.arguments import (
     normalise_weights,
     require_next_q,
 )
-from dqn_fused.autograd import apart, inside_transform, refuse_forward_mode, td_loss
+from dqn_fused.autograd import apart, inside_transform, refuse_forward_mode
+from dqn_fused.node import td_loss
 from dqn_fused.reference import conservative_term
 from dqn_fused.targets import Munchausen, Soft
 

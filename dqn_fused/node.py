@@ -15,13 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from dqn_fused._backends.boxed import unpack_backward
+from dqn_fused import arguments, autograd
+from dqn_fused._backends.boxed import shaped_forward, unpack_backward
 from dqn_fused.arguments import Batch, LossSpec
-from dqn_fused.autograd import differentiable_backward
 
 FOLDER = Path(__file__).parent
 Call = Callable[[LossSpec, Batch], tuple[Any, ...] | None]
+
 
 def file_name() -> str:
     """Name of the library for this torch and this Python."""
@@ -49,7 +51,16 @@ def load(folder: Path = FOLDER) -> tuple[ModuleType | None, str]:
 
 def recorded_backward(grad_loss: Tensor | None, grad_td_error: Tensor | None, *saved: Any) -> Tensor | None:
     """Gradient of q, (n, A), in operations that can be differentiated; ``saved`` is as a general backward op has it."""
-    return differentiable_backward(grad_loss, grad_td_error, *unpack_backward(*saved))
+    return autograd.differentiable_backward(grad_loss, grad_td_error, *unpack_backward(*saved))
+
+
+def td_loss(batch: Batch, spec: LossSpec, backend: ModuleType, q: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """autograd.td_loss of a checked batch, recorded in C++ where that serves."""
+    if torch.compiler.is_compiling() or not (backend.NODE and serves) or forward_ad._current_level >= 0:
+        return autograd.td_loss(batch, spec, backend, q)
+    assert MODULE is not None
+    loss, td_error, normaliser = MODULE.record(spec, batch, arguments.looks_at_values(q.device))
+    return shaped_forward(loss, td_error, normaliser, batch, spec)
 
 
 def start() -> None:

@@ -73,24 +73,30 @@ bool undisturbed() {
                 c10::autocast_dispatch_keyset | c10::default_included_set);
 }
 
+constexpr Argument OPTIONAL[] = {NEXT_Q,           TERMINATED, NON_FINAL_MASK, NEXT_Q_ONLINE,
+                                 NEXT_ACTION_MASK, WEIGHTS,    TARGET_Q,       ACTION_MASK};
+
+// Whether everything that should be a tensor is one, of a kind.
+bool tensors(PyObject* const* given, bool (*kind)(PyObject*)) {
+  for (const Argument i : {Q, ACTIONS, REWARDS})
+    if (!kind(given[i])) return false;
+  for (const Argument i : OPTIONAL)
+    if (given[i] != Py_None && !kind(given[i])) return false;
+  PyObject* const gamma = given[GAMMA];
+  return PyFloat_CheckExact(gamma) || PyLong_CheckExact(gamma) || kind(gamma);
+}
+
 // What the op takes as it is, and checks; false for all that Python must look at first.
 bool takes(PyObject* const* given) {
-  for (const Argument i : {Q, ACTIONS, REWARDS})
-    if (!ordinary(given[i])) return false;
-  for (const Argument i :
-       {NEXT_Q, TERMINATED, NON_FINAL_MASK, NEXT_Q_ONLINE, NEXT_ACTION_MASK, WEIGHTS, TARGET_Q, ACTION_MASK})
-    if (given[i] != Py_None && !ordinary(given[i])) return false;
+  if (!tensors(given, ordinary)) return false;
   for (const Argument i : {Q, NEXT_Q, NEXT_Q_ONLINE, NEXT_ACTION_MASK, TARGET_Q, ACTION_MASK})
     if (given[i] != Py_None && THPVariable_Unpack(given[i]).dim() != 2) return false;
-  PyObject* const gamma = given[GAMMA];
-  const Tensor& q = THPVariable_Unpack(given[Q]);
-  return (PyFloat_CheckExact(gamma) || PyLong_CheckExact(gamma) || ordinary(gamma)) && undisturbed() &&
-         !torch::autograd::isFwGradDefined(q);
+  return undisturbed() && !torch::autograd::isFwGradDefined(THPVariable_Unpack(given[Q]));
 }
 
 Maybe maybe(PyObject* x) { return x == Py_None ? std::nullopt : Maybe(THPVariable_Unpack(x)); }
 
-Inputs read(PyObject* const* given) {
+Inputs read(PyObject* const* given, bool check) {
   PyObject* const gamma = given[GAMMA];
   Inputs in;
   in.q = THPVariable_Unpack(given[Q]);
@@ -108,7 +114,7 @@ Inputs read(PyObject* const* given) {
   in.weights = maybe(given[WEIGHTS]);
   in.target_q = maybe(given[TARGET_Q]);
   in.action_mask = maybe(given[ACTION_MASK]);
-  in.check = true;
+  in.check = check;
   return in;
 }
 
@@ -181,11 +187,22 @@ PyObject* call(PyObject*, PyObject* const* spec_and_batch, Py_ssize_t) {
     PyObject* const* const given = PySequence_Fast_ITEMS(spec_and_batch[1]);
     Options options;
     if (!read(spec_and_batch[0], options) || !takes(given)) Py_RETURN_NONE;
-    Outputs out = run<with_grad>(read(given), options);
+    Outputs out = run<with_grad>(read(given, true), options);
     if constexpr (with_grad)
       return tuple(std::move(out.loss), std::move(out.grad_q), std::move(out.td_error), std::move(out.normaliser));
     return tuple(std::move(out.loss), std::move(out.td_error), std::move(out.normaliser));
   });
+}
+
+// (spec, batch, check) of a batch that is checked, on any device.
+PyObject* record_checked(PyObject*, PyObject* const* given, Py_ssize_t) {
+  HANDLE_TH_ERRORS
+  Options options;
+  PyObject* const* const batch = PySequence_Fast_ITEMS(given[1]);
+  TORCH_CHECK_TYPE(read(given[0], options) && tensors(batch, THPVariable_Check), "expected what is checked");
+  Outputs out = run<false>(read(batch, given[2] == Py_True), options);
+  return tuple(std::move(out.loss), std::move(out.td_error), std::move(out.normaliser));
+  END_HANDLE_TH_ERRORS
 }
 
 PyObject* set_recorded_backward(PyObject*, PyObject* function) {
@@ -194,14 +211,14 @@ PyObject* set_recorded_backward(PyObject*, PyObject* function) {
   Py_RETURN_NONE;
 }
 
-template <bool with_grad>
-PyCFunction method() {
-  return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&call<with_grad>));
-}
+using Fast = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
+
+PyCFunction method(Fast function) { return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function)); }
 
 PyMethodDef methods[] = {
-    {"td_loss", method<false>(), METH_FASTCALL, "(loss, td_error, normaliser), or None: see dqn_fused.node."},
-    {"td_loss_and_grad", method<true>(), METH_FASTCALL, "(loss, grad_q, td_error, normaliser), or None."},
+    {"td_loss", method(call<false>), METH_FASTCALL, "(loss, td_error, normaliser), or None: see dqn_fused.node."},
+    {"td_loss_and_grad", method(call<true>), METH_FASTCALL, "(loss, grad_q, td_error, normaliser), or None."},
+    {"record", method(record_checked), METH_FASTCALL, "(loss, td_error, normaliser) of a checked batch."},
     {"set_recorded_backward", set_recorded_backward, METH_O, "What a backward calls that is itself recorded."},
     {nullptr, nullptr, 0, nullptr}};
 

@@ -21,6 +21,7 @@ auto_sweep = sweep  # the product is the library's
 CAPABILITIES = ("default", "avx2", "avx512")  # instruction sets that the CPU's functions are compiled for
 CHECKS_CPU = True  # on CUDA a look at the values would cost a synchronisation
 COUNTS_MASK = False
+NODE = True
 
 
 def _load(device: str, folder: Path = Path(__file__).parents[1]) -> str | None:
