@@ -11,7 +11,7 @@ from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from dqn_fused._backends.boxed import shaped_forward, unpack_backward
 from dqn_fused.arguments import Batch, LossSpec
 
 FOLDER = Path(__file__).parent
+Result = TypeVar("Result")
 Call = Callable[[LossSpec, Batch], tuple[Any, ...] | None]
 
 
@@ -67,6 +68,20 @@ def start() -> None:
     """Serve, from now on: the ops are loaded."""
     if MODULE is not None:
         serves.update(("auto", "compiled"))
+
+
+def without(call: Callable[[], Result]) -> Callable[[], Result]:
+    """The call as it is where the node is not built: for tests and measurements."""
+
+    def run() -> Result:
+        global serves
+        kept, serves = serves, set()
+        try:
+            return call()
+        finally:
+            serves = kept
+
+    return run
 
 
 MODULE, MISSING = load()
