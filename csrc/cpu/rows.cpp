@@ -22,11 +22,27 @@ constexpr int64_t LANES = 32;    // partial sums; a block is padded to a multipl
 template <class Float, class Int, int MANTISSA_BITS>
 struct Format {
   using Bits = Int;
+  using Unsigned = std::make_unsigned_t<Int>;
   static constexpr Int MAGNITUDE = std::numeric_limits<Int>::max();
   static constexpr Int INFINITE = static_cast<Int>(MAGNITUDE >> MANTISSA_BITS << MANTISSA_BITS);
 
   // Its own inverse: negative floats have their magnitude flipped.
-  DQN_FUSED_INLINE static Int key(Int x) { return static_cast<Int>(x ^ ((x >> (8 * sizeof(Int) - 1)) & MAGNITUDE)); }
+  DQN_FUSED_INLINE static Int flipped(Int x) {
+    return static_cast<Int>(x ^ ((x >> (8 * sizeof(Int) - 1)) & MAGNITUDE));
+  }
+
+  // Ordered as the floats are, from -infinity, the least Int there is, to infinity, and every NaN above it.
+  static constexpr Int BELOW = static_cast<Int>(MAGNITUDE ^ INFINITE);  // how many negative NaN there are
+  DQN_FUSED_INLINE static Int key(Int x) { return static_cast<Int>(static_cast<Unsigned>(flipped(x)) - BELOW); }
+
+  template <class Vector>
+  DQN_FUSED_INLINE static Vector keys(Vector x) {
+    x ^= (x >> (8 * sizeof(Int) - 1)) & MAGNITUDE;
+    return x - BELOW;
+  }
+
+  DQN_FUSED_INLINE static Int inverse(Int key) { return flipped(static_cast<Int>(static_cast<Unsigned>(key) + BELOW)); }
+  DQN_FUSED_INLINE static bool is_nan(Int key) { return key > static_cast<Int>(INFINITE - BELOW); }
 
   DQN_FUSED_INLINE static double value(Int x) {
     Float y;
@@ -47,18 +63,46 @@ template <>
 struct FormatOf<BFloat16> : Format<BFloat16, int16_t, 7> {};
 
 template <class Float>
+DQN_FUSED_INLINE double value_of(typename FormatOf<Float>::Bits key) {
+  using F = FormatOf<Float>;
+  return F::is_nan(key) ? std::numeric_limits<double>::quiet_NaN() : F::value(F::inverse(key));
+}
+
+template <class Float>
 DQN_FUSED_INLINE double largest_of(const void* data, int64_t n, int64_t stride) {
   using F = FormatOf<Float>;
   const auto* row = static_cast<const Float*>(data);
-  typename F::Bits best = std::numeric_limits<typename F::Bits>::min(), magnitude = 0;
+  auto best = std::numeric_limits<typename F::Bits>::min();
   for (int64_t i = 0; i < n; ++i) {
-    typename F::Bits x;
-    std::memcpy(&x, row + i * stride, sizeof x);
-    const typename F::Bits key = F::key(x), size = x & F::MAGNITUDE;
+    typename F::Bits bits;
+    std::memcpy(&bits, row + i * stride, sizeof bits);
+    const auto key = F::key(bits);
     best = key > best ? key : best;
-    magnitude = size > magnitude ? size : magnitude;
   }
-  return magnitude > F::INFINITE ? std::numeric_limits<double>::quiet_NaN() : F::value(F::key(best));
+  return value_of<Float>(best);
+}
+
+// The same of a short row without gaps: in vectors of `lanes`, the largest there are for n elements, of which the last
+// overlaps the one before it, for a remainder would take longer than the rest.
+template <class Float, int lanes = 16 / sizeof(Float)>
+DQN_FUSED_INLINE double largest_of_few(const Float* row, int64_t n) {
+  using F = FormatOf<Float>;
+  if constexpr (lanes > 1) {
+    if (n < lanes) return largest_of_few<Float, lanes / 2>(row, n);
+  }
+  using Vector [[gnu::vector_size(lanes * sizeof(Float))]] = typename F::Bits;
+  Vector best;
+  std::memcpy(&best, row + n - lanes, sizeof best);
+  best = F::keys(best);
+  for (int64_t i = 0; i < n - lanes; i += lanes) {
+    Vector x;
+    std::memcpy(&x, row + i, sizeof x);
+    x = F::keys(x);
+    best = x > best ? x : best;
+  }
+  auto found = best[0];
+  for (int lane = 1; lane < lanes; ++lane) found = best[lane] > found ? best[lane] : found;
+  return value_of<Float>(found);
 }
 
 template <class T, class Stored>
@@ -104,16 +148,25 @@ DQN_FUSED_INLINE const T* block_of(const Row& row, int64_t first, int64_t n, T* 
 }
 
 template <class Stored>
-struct LargestAlone {
-  DQN_FUSED_INLINE static double run(const void* values, int64_t n, int64_t stride) {
-    return stride == 1 ? largest_of<Stored>(values, n, 1) : largest_of<Stored>(values, n, stride);
+struct Largest {
+  DQN_FUSED_INLINE static Summary run(const Row& row, double) {
+    return {largest_of<Stored>(row.values, row.n, row.stride)};
   }
 };
 
-template <class Stored>
-struct Largest {
-  DQN_FUSED_INLINE static Summary run(const Row& row, double) {
-    return {LargestAlone<Stored>::run(row.values, row.n, row.stride)};
+// Of many rows, where the call of a function for each would cost as much as a row of few actions.
+template <class Stored, class T>
+struct LargestOfRows {
+  static constexpr int64_t SHORT = 64;  // elements that cost less than a branch that goes either way
+
+  DQN_FUSED_INLINE static void run(const Row& row, int64_t rows, int64_t stride, const bool* wanted, void* out) {
+    const Stored* const x = static_cast<const Stored*>(row.values);
+    for (int64_t i = 0; i < rows; ++i) {
+      if (row.n <= SHORT && row.stride == 1)
+        static_cast<T*>(out)[i] = static_cast<T>(largest_of_few<Stored>(x + i * stride, row.n));
+      else if (wanted[i])
+        static_cast<T*>(out)[i] = static_cast<T>(largest_of<Stored>(x + i * stride, row.n, row.stride));
+    }
   }
 };
 
@@ -224,7 +277,10 @@ Rows::Rows(Question question, const Matrix& values, const Matrix& legal, bool as
   scale_ = std::min(std::max(1 / temperature, least), most);
   function_ = dispatch(values.values.type,
                        [&](auto stored) { return answer<decltype(stored)>(question, this->masked(), as_double); });
-  largest_ = dispatch(values.values.type, [](auto stored) { return fastest<LargestAlone<decltype(stored)>>(); });
+  largest_ = dispatch(values.values.type, [&](auto stored) {
+    return as_double ? fastest<LargestOfRows<decltype(stored), double>>()
+                     : fastest<LargestOfRows<decltype(stored), float>>();
+  });
 }
 
 Summary Rows::chunk(int64_t row, int64_t k) const {
