@@ -48,6 +48,22 @@ struct Writer : Gradient<T> {
                                       : NOT_A_NUMBER<T>;
   }
 
+  // As scaled(loss_slope(td)) row by row, in loops that vectorise.
+  void scaled_slopes(int64_t row, int64_t n, T* __restrict slopes) const {
+    const Options o = options;
+    const bool each = grad_loss != nullptr && o.reduction == NONE;
+    const T upstream = grad_loss == nullptr || each ? T(1) : *grad_loss;
+    const T divisor = o.reduction == MEAN ? static_cast<T>(saved.n) : T(1);
+    for (int64_t i = 0; i < n; ++i) slopes[i] = loss_slope(o, td[row + i]);
+    for (int64_t i = 0; i < n; ++i) slopes[i] *= each ? grad_loss[row + i] : upstream;
+    if (saved.weights) {
+      T weights[MOST_ROWS];
+      read(saved.weights, row, n, weights);
+      for (int64_t i = 0; i < n; ++i) slopes[i] *= weights[i];
+    }
+    for (int64_t i = 0; i < n; ++i) slopes[i] /= divisor;
+  }
+
   // Zeros but for the actions taken. Flat ranges, here and below, so that one long row is shared by the threads too.
   void sparse(int64_t begin, int64_t end) const {
     const int64_t A = saved.A, group = std::clamp<int64_t>(SEGMENT / A, 1, MOST_ROWS);
@@ -57,7 +73,7 @@ struct Writer : Gradient<T> {
       const int64_t n = std::min(group, saved.n - row), from = std::max(begin, row * A), to = std::min(end, (row + n) * A);
       std::memset(static_cast<void*>(out + from), 0, (to - from) * sizeof(Out));
       read(saved.actions, row, n, actions);
-      for (int64_t i = 0; i < n; ++i) slopes[i] = scaled(row + i, loss_slope(options, td[row + i]));
+      scaled_slopes(row, n, slopes);
       for (int64_t i = 0; i < n; ++i) {
         const int64_t here = (row + i) * A + actions[i];
         if (legal(actions[i], A) && here >= from && here < to) out[here] = static_cast<Out>(slopes[i]);

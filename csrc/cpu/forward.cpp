@@ -141,7 +141,11 @@ struct Block {
 
   double sum(int64_t n) const {
     double lanes[4] = {};  // an addition waits for the one before it
-    for (int64_t i = 0; i < n; ++i) lanes[i % 4] += losses[i];
+    int64_t i = 0;
+    for (; i + 4 <= n; i += 4) {
+      for (int64_t lane = 0; lane < 4; ++lane) lanes[lane] += losses[i + lane];
+    }
+    for (; i < n; ++i) lanes[0] += losses[i];
     return (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
   }
 
