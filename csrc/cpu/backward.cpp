@@ -70,7 +70,8 @@ struct Writer : Gradient<T> {
     int64_t actions[MOST_ROWS];
     T slopes[MOST_ROWS];
     for (int64_t row = begin / A; row * A < end; row += group) {
-      const int64_t n = std::min(group, saved.n - row), from = std::max(begin, row * A), to = std::min(end, (row + n) * A);
+      const int64_t n = std::min(group, saved.n - row), from = std::max(begin, row * A),
+                    to = std::min(end, (row + n) * A);
       std::memset(static_cast<void*>(out + from), 0, (to - from) * sizeof(Out));
       read(saved.actions, row, n, actions);
       scaled_slopes(row, n, slopes);
@@ -109,7 +110,9 @@ void Gradient<T>::write(int64_t begin, int64_t end) const {
   if constexpr (std::is_same_v<T, double>) {
     write_as(double());
   } else {
-    type == ScalarType::Half ? write_as(Half()) : type == ScalarType::BFloat16 ? write_as(BFloat16()) : write_as(float());
+    type == ScalarType::Half       ? write_as(Half())
+    : type == ScalarType::BFloat16 ? write_as(BFloat16())
+                                   : write_as(float());
   }
 }
 

@@ -192,7 +192,9 @@ bool forward(const Batch& b, const Options& options, T* loss, T* td, T* normalis
   const int64_t row_cost = ROW_COST + A * (values.cost() + (gradient != nullptr && !shared ? gradient->cost() : 0));
   std::vector<int64_t> first;
   if (b.compacted) first = first_next_rows(b, blocks, block_rows);
-  std::vector<double> sums(blocks);
+  double few[8];  // a small batch needs no allocation
+  std::vector<double> many(blocks > 8 ? blocks : 0);
+  double* const sums = blocks > 8 ? many.data() : few;
   std::atomic<bool> all_legal = !b.compacted || first.back() == b.next_q.rows;
 
   for_each_block(blocks, block_rows * row_cost, [&](int64_t begin, int64_t end) {
@@ -211,7 +213,7 @@ bool forward(const Batch& b, const Options& options, T* loss, T* td, T* normalis
   });
   if (gradient != nullptr && shared) gradient->write();
   if (options.reduction != NONE) {
-    const double total = std::accumulate(sums.begin(), sums.end(), 0.0);
+    const double total = std::accumulate(sums, sums + blocks, 0.0);
     *loss = static_cast<T>(options.reduction == MEAN ? total / static_cast<double>(b.n) : total);
   }
   return all_legal;

@@ -171,7 +171,8 @@ struct LargestOfRows {
       } else if (row.stride == 1) {
         for (int64_t i = 0; i < n; ++i) keys[i] = wanted[first + i] ? largest_key(x + i * stride, row.n, 1) : 0;
       } else {
-        for (int64_t i = 0; i < n; ++i) keys[i] = wanted[first + i] ? largest_key(x + i * stride, row.n, row.stride) : 0;
+        for (int64_t i = 0; i < n; ++i)
+          keys[i] = wanted[first + i] ? largest_key(x + i * stride, row.n, row.stride) : 0;
       }
       T* const found = static_cast<T*>(out) + first;
       for (int64_t i = 0; i < n; ++i) found[i] = F::template value<T>(keys[i]);

@@ -40,7 +40,7 @@ Outputs run(const Batch& b, const Options& options, const Tensor& q, bool check,
   if (with_grad) out.grad_q = empty_gradient(b.n, b.q.A, b.q.values.type, q);
   const auto data = [](const Tensor& x) { return static_cast<T*>(x.mutable_data_ptr()); };
   T* const td = data(out.td);
-  T* const normaliser = options.cql ? data(out.normaliser) : nullptr;
+  T* const normaliser = options.cql ? data(*out.normaliser) : nullptr;
   const Saved saved{b.actions, b.weights, b.q, b.legal, b.n, b.q.A};
   void* const grad_q = with_grad ? out.grad_q->mutable_data_ptr() : nullptr;
   const Gradient<T> gradient{saved, options, nullptr, td, normaliser, grad_q, b.q.values.type};
@@ -54,8 +54,9 @@ template <class T>
 void write(const Tensor& grad_q, const Saved& saved, const Options& options, const Tensor& grad_loss, const Tensor& td,
            const Maybe& normaliser, ScalarType type) {
   const auto data = [](const Tensor& x) { return static_cast<const T*>(x.const_data_ptr()); };
-  Gradient<T>{saved, options, data(grad_loss), data(td), normaliser ? data(*normaliser) : nullptr,
-              grad_q.mutable_data_ptr(), type}
+  Gradient<T>{
+      saved, options, data(grad_loss), data(td), normaliser ? data(*normaliser) : nullptr, grad_q.mutable_data_ptr(),
+      type}
       .write();
 }
 
