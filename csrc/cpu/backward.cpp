@@ -11,7 +11,9 @@
 namespace dqn_fused::cpu {
 namespace {
 
-constexpr int64_t SEGMENT = 1 << 12;  // elements that stay in the first-level cache until their rows' actions are set
+// Elements that are cleared at once: still in the second-level cache when the actions are set, and long for memset,
+// which past some size does not read what it writes: 16 MiB took 310 us so, and 430 in pieces of 16 KiB.
+constexpr int64_t SEGMENT = 1 << 17;
 constexpr int64_t MOST_ROWS = 256;
 
 template <class T, class Out>

@@ -207,9 +207,9 @@ bool forward(const Batch& b, const Options& options, T* loss, T* td, T* normalis
         std::copy_n(block.losses, n, loss + row);
       else
         sums[k] = block.sum(n);
-      // While the rows are in the cache.
-      if (gradient != nullptr && !shared) gradient->write(row * A, (row + n) * A);
     }
+    // By the thread that has the rows, and no second waking of threads.
+    if (gradient != nullptr && !shared) gradient->write(begin * block_rows * A, std::min(end * block_rows, b.n) * A);
   });
   if (gradient != nullptr && shared) gradient->write();
   if (options.reduction != NONE) {
