@@ -99,7 +99,7 @@ def library(which: str, torch: Any) -> Extension:
         libraries=libraries,
         library_dirs=link,
         extra_compile_args={
-            "cxx": ["-O3", "-g0", "-fvisibility=hidden", STABLE_ABI],
+            "cxx": ["-O3", "-g0", "-fwrapv", "-fvisibility=hidden", STABLE_ABI],
             "nvcc": ["-O3", "-DUSE_CUDA", STABLE_ABI],
         },
     )
