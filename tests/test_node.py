@@ -250,6 +250,11 @@ def test_a_call_that_is_no_batch_is_an_error_and_no_crash() -> None:
         node.MODULE.record(spec, batch, True)
 
 
+def test_a_discount_too_large_for_a_float() -> None:
+    with pytest.raises(OverflowError):
+        fused_dqn_loss(**arguments(), gamma=10**400)
+
+
 def test_a_build_for_another_torch_is_refused_in_words(tmp_path: Path) -> None:
     module, reason = node.load(tmp_path)
     assert module is None

@@ -187,7 +187,12 @@ PyObject* call(PyObject*, PyObject* const* spec_and_batch, Py_ssize_t) {
     PyObject* const* const given = PySequence_Fast_ITEMS(spec_and_batch[1]);
     Options options;
     if (!read(spec_and_batch[0], options) || !takes(given)) Py_RETURN_NONE;
-    Outputs out = run<with_grad>(read(given, true), options);
+    const Inputs in = read(given, true);
+    if (PyErr_Occurred() != nullptr) {  // gamma is no double
+      PyErr_Clear();
+      Py_RETURN_NONE;
+    }
+    Outputs out = run<with_grad>(in, options);
     if constexpr (with_grad)
       return tuple(std::move(out.loss), std::move(out.grad_q), std::move(out.td_error), std::move(out.normaliser));
     return tuple(std::move(out.loss), std::move(out.td_error), std::move(out.normaliser));
