@@ -20,6 +20,7 @@ COLUMNS = {
         *ABOUT, "network", "n", "A", "dtype", "mode", "provider", *TIMES, "adds_us", "adds_p20", "adds_p80",
         "share", "peak_bytes",
     ),
+    "host": (*ABOUT, "call", "case", "shape", "dtype", "provider", *TIMES),
     "launches": (*ABOUT, "case", "provider", "launch", "count", "us"),
     "kernels": (
         *ABOUT, "target", "language", "call", "case", "shape", "dtype", "kernel", "registers", "spill_bytes",
