@@ -32,6 +32,7 @@ CASES = [
 ]
 DIRECT, BY_TRITON = "direct", "by Triton"
 TARGET = "sm_90"
+ROUNDS = 300  # short ones: the least is of one that nothing interrupted, and nothing else makes them differ
 
 Launched = Callable[..., object]
 
@@ -114,7 +115,8 @@ def measured(case: Case, make: Callable[[], object], seconds: float) -> Iterator
         make()
         triton_program.KNOWN = known
 
-    times = interleaved({DIRECT: timer(make), BY_TRITON: timer(slow)}, seconds)
+    times = interleaved({DIRECT: timer(make), BY_TRITON: timer(slow)}, seconds, ROUNDS)
+    least = {provider: min(values) for provider, values in times.items()}
     for provider, values in times.items():
         yield {
             "case": case.name,
@@ -122,6 +124,8 @@ def measured(case: Case, make: Callable[[], object], seconds: float) -> Iterator
             "dtype": dtype_name(case.dtype),
             "provider": provider,
             **figures(values, times[BY_TRITON])._asdict(),
+            "us_least": round(1e6 * least[provider], 2),
+            "of_least": round(least[BY_TRITON] / least[provider], 3),
         }
 
 

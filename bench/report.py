@@ -172,9 +172,9 @@ def kernels(rows: Sequence[Row]) -> str:
 
 
 def host(rows: Sequence[Row]) -> str:
-    """What a call of the Triton backend costs the host."""
+    """The least that a call of the Triton backend costs the host."""
     about = rows[0]
-    return f"{tables.host(rows)}\n\n{machine(about)} Triton {about['triton']}. {noise(rows)}"
+    return f"{tables.host(rows)}\n\n{machine(about)} Triton {about['triton']}."
 
 
 def kernel_case(row: Row) -> str:
