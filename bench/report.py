@@ -1,7 +1,7 @@
 """Write the README's tables, its sentences with figures in them, and the pictures, from the CSV.
 
 Each stands between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->``; NAME is the results folder and a section of
-it, such as cpu/loss, or kernels.
+it, such as cpu/loss, or kernels, or host.
 """
 
 import re
@@ -20,7 +20,7 @@ OTHERS = ("eager", "torch.compile", "torch.compile, reduce-overhead", "eager, CU
 
 
 def run(folders: Sequence[Path]) -> None:
-    """Render these results folders, and the kernels, into the README and docs/."""
+    """Render these results folders, the kernels and their launches, into the README and docs/."""
     wanted = sections(folders)
     text = README.read_text()
     README.write_text(replaced(text, wanted))
@@ -37,8 +37,10 @@ def result_folders(root: Path = RESULTS) -> list[Path]:
 def sections(folders: Sequence[Path], root: Path = RESULTS) -> dict[str, str]:
     """Name -> markdown, of all that there are figures for."""
     found = {f"{folder.name}/{name}": text for folder in folders for name, text in of_folder(folder).items()}
-    rows = read(root / "kernels.csv")
-    return found | ({"kernels": kernels(rows)} if rows else {})
+    for name, section in (("kernels", kernels), ("host", host)):
+        if rows := read(root / f"{name}.csv"):
+            found[name] = section(rows)
+    return found
 
 
 def marked(readme: str) -> dict[str, str]:
@@ -167,6 +169,12 @@ def kernels(rows: Sequence[Row]) -> str:
     if executed:
         text += f"Counted on {COUNTED}:\n\n{tables.counts(executed, kernel_case)}\n\n"
     return f"{text}Triton {about['triton']}, at {about['commit']}."
+
+
+def host(rows: Sequence[Row]) -> str:
+    """The least that a call of the Triton backend costs the host."""
+    about = rows[0]
+    return f"{tables.host(rows)}\n\n{machine(about)} Triton {about['triton']}."
 
 
 def kernel_case(row: Row) -> str:

@@ -20,6 +20,7 @@ COLUMNS = {
         *ABOUT, "network", "n", "A", "dtype", "mode", "provider", *TIMES, "adds_us", "adds_p20", "adds_p80",
         "share", "peak_bytes",
     ),
+    "host": (*ABOUT, "call", "case", "shape", "dtype", "provider", *TIMES, "us_least", "of_least"),
     "launches": (*ABOUT, "case", "provider", "launch", "count", "us"),
     "kernels": (
         *ABOUT, "target", "language", "call", "case", "shape", "dtype", "kernel", "registers", "spill_bytes",
@@ -35,6 +36,7 @@ INTEGERS = {
 }  # fmt: skip
 NUMBERS = {
     *TIMES, *ON_A_GPU, "gb_per_s", "of_floor", "adds_us", "adds_p20", "adds_p80", "share", "count", "occupancy",
+    "us_least", "of_least",
     "instructions", "integer", "float", "special", "shuffle", "barrier", "shared_access",
 }  # fmt: skip
 

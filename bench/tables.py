@@ -100,6 +100,15 @@ def counts(rows: Sequence[Row], case_of: Callable[[Row], str]) -> str:
     return "\n".join(lines)
 
 
+def host(rows: Sequence[Row]) -> str:
+    """A line a case and call: the least that it took the host."""
+
+    def label(row: Row) -> str:
+        return f"{row['call']}, {row['case']} {row['shape']}"
+
+    return grid("call", rows, label, seen(rows), lambda row: f"{row['us_least']:.1f} us ({row['of_least']:.1f}x)")
+
+
 def grid(
     head: str,
     rows: Sequence[Row],

@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,15 +111,18 @@ def seeded() -> None:
 @pytest.fixture(autouse=True)
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill what torch.empty returns with NaN, or with a large number where there is no NaN."""
-    empty = torch.empty
 
-    def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
-        x = empty(*args, **kwargs)  # type: ignore[call-overload]
-        if x.numel() and not torch.compiler.is_compiling():
-            x.fill_(torch.nan if x.is_floating_point() else 99)
-        return x
+    def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def allocated(*args: object, **kwargs: object) -> torch.Tensor:
+            x = allocate(*args, **kwargs)
+            if x.numel() and not torch.compiler.is_compiling():
+                x.fill_(torch.nan if x.is_floating_point() else 99)
+            return x
 
-    monkeypatch.setattr(torch, "empty", poisoned)
+        return allocated
+
+    for name in ("empty", "empty_strided"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
 
 
 @pytest.fixture(autouse=True)

@@ -279,7 +279,7 @@ def test_the_readme_says_what_the_csv_says() -> None:
     readme = report.README.read_text()
     wanted = report.sections(report.result_folders())
     marked = report.marked(readme)
-    assert {"cpu/loss", "cpu/family", "cpu/linear", "cpu/update", "kernels"} <= set(marked) <= set(wanted)
+    assert {"cpu/loss", "cpu/family", "cpu/linear", "cpu/update", "kernels", "host"} <= set(marked) <= set(wanted)
     assert report.stale(readme, wanted) == [], "run python -m bench report"
     assert report.replaced(readme, wanted) == readme
 

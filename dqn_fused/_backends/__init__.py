@@ -34,7 +34,7 @@ MODULES = {
     "torch": "dqn_fused._backends.torch_backend",
 }
 # By device type, the fastest first. On CUDA launches are the cost up to NARROW actions, and a boxed call of a compiled
-# op takes a third of the host's time of a Triton launch. Above, it is the rows, for which Triton's kernels are tuned.
+# op takes less of the host's time than a Triton launch. Above, it is the rows, for which Triton's kernels are tuned.
 AUTO = {"cpu": ("compiled", "torch"), "cuda": ("compiled", "triton", "torch")}
 AUTO_WIDE = {**AUTO, "cuda": ("triton", "compiled", "torch")}
 AUTO_ELSEWHERE = ("torch",)
