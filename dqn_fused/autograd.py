@@ -168,7 +168,7 @@ def _scale(grad_loss: Tensor, saved: Saved, spec: LossSpec) -> Tensor:
     return scale if saved.weights is None else scale * saved.weights.to(td.dtype).view(td.shape)
 
 
-def stores_densely(saved: Saved) -> bool:
+def _stores_densely(saved: Saved) -> bool:
     """Whether a graph writes the gradient in one pass: a scatter is one of zeros and another one.
 
     Comparing each action takes longer than writing zeros where a row is long and a core does it.
@@ -179,9 +179,9 @@ def stores_densely(saved: Saved) -> bool:
 def scatter_taken(coefficient: Tensor, saved: Saved, dtype: torch.dtype | None = None) -> Tensor:
     """Zeros of q's shape with the coefficient at each action taken; a row with an illegal action stays zero."""
     q_shape = saved.q_shape
-    if torch.compiler.is_compiling() and stores_densely(saved):
+    if torch.compiler.is_compiling() and _stores_densely(saved):
         taken = torch.arange(q_shape[-1], device=coefficient.device) == saved.actions.view(*q_shape[:-1], 1)
-        return torch.where(taken, coefficient.unsqueeze(-1), 0).to(dtype or saved.q_dtype)
+        return torch.where(taken, coefficient.to(dtype or saved.q_dtype).unsqueeze(-1), 0)
     index, legal = legal_actions(saved.actions, q_shape[-1])
     if legal is not None:
         coefficient = torch.where(legal.view(coefficient.shape), coefficient, 0)

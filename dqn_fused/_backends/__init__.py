@@ -100,14 +100,16 @@ def choose(name: str, device: torch.device, actions: int | None = None) -> Modul
     There are two lists, for up to NARROW actions and for more, or those of a linear head; in a graph of torch.compile
     TRACED stands for the first. The batch is not asked for: a guard on it would make another graph.
     """
-    wide = actions is None or bool(actions > NARROW)
     if torch.compiler.is_compiling():  # without the memo: a graph that has filled it would not pass its own guards
-        if name == "auto":
-            name = _first(device, wide) if wide else TRACED
-        return _choose(name, device, wide)
+        if name != "auto":
+            return _named(name, device)
+        if actions is not None and actions <= NARROW:  # a branch: of a symbolic number Dynamo makes no bool
+            return _named(TRACED, device)
+        return _named(_first(device, True), device)
+    wide = actions is None or bool(actions > NARROW)
     road = _CHOSEN.get((name, device, wide))
     if road is None:
-        road = _choose(name, device, wide)
+        road = _named(_first(device, wide) if name == "auto" else name, device)
         # During a capture nothing is launched to see whether Triton can: that is made up for later.
         if not capturing():
             _CHOSEN[name, device, wide] = road
@@ -122,9 +124,7 @@ def capturing() -> bool:
 _CHOSEN: dict[tuple[str, torch.device, bool], ModuleType] = {}
 
 
-def _choose(name: str, device: torch.device, wide: bool) -> ModuleType:
-    if name == "auto":
-        return _LOADED[_first(device, wide)]
+def _named(name: str, device: torch.device) -> ModuleType:
     if name not in MODULES:
         expected = ", ".join(map(repr, ("auto", *MODULES)))
         raise ValueError(f"backend: expected one of {expected}, got {name!r}")
