@@ -37,8 +37,8 @@ INTEGERS = {
     "load_bits", "store_bits", "block_threads", "programs", "loaded_bytes", "stored_bytes", "sectors", "bank_conflicts",
 }  # fmt: skip
 NUMBERS = {
-    *TIMES, *ON_A_GPU, "gb_per_s", "of_floor", "adds_us", "adds_p20", "adds_p80", "share", "behind", "count", "occupancy",
-    "instructions", "integer", "float", "special", "shuffle", "barrier", "shared_access",
+    *TIMES, *ON_A_GPU, "gb_per_s", "of_floor", "adds_us", "adds_p20", "adds_p80", "share", "behind", "count",
+    "occupancy", "instructions", "integer", "float", "special", "shuffle", "barrier", "shared_access",
 }  # fmt: skip
 
 
