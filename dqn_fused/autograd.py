@@ -95,7 +95,7 @@ class TDLoss(torch.autograd.Function):
         # Traced by torch.compile, grad mode is on and grad_td_error zeros; PyTorch refuses a second order there.
         recorded = torch.is_grad_enabled() or grad_td_error is not None or inside_transform()
         if recorded and not torch.compiler.is_compiling():
-            return _differentiable_backward(grad_loss, grad_td_error, saved, spec), None, None, None
+            return differentiable_backward(grad_loss, grad_td_error, saved, spec), None, None, None
         if grad_loss is None:
             return None, None, None, None
         if saved.q is not None:
@@ -119,9 +119,10 @@ def save(
         ctx.mark_non_differentiable(normaliser)
 
 
-def _differentiable_backward(
+def differentiable_backward(
     grad_loss: Tensor | None, grad_td_error: Tensor | None, saved: Saved, spec: LossSpec
 ) -> Tensor | None:
+    """Gradient of q by what comes upstream of loss and TD errors, in operations that can be differentiated."""
     terms = [] if grad_td_error is None else [scatter_taken(grad_td_error, saved)]
     if grad_loss is not None:
         terms.append(loss_gradient(grad_loss, saved, spec))

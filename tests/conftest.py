@@ -15,6 +15,7 @@ import pytest
 import torch
 from data import SEED
 
+from dqn_fused import node
 from dqn_fused._backends import serving
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; their threads would wait for each other
@@ -54,6 +55,8 @@ def _roads() -> list[object]:
             roads.append(pytest.param(Road(name, "cpu"), id="triton-interpreter", marks=pytest.mark.interpret))
         else:
             roads.append(pytest.param(Road(name, "cpu"), id=f"{name}-cpu"))
+    if node.MODULE is not None:  # and as it is where the node in C++ is not built
+        roads.append(pytest.param(Road("compiled", "cpu"), id="compiled-cpu-python", marks=pytest.mark.without_node))
     if EXECUTED and importlib.util.find_spec("triton") is not None:
         roads.append(pytest.param(Road("triton", "cpu"), id="triton-ptx", marks=pytest.mark.ptx))
     if EXECUTED and CUDA_SOURCES:
@@ -117,6 +120,13 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
         return x
 
     monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.fixture(autouse=True)
+def without_node(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Record by autograd.TDLoss in the cases that say so."""
+    if request.node.get_closest_marker("without_node") is not None:
+        monkeypatch.setattr(node, "serves", set())
 
 
 @pytest.fixture(autouse=True)

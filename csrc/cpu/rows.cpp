@@ -22,16 +22,33 @@ constexpr int64_t LANES = 32;    // partial sums; a block is padded to a multipl
 template <class Float, class Int, int MANTISSA_BITS>
 struct Format {
   using Bits = Int;
+  using Unsigned = std::make_unsigned_t<Int>;
   static constexpr Int MAGNITUDE = std::numeric_limits<Int>::max();
   static constexpr Int INFINITE = static_cast<Int>(MAGNITUDE >> MANTISSA_BITS << MANTISSA_BITS);
 
-  // Its own inverse: negative floats have their magnitude flipped.
-  DQN_FUSED_INLINE static Int key(Int x) { return static_cast<Int>(x ^ ((x >> (8 * sizeof(Int) - 1)) & MAGNITUDE)); }
+  // A key is ordered as the floats are: from -infinity, the least Int there is, to infinity, and every NaN above it.
+  // Bits is an Int, or a vector of them.
+  template <class Bits>
+  DQN_FUSED_INLINE static Bits key(Bits x) {
+    return flipped(x) - BELOW;
+  }
+  static constexpr Int LEAST = std::numeric_limits<Int>::min();
 
-  DQN_FUSED_INLINE static double value(Int x) {
+  template <class T>
+  DQN_FUSED_INLINE static T value(Int key) {
+    const Int x = flipped(static_cast<Int>(static_cast<Unsigned>(key) + BELOW));
     Float y;
     std::memcpy(&y, &x, sizeof y);
-    return static_cast<double>(y);
+    return key > INFINITE - BELOW ? std::numeric_limits<T>::quiet_NaN() : static_cast<T>(y);
+  }
+
+ private:
+  static constexpr Int BELOW = static_cast<Int>(MAGNITUDE ^ INFINITE);  // how many negative NaN there are
+
+  // Its own inverse: negative floats have their magnitude flipped.
+  template <class Bits>
+  DQN_FUSED_INLINE static Bits flipped(Bits x) {
+    return x ^ ((x >> (8 * sizeof(Int) - 1)) & MAGNITUDE);
   }
 };
 
@@ -47,18 +64,44 @@ template <>
 struct FormatOf<BFloat16> : Format<BFloat16, int16_t, 7> {};
 
 template <class Float>
-DQN_FUSED_INLINE double largest_of(const void* data, int64_t n, int64_t stride) {
+DQN_FUSED_INLINE auto largest_key(const Float* row, int64_t n, int64_t stride) {
   using F = FormatOf<Float>;
-  const auto* row = static_cast<const Float*>(data);
-  typename F::Bits best = std::numeric_limits<typename F::Bits>::min(), magnitude = 0;
+  typename F::Bits best = F::LEAST;
   for (int64_t i = 0; i < n; ++i) {
-    typename F::Bits x;
-    std::memcpy(&x, row + i * stride, sizeof x);
-    const typename F::Bits key = F::key(x), size = x & F::MAGNITUDE;
+    typename F::Bits bits;
+    std::memcpy(&bits, row + i * stride, sizeof bits);
+    const typename F::Bits key = F::key(bits);
     best = key > best ? key : best;
-    magnitude = size > magnitude ? size : magnitude;
   }
-  return magnitude > F::INFINITE ? std::numeric_limits<double>::quiet_NaN() : F::value(F::key(best));
+  return best;
+}
+
+// The same of a short row without gaps: in vectors of `lanes`, the largest there are for n elements, of which the last
+// overlaps the one before it, for a remainder would take longer than the rest.
+template <class Float, int lanes = 16 / sizeof(Float)>
+DQN_FUSED_INLINE auto largest_key_of_few(const Float* row, int64_t n) {
+  using F = FormatOf<Float>;
+  if constexpr (lanes > 1) {
+    if (n < lanes) return largest_key_of_few<Float, lanes / 2>(row, n);
+  }
+  using Vector [[gnu::vector_size(lanes * sizeof(Float))]] = typename F::Bits;
+  Vector best;
+  std::memcpy(&best, row + n - lanes, sizeof best);
+  best = F::key(best);
+  for (int64_t i = 0; i < n - lanes; i += lanes) {
+    Vector x;
+    std::memcpy(&x, row + i, sizeof x);
+    x = F::key(x);
+    best = x > best ? x : best;
+  }
+  typename F::Bits found = best[0];
+  for (int lane = 1; lane < lanes; ++lane) found = best[lane] > found ? best[lane] : found;
+  return found;
+}
+
+template <class Float>
+DQN_FUSED_INLINE double largest_of(const Float* row, int64_t n, int64_t stride) {
+  return FormatOf<Float>::template value<double>(largest_key(row, n, stride));
 }
 
 template <class T, class Stored>
@@ -104,16 +147,36 @@ DQN_FUSED_INLINE const T* block_of(const Row& row, int64_t first, int64_t n, T* 
 }
 
 template <class Stored>
-struct LargestAlone {
-  DQN_FUSED_INLINE static double run(const void* values, int64_t n, int64_t stride) {
-    return stride == 1 ? largest_of<Stored>(values, n, 1) : largest_of<Stored>(values, n, stride);
+struct Largest {
+  DQN_FUSED_INLINE static Summary run(const Row& row, double) {
+    const auto* const x = static_cast<const Stored*>(row.values);
+    return {row.stride == 1 ? largest_of(x, row.n, 1) : largest_of(x, row.n, row.stride)};
   }
 };
 
-template <class Stored>
-struct Largest {
-  DQN_FUSED_INLINE static Summary run(const Row& row, double) {
-    return {LargestAlone<Stored>::run(row.values, row.n, row.stride)};
+// Of many rows, where the call of a function for each would cost as much as a row of few actions.
+template <class Stored, class T>
+struct LargestOfRows {
+  static constexpr int64_t SHORT = 64;  // elements that cost less than a branch that goes either way
+  static constexpr int64_t GROUP = 64;
+
+  DQN_FUSED_INLINE static void run(const Row& row, int64_t rows, int64_t stride, const bool* wanted, void* out) {
+    using F = FormatOf<Stored>;
+    typename F::Bits keys[GROUP];
+    for (int64_t first = 0; first < rows; first += GROUP) {
+      const int64_t n = rows - first < GROUP ? rows - first : GROUP;
+      const Stored* const x = static_cast<const Stored*>(row.values) + first * stride;
+      if (row.stride == 1 && row.n <= SHORT) {
+        for (int64_t i = 0; i < n; ++i) keys[i] = largest_key_of_few(x + i * stride, row.n);
+      } else if (row.stride == 1) {
+        for (int64_t i = 0; i < n; ++i) keys[i] = wanted[first + i] ? largest_key(x + i * stride, row.n, 1) : 0;
+      } else {
+        for (int64_t i = 0; i < n; ++i)
+          keys[i] = wanted[first + i] ? largest_key(x + i * stride, row.n, row.stride) : 0;
+      }
+      T* const found = static_cast<T*>(out) + first;
+      for (int64_t i = 0; i < n; ++i) found[i] = F::template value<T>(keys[i]);
+    }
   }
 };
 
@@ -126,7 +189,7 @@ struct Best {
     for (int64_t first = 0; first < row.n; first += WIDTH) {
       const int64_t n = row.n - first < WIDTH ? row.n - first : WIDTH;
       x = block_of<Stored>(row, first, n, buffer);
-      const double largest = largest_of<T>(x, n, 1);
+      const double largest = largest_of(x, n, 1);
       if (largest != largest) return {largest};
       if (largest > found.largest) found = {largest, first};
     }
@@ -152,7 +215,7 @@ struct Exponentials {
     for (int64_t first = 0; first < row.n; first += WIDTH) {
       const int64_t n = row.n - first < WIDTH ? row.n - first : WIDTH;
       const T* const x = block_of<Stored>(row, first, n, buffer);
-      const double largest = largest_of<T>(x, n, 1);
+      const double largest = largest_of(x, n, 1);
       if (largest != largest) return {largest};
       if (largest > found.largest) {
         if (found.sum > 0) found.sum *= std::exp((found.largest - largest) * scale);
@@ -224,7 +287,10 @@ Rows::Rows(Question question, const Matrix& values, const Matrix& legal, bool as
   scale_ = std::min(std::max(1 / temperature, least), most);
   function_ = dispatch(values.values.type,
                        [&](auto stored) { return answer<decltype(stored)>(question, this->masked(), as_double); });
-  largest_ = dispatch(values.values.type, [](auto stored) { return fastest<LargestAlone<decltype(stored)>>(); });
+  largest_ = dispatch(values.values.type, [&](auto stored) {
+    return as_double ? fastest<LargestOfRows<decltype(stored), double>>()
+                     : fastest<LargestOfRows<decltype(stored), float>>();
+  });
 }
 
 Summary Rows::chunk(int64_t row, int64_t k) const {

@@ -8,6 +8,7 @@ A backend is a module with
   check_values would refuse;
 - ``COUNTS_MASK: bool``: whether its forward, where arguments.check_values does not look, counts the true entries of
   non_final_mask itself and fills batch.checked;
+- ``NODE: bool``: whether its forward and backward are the ops that node.py records in C++;
 - ``refuses(device) -> str | None``: why it cannot serve tensors there;
 - ``forward(batch, spec) -> (loss, td_error, normaliser)``: loss (), or N for reduction="none"; td_error N; normaliser
   (2, N) if spec.cql, else None, as autograd.Saved has it; accumulation dtype;

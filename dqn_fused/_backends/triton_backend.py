@@ -31,6 +31,7 @@ OLDEST = (3, 6)
 OPTIONS = {"enable_fp_fusion": False}
 CHECKS_CPU = False
 COUNTS_MASK = True
+NODE = False
 PARTLY = ""
 
 
