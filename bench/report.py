@@ -65,7 +65,7 @@ def replaced(readme: str, wanted: dict[str, str]) -> str:
 
 
 def of_folder(folder: Path) -> dict[str, str]:
-    loss, linear, update = (read(folder / f"{kind}.csv") for kind in ("loss", "linear", "update"))
+    loss, linear, update, graph = (read(folder / f"{kind}.csv") for kind in ("loss", "linear", "update", "graph"))
     plain = [row for row in loss if row["variant"] == "dqn"]
     family = [row for row in loss if row["variant"] != "dqn"]
     found = {}
@@ -77,6 +77,8 @@ def of_folder(folder: Path) -> dict[str, str]:
         found["linear"] = f"{tables.linear(linear)}\n\n{heads(linear)}"
     if update:
         found["update"] = f"{tables.update(update)}\n\n{shares(update)}"
+    if graph:
+        found["graph"] = f"{tables.graph(graph)}\n\n{machine(graph[0])} {worst(graph)}"
     return found
 
 
@@ -152,6 +154,16 @@ def shares(rows: Sequence[Row]) -> str:
             f"{' and '.join(gains)}."
         )
     return "\n".join(f"- {line}" for line in text)
+
+
+def worst(rows: Sequence[Row]) -> str:
+    """How far each backend's graph is behind that of eager's lines where it is furthest."""
+    text = []
+    for name in tables.seen(row for row in rows if row["adds_us"] != "" and row["provider"] != "eager"):
+        row = max((row for row in rows if row["provider"] == name), key=lambda row: row["behind"])
+        variant = "" if row["variant"] == "dqn" else f"{row['variant']}, "
+        text.append(f"{code(name)} {100 * row['behind']:+.1f} % at {variant}{tables.size_of(row)}")
+    return f"Furthest behind the graph of eager's lines: {'; '.join(text)}."
 
 
 COUNTED = "sm_90"

@@ -6,14 +6,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from bench import linear, loss, machine, plots, tables, update
+from bench import graph, linear, loss, machine, plots, tables, update
 from bench.deadline import Deadline
 from bench.progress import track
 from bench.results import Row, Table
 from bench.rlax_process import RlaxProcess
 
-KINDS: dict[str, ModuleType] = {"update": update, "linear": linear, "loss": loss}
-SHARES = {"update": 0.2, "linear": 0.3, "loss": 1.0}  # of the time that is left when their turn comes
+KINDS: dict[str, ModuleType] = {"update": update, "linear": linear, "loss": loss, "graph": graph}
+SHARES = {"update": 0.2, "linear": 0.3, "loss": 0.8, "graph": 1.0}  # of the time that is left when their turn comes
 # Under a deadline a provider gets this part of the time of its piece of work; most of the rest is compiling.
 PART = 1 / 24
 

@@ -13,7 +13,12 @@ def tables(kind: str, rows: Sequence[Row]) -> dict[str, str]:
     if kind == "loss":
         names = dict.fromkeys(row["variant"] for row in rows)
         return {name: loss([row for row in rows if row["variant"] == name], seen(rows, name)) for name in names}
-    return {"linear head": linear(rows)} if kind == "linear" else {"whole update": update(rows)}
+    title, table = {
+        "linear": ("linear head", linear),
+        "update": ("whole update", update),
+        "graph": ("network and loss in one graph", graph),
+    }[kind]
+    return {title: table(rows)}
 
 
 def seen(rows: Iterable[Row], variant: str | None = None) -> list[str]:
@@ -53,6 +58,21 @@ def update(rows: Sequence[Row]) -> str:
             cells += [f"{row['adds_us']:,.0f} us ({around})", f"{100 * row['share']:.1f} %"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def graph(rows: Sequence[Row]) -> str:
+    """A line a variant and size: what each loss adds to the graph without one, and how far it is behind eager's."""
+
+    def label(row: Row) -> str:
+        return size_of(row) if row["variant"] == "dqn" else f"{row['variant']}, {size_of(row)}"
+
+    def cell(row: Row) -> str:
+        if row["adds_us"] == "":
+            return time(row["us"])
+        behind = "" if row["provider"] == "eager" else f" ({100 * row['behind']:+.1f} %)"
+        return f"{row['adds_us']:+,.0f} us{behind}"
+
+    return grid("loss, n x A", rows, label, seen(rows), cell)
 
 
 def kernels(rows: Sequence[Row], case_of: Callable[[Row], str]) -> str:

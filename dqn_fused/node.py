@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 
 from dqn_fused import arguments, autograd
 from dqn_fused._backends.boxed import shaped_forward, unpack_backward
-from dqn_fused.arguments import Batch, LossSpec
+from dqn_fused.arguments import UNCHECKED, Batch, LossSpec
 
 FOLDER = Path(__file__).parent
 Result = TypeVar("Result")
@@ -56,8 +56,9 @@ def recorded_backward(grad_loss: Tensor | None, grad_td_error: Tensor | None, *s
 
 
 def td_loss(batch: Batch, spec: LossSpec, backend: ModuleType, q: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """autograd.td_loss of a checked batch, recorded in C++ where that serves."""
-    if torch.compiler.is_compiling() or not (backend.NODE and serves) or forward_ad._current_level >= 0:
+    """autograd.td_loss, recorded in C++ where that serves and the batch is checked."""
+    elsewhere = torch.compiler.is_compiling() or forward_ad._current_level >= 0 or batch.shape is UNCHECKED
+    if elsewhere or not (backend.NODE and serves):
         return autograd.td_loss(batch, spec, backend, q)
     assert MODULE is not None
     loss, td_error, normaliser = MODULE.record(spec, batch, arguments.looks_at_values(q.device))
