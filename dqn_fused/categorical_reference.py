@@ -126,9 +126,14 @@ def target_distribution(batch: Batch, spec: CategoricalSpec, support: Tensor) ->
 
 
 def positions(values: Tensor, support: Tensor) -> Tensor:
-    """Positions of values on a support; those beyond an end are moved to it. NaN stays NaN."""
+    """Positions of values on a support; those beyond an end are moved to it. NaN stays NaN.
+
+    The ends are exact, where many values come to lie: a rounding would give the atom beside one a share that it may
+    have no probability for.
+    """
     low, high, last = support[0], support[-1], support.shape[0] - 1
-    return ((torch.clamp(values, low, high) - low) / ((high - low) / last)).clamp(max=last)
+    position = (torch.clamp(values, low, high) - low) / ((high - low) / last)
+    return torch.where(values >= high, last, position.clamp(max=last))
 
 
 def project(position: Tensor, probabilities: Tensor, K: int) -> Tensor:

@@ -315,6 +315,22 @@ def test_an_atom_without_target_may_have_no_probability(backend: Road, dtype: to
 
 
 @every_road
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
+def test_a_target_at_an_end_is_nowhere_else(backend: Road, dtype: torch.dtype) -> None:
+    """(v_max - v_min) / step may round below K - 1: a share for the atom before the last, that -inf has ruled out."""
+    ends = [(low / 7, high / 11) for low in range(-20, 0, 3) for high in range(1, 30, 3)]
+    for support in ends:
+        for K in (3, 7, 51):
+            logits = torch.full((4, 1, K), -math.inf, dtype=dtype)
+            logits[:2, 0, -1] = logits[2:, 0, 0] = 0
+            loss = fused_categorical_td_loss(
+                logits, torch.zeros(4, dtype=torch.int64), torch.tensor([support[1], 99, support[0], -99], dtype=dtype),
+                support=support, reduction="none", backend=backend.backend,
+            )  # fmt: skip
+            assert not loss.any()
+
+
+@every_road
 def test_a_live_row_without_a_legal_action_is_nan(backend: Road) -> None:
     for names in ({"mask"}, {"mask", "online"}, {"mask", "values"}):
         arguments = options((3, 4, 9), names, seed=21) | {"terminated": torch.tensor([False, False, True])}
