@@ -283,7 +283,7 @@ def test_distributional_losses(name: str, tmp_path: Path, monkeypatch: pytest.Mo
     work = distributional.Work(name, 6, 3, 5)
     rows = distributional.measure(work, "cpu", 0.001, problems)
     assert not problems
-    assert [row["provider"] for row in rows][0] == "eager"
+    assert rows[0]["provider"] == "eager"
     assert len(rows) == 1 + 2 * len(serving(torch.device("cpu"), distributional.FAMILIES[name].backends))
     table = Table(tmp_path, "distributional")
     table.add(rows)
