@@ -269,7 +269,7 @@ def _run(what: Run, given: Batch, spec: CategoricalSpec, backend: str) -> tuple[
         if road.CHECKS_CPU and plain and looks_at_values(device):
             if isinstance(spec.support, Tensor):
                 check_even(spec.support)
-            return what(given.q, given._replace(shape=given.q.shape[:1]), spec, road)
+            return what(given.q, given, spec, road)
     except (RuntimeError, ValueError, AttributeError, TypeError):
         pass
     batch = check_logits(given, spec)

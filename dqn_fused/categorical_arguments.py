@@ -86,7 +86,7 @@ def check_even(support: Tensor) -> None:
 def _ends(support: object) -> tuple[float, float]:
     if not isinstance(support, (tuple, list)) or len(support) != 2:
         _wrong_support(support)
-    low, high = number("support", support[0], "two numbers"), number("support", support[1], "two numbers")
+    low, high = (x if type(x) is float else number("support", x, "two numbers") for x in support)
     if not 0 < high - low < inf:
         raise ValueError(f"support: expected v_min < v_max, both finite, got ({low}, {high})")
     return low, high

@@ -143,6 +143,16 @@ def _choose(name: str, device: torch.device, wide: bool) -> ModuleType:
 
 def choose_distributional(family: str, name: str, device: torch.device) -> ModuleType:
     """Backend module that has the losses of a family on a device: by name, or the first of the device's list."""
+    road = _CHOSEN_DISTRIBUTIONAL.get((family, name, device))
+    if road is None:
+        road = _CHOSEN_DISTRIBUTIONAL[family, name, device] = _choose_distributional(family, name, device)
+    return road
+
+
+_CHOSEN_DISTRIBUTIONAL: dict[tuple[str, str, torch.device], ModuleType] = {}
+
+
+def _choose_distributional(family: str, name: str, device: torch.device) -> ModuleType:
     if name != "auto" and name not in MODULES:
         wrong_choice("backend", name, ("auto", *MODULES))
     for candidate in AUTO.get(device.type, AUTO_ELSEWHERE) if name == "auto" else (name,):

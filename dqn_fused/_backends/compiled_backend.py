@@ -151,7 +151,7 @@ def categorical_loss_and_grad(batch: Batch, spec: CategoricalSpec) -> tuple[Tens
     """Return (loss, gradient, values)."""
     loss, grad, values = _distributional_ops.categorical_loss_and_grad(*boxed.categorical_arguments(batch, spec))
     loss, values = boxed.shaped_values(loss, values, batch, spec.reduction)
-    return loss, shaped(grad, (*batch.shape, *grad.shape[1:])), values
+    return loss, grad if len(batch.shape) == 1 else shaped(grad, (*batch.shape, *grad.shape[1:])), values
 
 
 def rows_backward(grad_loss: Tensor, saved: SavedRows) -> Tensor:
