@@ -61,13 +61,14 @@ bench: $(READY)
 # The CPU ops with AddressSanitizer and UBSan over the suite and broken inputs.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 asan: $(READY)
-	CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" DQN_FUSED_BUILD=cpu \
+	CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" DQN_FUSED_BUILD=cpu,autograd \
 		$(PY) -m pip install --quiet --no-deps --no-build-isolation --upgrade --target $(OUT)/asan .
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0:max_malloc_fill_size=1000000000 PYTHONPATH=$(OUT)/asan TORCHDYNAMO_DISABLE=1 \
 		$(VENV)/bin/pytest -q -m "not ptx" tests/test_compiled.py tests/test_loss.py tests/test_family.py tests/test_arguments.py \
 		tests/test_quantile.py tests/test_quantile_compiled.py \
 		tests/test_categorical.py tests/test_categorical_autograd.py \
+		tests/test_node.py \
 		-k "not torch-cpu and not torch_compile and not opcheck"
 
 lint: $(READY)

@@ -1,6 +1,8 @@
 """Build of dqn_fused: pure Python, and from csrc/ what this machine can compile.
 
-``DQN_FUSED_BUILD`` says what to compile: ``auto`` (what can be), ``cpu``, ``cuda`` (that one or an error) or ``0``.
+``DQN_FUSED_BUILD`` says what to compile: ``auto`` (what can be), ``0``, or one or more of ``cpu``, ``cuda`` and
+``autograd``, with commas between them (those or an error). The first two know torch's stable ABI and no Python;
+``autograd`` is for the very torch and Python it is built with, and its file is named so.
 ``TORCH_CUDA_ARCH_LIST`` says for which GPUs. torch must be importable: ``pip install --no-build-isolation .``.
 The folder kernels/ is installed as the package dqn_fused.kernels.
 """
@@ -34,6 +36,7 @@ SOURCES = {
         )
     ],
     "cuda": ["csrc/cuda/td_loss.cu"],
+    "autograd": [f"csrc/autograd/{name}.cpp" for name in ("ops", "node", "python")],
 }
 HEADERS = sorted(str(path) for suffix in ("h", "cuh") for path in Path("csrc").rglob(f"*.{suffix}"))
 GPUS = ("8.0", "8.6", "9.0", "10.0", "12.0")
@@ -45,10 +48,10 @@ class CannotBuildError(Exception):
     """A library cannot be compiled here; the message says why."""
 
 
-def leave_out(device: str, reason: object) -> None:
+def leave_out(which: str, reason: object) -> None:
     """Go on without a library, unless it was asked for by name."""
-    line = f"dqn_fused: the {device} library is left out: {reason}; {RETRY}"
-    if device == MODE:
+    line = f"dqn_fused: the {which} library is left out: {reason}; {RETRY}"
+    if which in MODE.split(",") or which == MODE:
         raise SystemExit(line)
     print(line, file=sys.stderr)
 
@@ -78,11 +81,21 @@ def default_gpus(home: str) -> str:
     return ";".join(gpu for gpu in GPUS if f"sm_{gpu.replace('.', '')}" in known) + "+PTX"
 
 
-def library(device: str, torch: Any) -> Extension:
-    """Build description of dqn_fused._C_<device>: a plain library on LibTorch's stable ABI, no Python module."""
+def library(which: str, torch: Any) -> Extension:
+    """Build description of dqn_fused._C_<which>: for a device a plain library on LibTorch's stable ABI."""
     root = Path(torch.__file__).parent
+    if which == "autograd":
+        return Extension(
+            "dqn_fused._C_autograd",
+            SOURCES[which],
+            depends=HEADERS,
+            include_dirs=[str(root / "include"), str(root / "include/torch/csrc/api/include")],
+            libraries=["torch_python", "torch_cpu", "torch", "c10"],
+            library_dirs=[str(root / "lib")],
+            extra_compile_args={"cxx": ["-O3", "-g0", "-fvisibility=hidden"]},
+        )
     include, libraries, link = [str(root / "include")], ["torch_cpu", "c10"], [str(root / "lib")]
-    if device == "cuda":
+    if which == "cuda":
         from torch.utils import cpp_extension
 
         home = cuda_home(torch)
@@ -94,14 +107,14 @@ def library(device: str, torch: Any) -> Extension:
             libraries.append("torch_cuda")
         link += [str(Path(home, folder)) for folder in ("lib64", "lib") if Path(home, folder).is_dir()]
     return Extension(
-        f"dqn_fused._C_{device}",
-        SOURCES[device],
+        f"dqn_fused._C_{which}",
+        SOURCES[which],
         depends=HEADERS,
         include_dirs=include,
         libraries=libraries,
         library_dirs=link,
         extra_compile_args={
-            "cxx": ["-O3", "-g0", "-fvisibility=hidden", STABLE_ABI],
+            "cxx": ["-O3", "-g0", "-fwrapv", "-fvisibility=hidden", STABLE_ABI],
             "nvcc": ["-O3", "-DUSE_CUDA", STABLE_ABI],
         },
     )
@@ -109,9 +122,9 @@ def library(device: str, torch: Any) -> Extension:
 
 def libraries() -> tuple[list[Extension], dict[str, Any]]:
     """Libraries to try and the command that builds them."""
-    wanted = {"auto": ("cpu", "cuda"), "cpu": ("cpu",), "cuda": ("cuda",), "0": ()}.get(MODE)
-    if wanted is None:
-        raise SystemExit(f"DQN_FUSED_BUILD: expected auto, cpu, cuda or 0, got {MODE!r}")
+    wanted = {"auto": list(SOURCES), "0": []}.get(MODE, MODE.split(","))
+    if not set(wanted) <= SOURCES.keys():
+        raise SystemExit(f"DQN_FUSED_BUILD: expected auto, 0, or of {', '.join(SOURCES)} one or more, got {MODE!r}")
     if not wanted:
         return [], {}
     try:
@@ -121,16 +134,22 @@ def libraries() -> tuple[list[Extension], dict[str, Any]]:
         leave_out(MODE if MODE != "auto" else "compiled", f"torch cannot be imported here ({error})")
         return [], {}
     extensions = []
-    for device in wanted:
+    for which in wanted:
         try:
-            extensions.append(library(device, torch))
+            extensions.append(library(which, torch))
         except (CannotBuildError, OSError, subprocess.SubprocessError) as error:
-            leave_out(device, error)
+            leave_out(which, error)
 
     class BuildLibraries(BuildExtension):
         """Leaves out what does not compile: with ninja, Extension(optional=True) does not."""
 
         extensions: list[Extension]
+
+        def get_ext_filename(self, ext_name: str) -> str:
+            name = str(super().get_ext_filename(ext_name))
+            if not ext_name.endswith("_C_autograd"):
+                return name
+            return name.removesuffix(".so") + f".{sys.implementation.cache_tag}.torch-{torch.__version__}.so"
 
         def build_extensions(self) -> None:
             built: list[Extension] = []
@@ -150,12 +169,15 @@ def libraries() -> tuple[list[Extension], dict[str, Any]]:
 
 
 class Wheel(bdist_wheel):
-    """Tagged by what is in it: the libraries know torch's ABI and none of Python's."""
+    """Tagged by what is in it: only the autograd library knows Python's ABI."""
 
     def get_tag(self) -> tuple[str, str, str]:
         if self.root_is_pure:
             return super().get_tag()
-        return ("py3", "none", super().get_tag()[2] if self.distribution.ext_modules else "any")
+        built = [ext.name for ext in self.distribution.ext_modules or ()]
+        if "dqn_fused._C_autograd" in built:
+            return super().get_tag()
+        return ("py3", "none", super().get_tag()[2] if built else "any")
 
 
 MODE = os.environ.get("DQN_FUSED_BUILD", "auto").lower()

@@ -1,7 +1,8 @@
 """Measure the DQN loss.
 
 full: everything; quick: under a minute; gpu: all that a GPU can show, in one folder; kernels: what the compiled GPU
-kernels take, without a GPU; report: README and pictures from the CSV; demo: an agent and its own replay batches.
+kernels take, and their launches of the host, without a GPU; report: README and pictures from the CSV; demo: an agent
+and its own replay batches.
 """
 
 import argparse
@@ -44,9 +45,11 @@ def main() -> int:
         run_report([args.results] if args.results else result_folders())
         return 0
     if args.what == "kernels":
+        from bench.host import run as run_host
         from bench.kernels import run as run_kernels
 
         run_kernels()
+        run_host()
         return 0
     if args.what == "gpu":
         from bench.gpu import run as run_gpu

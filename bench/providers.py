@@ -11,7 +11,7 @@ from bench import cuda, torchrl_loss
 from bench.rlax_process import RlaxProcess
 from bench.timing import Timer, timer
 from bench.variants import GAMMA, VARIANTS, Arguments, Variant
-from dqn_fused import fused_dqn_loss, fused_dqn_loss_and_grad
+from dqn_fused import fused_dqn_loss, fused_dqn_loss_and_grad, node
 from dqn_fused._backends import serving
 
 FLOOR = "floor"
@@ -70,6 +70,8 @@ def ours(variant: Variant, batch: Arguments, device: str) -> dict[str, Callable[
         fused = step(partial(fused_dqn_loss, **options), batch)
         both = partial(fused_dqn_loss_and_grad, **batch, **options)
         found[f"fused[{backend}]"] = partial(Provider, fused, capturable=True)
+        if backend == "compiled" and node.MODULE is not None:
+            found["fused[compiled], without node"] = partial(Provider, node.without(fused), capturable=True)
         found[f"loss_and_grad[{backend}]"] = partial(Provider, both, capturable=True)
     return found
 

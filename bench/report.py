@@ -1,7 +1,7 @@
 """Write the README's tables, its sentences with figures in them, and the pictures, from the CSV.
 
 Each stands between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->``; NAME is the results folder and a section of
-it, such as cpu/loss, or kernels.
+it, such as cpu/loss, or kernels, or host.
 """
 
 import re
@@ -20,7 +20,7 @@ OTHERS = ("eager", "torch.compile", "torch.compile, reduce-overhead", "eager, CU
 
 
 def run(folders: Sequence[Path]) -> None:
-    """Render these results folders, and the kernels, into the README and docs/."""
+    """Render these results folders, the kernels and their launches, into the README and docs/."""
     wanted = sections(folders)
     text = README.read_text()
     README.write_text(replaced(text, wanted))
@@ -37,8 +37,10 @@ def result_folders(root: Path = RESULTS) -> list[Path]:
 def sections(folders: Sequence[Path], root: Path = RESULTS) -> dict[str, str]:
     """Name -> markdown, of all that there are figures for."""
     found = {f"{folder.name}/{name}": text for folder in folders for name, text in of_folder(folder).items()}
-    rows = read(root / "kernels.csv")
-    return found | ({"kernels": kernels(rows)} if rows else {})
+    for name, section in (("kernels", kernels), ("host", host)):
+        if rows := read(root / f"{name}.csv"):
+            found[name] = section(rows)
+    return found
 
 
 def marked(readme: str) -> dict[str, str]:
@@ -63,8 +65,8 @@ def replaced(readme: str, wanted: dict[str, str]) -> str:
 
 
 def of_folder(folder: Path) -> dict[str, str]:
-    kinds = ("loss", "linear", "distributional", "update")
-    loss, linear, distributional, update = (read(folder / f"{kind}.csv") for kind in kinds)
+    kinds = ("loss", "linear", "distributional", "update", "graph")
+    loss, linear, distributional, update, graph = (read(folder / f"{kind}.csv") for kind in kinds)
     plain = [row for row in loss if row["variant"] == "dqn"]
     family = [row for row in loss if row["variant"] != "dqn"]
     found = {}
@@ -79,6 +81,8 @@ def of_folder(folder: Path) -> dict[str, str]:
         found["distributional"] = f"{tables.distributional(distributional, names)}\n\n{pairs(distributional)}"
     if update:
         found["update"] = f"{tables.update(update)}\n\n{shares(update)}"
+    if graph:
+        found["graph"] = f"{tables.graph(graph)}\n\n{machine(graph[0])} {worst(graph)}"
     return found
 
 
@@ -166,6 +170,16 @@ def shares(rows: Sequence[Row]) -> str:
     return "\n".join(f"- {line}" for line in text)
 
 
+def worst(rows: Sequence[Row]) -> str:
+    """How far each backend's graph is behind that of eager's lines where it is furthest."""
+    text = []
+    for name in tables.seen(row for row in rows if row["adds_us"] != "" and row["provider"] != "eager"):
+        row = max((row for row in rows if row["provider"] == name), key=lambda row: row["behind"])
+        variant = "" if row["variant"] == "dqn" else f"{row['variant']}, "
+        text.append(f"{code(name)} {100 * row['behind']:+.1f} % at {variant}{tables.size_of(row)}")
+    return f"Furthest behind the graph of eager's lines: {'; '.join(text)}."
+
+
 COUNTED = "sm_90"
 
 
@@ -181,6 +195,12 @@ def kernels(rows: Sequence[Row]) -> str:
     if executed:
         text += f"Counted on {COUNTED}:\n\n{tables.counts(executed, kernel_case)}\n\n"
     return f"{text}Triton {about['triton']}, at {about['commit']}."
+
+
+def host(rows: Sequence[Row]) -> str:
+    """The least that a call of the Triton backend costs the host."""
+    about = rows[0]
+    return f"{tables.host(rows)}\n\n{machine(about)} Triton {about['triton']}."
 
 
 def kernel_case(row: Row) -> str:

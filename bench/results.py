@@ -21,6 +21,10 @@ COLUMNS = {
         *ABOUT, "network", "n", "A", "dtype", "mode", "provider", *TIMES, "adds_us", "adds_p20", "adds_p80",
         "share", "peak_bytes",
     ),
+    "host": (*ABOUT, "call", "case", "shape", "dtype", "provider", *TIMES, "us_least", "of_least"),
+    "graph": (
+        *ABOUT, "variant", "n", "A", "dtype", "provider", *TIMES, "adds_us", "adds_p20", "adds_p80", "behind",
+    ),
     "launches": (*ABOUT, "case", "provider", "launch", "count", "us"),
     "kernels": (
         *ABOUT, "target", "language", "call", "case", "shape", "dtype", "kernel", "registers", "spill_bytes",
@@ -35,8 +39,9 @@ INTEGERS = {
     "load_bits", "store_bits", "block_threads", "programs", "loaded_bytes", "stored_bytes", "sectors", "bank_conflicts",
 }  # fmt: skip
 NUMBERS = {
-    *TIMES, *ON_A_GPU, "gb_per_s", "of_floor", "adds_us", "adds_p20", "adds_p80", "share", "count", "occupancy",
-    "instructions", "integer", "float", "special", "shuffle", "barrier", "shared_access",
+    *TIMES, *ON_A_GPU, "gb_per_s", "of_floor", "adds_us", "adds_p20", "adds_p80", "share", "behind", "count",
+    "us_least", "of_least", "occupancy", "instructions", "integer", "float", "special", "shuffle", "barrier",
+    "shared_access",
 }  # fmt: skip
 
 

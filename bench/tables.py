@@ -13,9 +13,13 @@ def tables(kind: str, rows: Sequence[Row]) -> dict[str, str]:
     if kind == "loss":
         names = dict.fromkeys(row["variant"] for row in rows)
         return {name: loss([row for row in rows if row["variant"] == name], seen(rows, name)) for name in names}
-    if kind == "distributional":
-        return {"distributional losses": distributional(rows)}
-    return {"linear head": linear(rows)} if kind == "linear" else {"whole update": update(rows)}
+    title, table = {
+        "linear": ("linear head", linear),
+        "distributional": ("distributional losses", distributional),
+        "update": ("whole update", update),
+        "graph": ("network and loss in one graph", graph),
+    }[kind]
+    return {title: table(rows)}
 
 
 def seen(rows: Iterable[Row], variant: str | None = None) -> list[str]:
@@ -66,6 +70,21 @@ def update(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def graph(rows: Sequence[Row]) -> str:
+    """A line a variant and size: what each loss adds to the graph without one, and how far it is behind eager's."""
+
+    def label(row: Row) -> str:
+        return size_of(row) if row["variant"] == "dqn" else f"{row['variant']}, {size_of(row)}"
+
+    def cell(row: Row) -> str:
+        if row["adds_us"] == "":
+            return time(row["us"])
+        behind = "" if row["provider"] == "eager" else f" ({100 * row['behind']:+.1f} %)"
+        return f"{row['adds_us']:+,.0f} us{behind}"
+
+    return grid("loss, n x A", rows, label, seen(rows), cell)
+
+
 def kernels(rows: Sequence[Row], case_of: Callable[[Row], str]) -> str:
     """A line a kernel and case, a column a target: registers, spilled bytes, occupancy.
 
@@ -109,6 +128,15 @@ def counts(rows: Sequence[Row], case_of: Callable[[Row], str]) -> str:
         parts += [f"{row[name]:,.0f}" for name in names]
         lines.append(f"| {case_of(row)} | " + " | ".join(parts) + " |")
     return "\n".join(lines)
+
+
+def host(rows: Sequence[Row]) -> str:
+    """A line a case and call: the least that it took the host."""
+
+    def label(row: Row) -> str:
+        return f"{row['call']}, {row['case']} {row['shape']}"
+
+    return grid("call", rows, label, seen(rows), lambda row: f"{row['us_least']:.1f} us ({row['of_least']:.1f}x)")
 
 
 def grid(

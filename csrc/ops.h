@@ -15,8 +15,8 @@ namespace dqn_fused {
 using Maybe = std::optional<Tensor>;
 
 struct Outputs {
-  Tensor loss, td, normaliser;
-  Maybe grad_q;
+  Tensor loss, td;
+  Maybe normaliser, grad_q;  // what is not given costs no empty tensor
 };
 
 template <class Device>
@@ -72,7 +72,7 @@ struct Ops {
     const Options options{reduction, loss, target, delta, temperature, alpha, clip, cql_alpha, cql};
     Outputs out = general(q, actions, rewards, next_q, terminated, non_final_mask, gammas, gamma, next_q_online,
                           next_action_mask, weights, target_q, action_mask, options, check, false);
-    return {std::move(out.loss), std::move(out.td), std::move(out.normaliser)};
+    return {std::move(out.loss), std::move(out.td), std::move(*out.normaliser)};
   }
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor> general_td_loss_and_grad(
@@ -84,7 +84,7 @@ struct Ops {
     const Options options{reduction, loss, target, delta, temperature, alpha, clip, cql_alpha, cql};
     Outputs out = general(q, actions, rewards, next_q, terminated, non_final_mask, gammas, gamma, next_q_online,
                           next_action_mask, weights, target_q, action_mask, options, check, true);
-    return {std::move(out.loss), std::move(*out.grad_q), std::move(out.td), std::move(out.normaliser)};
+    return {std::move(out.loss), std::move(*out.grad_q), std::move(out.td), std::move(*out.normaliser)};
   }
 
   static Tensor general_td_loss_backward(const Tensor& grad_loss, const Tensor& td, const Tensor& actions,

@@ -125,7 +125,8 @@ C10_HOST_DEVICE T nan_max(T a, T b) {
 // The TD error of q[a]. Selected, not multiplied: what stands in a terminated row's next_q never reaches the target.
 template <class T>
 C10_HOST_DEVICE T td_error(T taken, T reward, bool live, T gamma, T next_value) {
-  return taken - (live ? reward + gamma * next_value : reward);
+  const T bootstrapped = reward + gamma * next_value;  // on both ways, so that a loop over it vectorises
+  return taken - (live ? bootstrapped : reward);
 }
 
 // temperature * logsumexp(x / temperature) of a row in two parts, which are not added before a difference is taken: the

@@ -38,31 +38,43 @@ inline int32_t device_type(const Tensor& x) {
   return type;
 }
 
+// Sizes and strides; sizes() and strides() would each ask for the number of dimensions.
+struct Layout {
+  int64_t dim = 0;
+  int64_t *size = nullptr, *stride = nullptr;
+
+  explicit Layout(const Tensor& x) : dim(x.dim()) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(x.get(), &size));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(x.get(), &stride));
+  }
+};
+
 // Where the tensors must be.
 struct Place {
   int32_t type;
   int32_t index;
 
   explicit Place(const Tensor& x) : type(device_type(x)), index(x.get_device_index()) {}
-  bool holds(const Tensor& x) const { return device_type(x) == type && x.get_device_index() == index; }
+  bool holds(const Tensor& x) const { return device_type(x) == type && (index < 0 || x.get_device_index() == index); }
 };
 
 // (n,) or (n, 1); the caller checks the dtype.
 inline Column column(const char* name, const Tensor& x, int64_t n, const Place& place) {
-  const auto size = x.sizes(), stride = x.strides();
-  fits(place.holds(x) && size.size() >= 1 && size[0] == n && (size.size() == 1 || (size.size() == 2 && size[1] == 1)),
+  const Layout layout(x);
+  fits(place.holds(x) && layout.dim >= 1 && layout.size[0] == n &&
+           (layout.dim == 1 || (layout.dim == 2 && layout.size[1] == 1)),
        name);
-  return {x.const_data_ptr(), x.scalar_type(), stride[0]};
+  return {x.const_data_ptr(), x.scalar_type(), layout.stride[0]};
 }
 
 // (rows, A) or (outer, inner, A) of floats, or of flags.
 inline Matrix matrix(const char* name, const Tensor& x, const Place& place, bool flags = false) {
-  const auto size = x.sizes(), stride = x.strides();
+  const auto [dim, size, stride] = Layout(x);
   const Column values{x.const_data_ptr(), x.scalar_type()};
-  fits(place.holds(x) && (flags ? values.type == ScalarType::Bool : floating(values.type)) &&
-           (size.size() == 2 || size.size() == 3) && size[size.size() - 1] > 0,
+  fits(place.holds(x) && (flags ? values.type == ScalarType::Bool : floating(values.type)) && (dim == 2 || dim == 3) &&
+           size[dim - 1] > 0,
        name);
-  if (size.size() == 2) return {values, size[0], size[1], size[0], 0, stride[0], stride[1]};
+  if (dim == 2) return {values, size[0], size[1], size[0], 0, stride[0], stride[1]};
   return {values, size[0] * size[1], size[2], size[1], stride[0], stride[1], stride[2]};
 }
 

@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 import dqn_fused
+from dqn_fused import node
 from dqn_fused._backends.compiled_backend import cpu_capability
 
 
@@ -23,6 +24,7 @@ def report() -> str:
         f"cpu        torch {torch.backends.cpu.get_cpu_capability()}, csrc {cpu_capability() or 'not built'}, "
         f"{torch.get_num_threads()} threads",
     ]
+    lines.append(f"autograd   recorded in {f'Python: {node.MISSING}' if node.MODULE is None else 'C++'}")
     for i in range(torch.cuda.device_count()):
         capability = ".".join(map(str, torch.cuda.get_device_capability(i)))
         lines.append(f"cuda:{i}     {torch.cuda.get_device_name(i)}, compute capability {capability}")

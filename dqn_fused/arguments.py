@@ -33,6 +33,9 @@ REDUCTIONS = ("mean", "sum", "none", "weighted_mean")
 TARGETS = {"max": None, "soft": Soft(), "munchausen": Munchausen()}
 
 
+UNCHECKED = torch.Size((-1,))  # shape of a batch before the checks: one dimension, of whatever size q has
+
+
 class Batch(NamedTuple):
     """A batch of n = prod(N) transitions, as the user gave it and, checked and flattened, as a backend takes it.
 
@@ -51,7 +54,7 @@ class Batch(NamedTuple):
     weights: Tensor | None = None  # (n,)
     target_q: Tensor | None = None  # as q
     action_mask: Tensor | None = None  # as q
-    shape: torch.Size = torch.Size((-1,))  # N; before the checks one dimension, of whatever size q has
+    shape: torch.Size = UNCHECKED  # N
     checked: Tensor | None = None  # (n,), to be filled with the actions, -1 if non_final_mask has not m true entries
 
     @property

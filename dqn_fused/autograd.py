@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 
 from dqn_fused.arguments import Batch, LossSpec, accumulation_dtype
 from dqn_fused.checks import rows
+from dqn_fused.kernels.launch import NARROW
 from dqn_fused.reference import legal_actions, legal_values
 
 # What torch.autograd.Function.apply itself asks.
@@ -94,7 +95,7 @@ class TDLoss(torch.autograd.Function):
         # Traced by torch.compile, grad mode is on and grad_td_error zeros; PyTorch refuses a second order there.
         recorded = torch.is_grad_enabled() or grad_td_error is not None or inside_transform()
         if recorded and not torch.compiler.is_compiling():
-            return _differentiable_backward(grad_loss, grad_td_error, saved, spec), None, None, None
+            return differentiable_backward(grad_loss, grad_td_error, saved, spec), None, None, None
         if grad_loss is None:
             return None, None, None, None
         if saved.q is not None:
@@ -118,9 +119,10 @@ def save(
         ctx.mark_non_differentiable(normaliser)
 
 
-def _differentiable_backward(
+def differentiable_backward(
     grad_loss: Tensor | None, grad_td_error: Tensor | None, saved: Saved, spec: LossSpec
 ) -> Tensor | None:
+    """Gradient of q by what comes upstream of loss and TD errors, in operations that can be differentiated."""
     terms = [] if grad_td_error is None else [scatter_taken(grad_td_error, saved)]
     if grad_loss is not None:
         terms.append(loss_gradient(grad_loss, saved, spec))
@@ -167,9 +169,20 @@ def _scale(grad_loss: Tensor, saved: Saved, spec: LossSpec) -> Tensor:
     return scale if saved.weights is None else scale * saved.weights.to(td.dtype).view(td.shape)
 
 
+def _stores_densely(saved: Saved) -> bool:
+    """Whether a graph writes the gradient in one pass: a scatter is one of zeros and another one.
+
+    Comparing each action takes longer than writing zeros where a row is long and a core does it.
+    """
+    return saved.q_shape[-1] <= NARROW or saved.td_error.device.type != "cpu"
+
+
 def scatter_taken(coefficient: Tensor, saved: Saved, dtype: torch.dtype | None = None) -> Tensor:
     """Zeros of q's shape with the coefficient at each action taken; a row with an illegal action stays zero."""
     q_shape = saved.q_shape
+    if torch.compiler.is_compiling() and _stores_densely(saved):
+        taken = torch.arange(q_shape[-1], device=coefficient.device) == saved.actions.view(*q_shape[:-1], 1)
+        return torch.where(taken, coefficient.to(dtype or saved.q_dtype).unsqueeze(-1), 0)
     index, legal = legal_actions(saved.actions, q_shape[-1])
     if legal is not None:
         coefficient = torch.where(legal.view(coefficient.shape), coefficient, 0)

@@ -169,8 +169,8 @@ def _next_values(batch: Batch, next_q: Tensor, spec: LossSpec, dtype: torch.dtyp
         if batch.next_q_online is None:
             values = best = best.amax(-1)
         else:
-            best, index = best.max(-1)
-            best = best.view(next_q.shape[:-1])
+            index = best.argmax(-1, keepdim=True)  # in a graph half of what max takes, which is two reductions there
+            best = best.gather(-1, index).view(next_q.shape[:-1])
             values = next_q.gather(-1, index.view(*best.shape, 1)).squeeze(-1)
             values = torch.where(best.isnan(), torch.nan, values)
         if mask is not None:
@@ -225,8 +225,9 @@ def legal_actions(actions: Tensor, A: int) -> tuple[Tensor, Tensor | None]:
     index = _cast(actions, torch.int64)
     if looks_at_values(actions.device):
         return index, None
-    legal = (index >= 0) & (index < A)
-    return torch.where(legal, index, 0), legal
+    # A clamp, of which Inductor knows the bounds: with where(legal, index, 0) it checks each index again.
+    safe = index.clamp(0, A - 1)
+    return safe, safe == index
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import pytest
 import torch
 from data import SEED
 
+from dqn_fused import node
 from dqn_fused._backends import serving
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; their threads would wait for each other
@@ -54,6 +55,8 @@ def _roads() -> list[object]:
             roads.append(pytest.param(Road(name, "cpu"), id="triton-interpreter", marks=pytest.mark.interpret))
         else:
             roads.append(pytest.param(Road(name, "cpu"), id=f"{name}-cpu"))
+    if node.MODULE is not None:  # and as it is where the node in C++ is not built
+        roads.append(pytest.param(Road("compiled", "cpu"), id="compiled-cpu-python", marks=pytest.mark.without_node))
     if EXECUTED and importlib.util.find_spec("triton") is not None:
         roads.append(pytest.param(Road("triton", "cpu"), id="triton-ptx", marks=pytest.mark.ptx))
     if EXECUTED and CUDA_SOURCES:
@@ -108,15 +111,25 @@ def seeded() -> None:
 @pytest.fixture(autouse=True)
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill what torch.empty returns with NaN, or with a large number where there is no NaN."""
-    empty = torch.empty
 
-    def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
-        x = empty(*args, **kwargs)  # type: ignore[call-overload]
-        if x.numel() and not torch.compiler.is_compiling():
-            x.fill_(torch.nan if x.is_floating_point() else 99)
-        return x
+    def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def allocated(*args: object, **kwargs: object) -> torch.Tensor:
+            x = allocate(*args, **kwargs)
+            if x.numel() and not torch.compiler.is_compiling():
+                x.fill_(torch.nan if x.is_floating_point() else 99)
+            return x
 
-    monkeypatch.setattr(torch, "empty", poisoned)
+        return allocated
+
+    for name in ("empty", "empty_strided"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+
+
+@pytest.fixture(autouse=True)
+def without_node(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Record by autograd.TDLoss in the cases that say so."""
+    if request.node.get_closest_marker("without_node") is not None:
+        monkeypatch.setattr(node, "serves", set())
 
 
 @pytest.fixture(autouse=True)

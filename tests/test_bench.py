@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import INTERPRETED
 
-from bench import distributional, gpu, linear, loss, machine, plots, report, suite, tables, update
+from bench import distributional, gpu, graph, linear, loss, machine, plots, report, suite, tables, update
 from bench.__main__ import parse
 from bench.cuda import launches
 from bench.deadline import Deadline
@@ -185,12 +185,15 @@ MEASURED: dict[str, Any] = {
     ),
     "linear": lambda problems: linear.measure(linear.Work(30, 8, double=True, n=6), "cpu", 0.001, problems, rounds=2),
     "update": lambda problems: update.measure(update.CARTPOLE, "cpu", 0.001, problems),
+    "graph": lambda problems: graph.measure(graph.Work("prioritised", 8, 4), "cpu", 0.001, problems),
 }
 
 
 @pytest.mark.parametrize("kind", MEASURED)
 def test_rows_hold_what_their_schema_says(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(update, "can_compile", lambda: False)  # 10 s
+    monkeypatch.setattr(graph, "can_compile", lambda: True)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     threads, problems = torch.get_num_threads(), list[str]()
     rows = MEASURED[kind](problems)
     assert not problems
@@ -204,7 +207,7 @@ def test_rows_hold_what_their_schema_says(kind: str, tmp_path: Path, monkeypatch
     ]
     assert eager["speedup"] == 1.0
     assert eager["us_p20"] <= eager["us"] <= eager["us_p80"]
-    assert eager["threads"] == (1 if kind == "update" else threads)
+    assert eager["threads"] == (1 if kind in ("update", "graph") else threads)
     assert tables.tables(kind, table.rows)
     with pytest.raises(ValueError, match="unheard"):
         table.add([{"unheard": 1}])
@@ -295,11 +298,8 @@ def test_the_readme_says_what_the_csv_says() -> None:
     readme = report.README.read_text()
     wanted = report.sections(report.result_folders())
     marked = report.marked(readme)
-    assert (
-        {"cpu/loss", "cpu/family", "cpu/linear", "cpu/distributional", "cpu/update", "kernels"}
-        <= set(marked)
-        <= set(wanted)
-    )
+    own = {f"cpu/{kind}" for kind in ("loss", "family", "linear", "distributional", "update")}
+    assert own | {"kernels", "host"} <= set(marked) <= set(wanted)
     assert report.stale(readme, wanted) == [], "run python -m bench report"
     assert report.replaced(readme, wanted) == readme
 
@@ -312,6 +312,24 @@ def test_a_changed_digit_in_the_readme_is_noticed() -> None:
         for where in (digits[0], digits[len(digits) // 2], digits[-1]):
             other = text[:where] + str((int(text[where]) + 1) % 10) + text[where + 1 :]
             assert report.stale(readme.replace(text, other), wanted) == [name]
+
+
+def test_report_of_graphs(tmp_path: Path) -> None:
+    folder = tmp_path / "nvidia-h200"
+    row = {"n": 32, "A": 18, "dtype": "float32", "threads": 1, "cores": 2, "device": "H200"}
+    found = []
+    for variant, slower in (("dqn", 0.01), ("cql", 0.04)):
+        found += [
+            row | {"variant": variant, "provider": "no loss", "us": 100.0},
+            row | {"variant": variant, "provider": "eager", "us": 120.0, "adds_us": 20.0, "behind": 0.0},
+            row | {"variant": variant, "provider": "fused", "us": 90.0, "adds_us": -10.0, "behind": slower},
+        ]
+    Table(folder, "graph").add(found)
+    text = report.sections([folder], tmp_path)["nvidia-h200/graph"]
+    assert "| loss, n x A | no loss | eager | fused |" in text
+    assert "| cql, 32 x 18 | 100 us | +20 us | -10 us (+4.0 %) |" in text
+    assert "Furthest behind the graph of eager's lines: fused +4.0 % at cql, 32 x 18." in text
+    assert tables.tables("graph", read(folder / "graph.csv"))
 
 
 def test_report_of_a_folder(tmp_path: Path) -> None:

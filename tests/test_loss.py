@@ -1,5 +1,6 @@
 """One suite for every backend: loss, TD errors and gradient against the oracle, within the bounds of arithmetic."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -57,12 +58,18 @@ def to_device(x: Any, device: str) -> Any:
     return flat.as_strided(x.shape, x.stride(), x.storage_offset()).requires_grad_(x.requires_grad)
 
 
-def check(road: Road, arguments: dict[str, Any], reduction: str = "mean", grad_loss: Tensor | None = None) -> Tensor:
+def check(
+    road: Road,
+    arguments: dict[str, Any],
+    reduction: str = "mean",
+    grad_loss: Tensor | None = None,
+    call: Callable[..., Any] = fused_dqn_loss,
+) -> Tensor:
     """Run a road forward and backward and compare everything with the oracle. Returns grad_q."""
     arguments = {k: to_device(x, road.device) for k, x in arguments.items()}
     q = arguments["q"].detach().requires_grad_()
     arguments["q"] = q
-    loss, td_error = fused_dqn_loss(**arguments, reduction=reduction, return_td_error=True, backend=road.backend)
+    loss, td_error = call(**arguments, reduction=reduction, return_td_error=True, backend=road.backend)
     if grad_loss is None:
         grad_loss = torch.ones_like(loss)
     (grad_q,) = torch.autograd.grad(loss, q, grad_loss)

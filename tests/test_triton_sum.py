@@ -49,10 +49,12 @@ def test_the_backward_of_more_than_2_31_elements(A: int, cql_alpha: float, monke
 def test_several_tiles_in_each_of_several_programs(form: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the partial sums are capped, here at 4 and not at 4,096."""
     from dqn_fused import fused_dqn_loss_and_grad
+    from dqn_fused._backends import triton_program
     from dqn_fused._backends.triton_backend import launch
 
     arguments = form(make((1000, 18), device=TRITON_DEVICE))
     expected = fused_dqn_loss_and_grad(**arguments, backend="triton")
+    monkeypatch.setattr(triton_program, "KEPT", {})
     monkeypatch.setattr(launch, "MAX_PROGRAMS", 4)
     monkeypatch.setattr(launch, "forward", launch.forward.__wrapped__)  # without what it remembers
     assert launch.forward(1000, 18, 2, True) == launch.Forward(16, 32, 16, 4, 4)

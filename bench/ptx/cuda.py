@@ -21,7 +21,7 @@ from torch.library import Library
 from bench.machine import ROOT
 from bench.ptx import build
 from bench.ptx.executor import Counts, Kernel, Memory, PtxError, Range
-from dqn_fused import _backends, _ops
+from dqn_fused import _backends, _ops, node
 from dqn_fused._backends import compiled_backend
 
 LIBRARY = "dqn_fused_ptx"
@@ -204,5 +204,6 @@ def executing(target: str, seed: int = 0, races: bool = True) -> Iterator[Execut
         patch.object(compiled_backend, "refuses", lambda device: refuses(cuda)),
         patch.object(_backends, "_missing", found),
         patch.dict(_backends._CHOSEN, clear=True),
+        patch.object(node, "serves", set()),
     ):
         yield one

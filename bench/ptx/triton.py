@@ -146,6 +146,7 @@ def executing(target: str, **options: Any) -> Iterator[Executor]:
             (triton_backend, "run", executor.run),
             (torch, "empty", executor.empty(torch.empty)),
             (torch, "empty_like", executor.empty(torch.empty_like)),
+            (torch, "empty_strided", executor.empty(torch.empty_strided)),
         ):
             stack.enter_context(patch.object(owner, name, value))
         stack.enter_context(patch.dict(_backends._CHOSEN, clear=True))

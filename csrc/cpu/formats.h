@@ -17,16 +17,33 @@ namespace dqn_fused::cpu {
 template <class Float, class Int, int MANTISSA_BITS>
 struct Format {
   using Bits = Int;
+  using Unsigned = std::make_unsigned_t<Int>;
   static constexpr Int MAGNITUDE = std::numeric_limits<Int>::max();
   static constexpr Int INFINITE = static_cast<Int>(MAGNITUDE >> MANTISSA_BITS << MANTISSA_BITS);
 
-  // Its own inverse: negative floats have their magnitude flipped.
-  DQN_FUSED_INLINE static Int key(Int x) { return static_cast<Int>(x ^ ((x >> (8 * sizeof(Int) - 1)) & MAGNITUDE)); }
+  // A key is ordered as the floats are: from -infinity, the least Int there is, to infinity, and every NaN above it.
+  // Bits is an Int, or a vector of them.
+  template <class Bits>
+  DQN_FUSED_INLINE static Bits key(Bits x) {
+    return flipped(x) - BELOW;
+  }
+  static constexpr Int LEAST = std::numeric_limits<Int>::min();
 
-  DQN_FUSED_INLINE static double value(Int x) {
+  template <class T>
+  DQN_FUSED_INLINE static T value(Int key) {
+    const Int x = flipped(static_cast<Int>(static_cast<Unsigned>(key) + BELOW));
     Float y;
     std::memcpy(&y, &x, sizeof y);
-    return static_cast<double>(y);
+    return key > INFINITE - BELOW ? std::numeric_limits<T>::quiet_NaN() : static_cast<T>(y);
+  }
+
+ private:
+  static constexpr Int BELOW = static_cast<Int>(MAGNITUDE ^ INFINITE);  // how many negative NaN there are
+
+  // Its own inverse: negative floats have their magnitude flipped.
+  template <class Bits>
+  DQN_FUSED_INLINE static Bits flipped(Bits x) {
+    return x ^ ((x >> (8 * sizeof(Int) - 1)) & MAGNITUDE);
   }
 };
 
@@ -42,18 +59,44 @@ template <>
 struct FormatOf<BFloat16> : Format<BFloat16, int16_t, 7> {};
 
 template <class Float>
-DQN_FUSED_INLINE double largest_of(const void* data, int64_t n, int64_t stride) {
+DQN_FUSED_INLINE auto largest_key(const Float* row, int64_t n, int64_t stride) {
   using F = FormatOf<Float>;
-  const auto* row = static_cast<const Float*>(data);
-  typename F::Bits best = std::numeric_limits<typename F::Bits>::min(), magnitude = 0;
+  typename F::Bits best = F::LEAST;
   for (int64_t i = 0; i < n; ++i) {
-    typename F::Bits x;
-    std::memcpy(&x, row + i * stride, sizeof x);
-    const typename F::Bits key = F::key(x), size = x & F::MAGNITUDE;
+    typename F::Bits bits;
+    std::memcpy(&bits, row + i * stride, sizeof bits);
+    const typename F::Bits key = F::key(bits);
     best = key > best ? key : best;
-    magnitude = size > magnitude ? size : magnitude;
   }
-  return magnitude > F::INFINITE ? std::numeric_limits<double>::quiet_NaN() : F::value(F::key(best));
+  return best;
+}
+
+// The same of a short row without gaps: in vectors of `lanes`, the largest there are for n elements, of which the last
+// overlaps the one before it, for a remainder would take longer than the rest.
+template <class Float, int lanes = 16 / sizeof(Float)>
+DQN_FUSED_INLINE auto largest_key_of_few(const Float* row, int64_t n) {
+  using F = FormatOf<Float>;
+  if constexpr (lanes > 1) {
+    if (n < lanes) return largest_key_of_few<Float, lanes / 2>(row, n);
+  }
+  using Vector [[gnu::vector_size(lanes * sizeof(Float))]] = typename F::Bits;
+  Vector best;
+  std::memcpy(&best, row + n - lanes, sizeof best);
+  best = F::key(best);
+  for (int64_t i = 0; i < n - lanes; i += lanes) {
+    Vector x;
+    std::memcpy(&x, row + i, sizeof x);
+    x = F::key(x);
+    best = x > best ? x : best;
+  }
+  typename F::Bits found = best[0];
+  for (int lane = 1; lane < lanes; ++lane) found = best[lane] > found ? best[lane] : found;
+  return found;
+}
+
+template <class Float>
+DQN_FUSED_INLINE double largest_of(const Float* row, int64_t n, int64_t stride) {
+  return FormatOf<Float>::template value<double>(largest_key(row, n, stride));
 }
 
 template <class T, class Stored>

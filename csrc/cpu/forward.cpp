@@ -1,12 +1,20 @@
+#include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <numeric>
+#include <vector>
 
-#include "blocks.h"
+#include "columns.h"
 #include "loss.h"
+#include "parallel.h"
 #include "rows.h"
 
 namespace dqn_fused::cpu {
 namespace {
+
+constexpr int64_t BLOCK = 8192;  // elements of next_q in a block of rows: the unit of work and of the partial sums
+constexpr int64_t MOST_ROWS = 256;
+constexpr int64_t ROW_COST = 16;  // what a row takes beside its elements, 1 being the reading of an element
 
 SoftValue<double> soft_value_of(const Rows& rows, int64_t row, double temperature = 1) {
   const Summary found = rows(row);
@@ -34,23 +42,25 @@ struct Values {
 
   int64_t cost() const { return next.cost() + policy.cost() + conservative.cost(); }
 
-  void share() {
+  // Whether the rows are too few for the threads, and their columns were shared out.
+  bool share() {
     const auto all = [](int64_t) { return true; };
-    if (next) next.share([&](int64_t row) { return batch.compacted || batch.live(row); });
-    if (policy) policy.share(all);
-    if (conservative) conservative.share(all);
+    bool shared = false;
+    if (next) shared |= next.share([&](int64_t row) { return batch.compacted || batch.live(row); });
+    if (policy) shared |= policy.share(all);
+    if (conservative) shared |= conservative.share(all);
+    return shared;
   }
 
-  T next_value(int64_t row) const {
-    if (options.target != MAX) return static_cast<T>(soft_value_of(next, row, options.temperature).sum());
-    const Summary found = next(row);
-    if (next.masked() && found.largest == -INFINITE<double>) return NOT_A_NUMBER<T>;
-    if (!batch.next_online || found.largest != found.largest) return static_cast<T>(found.largest);
-    return batch.next_q.at<T>(row, found.index);
+  // Of the rows [first, first + n) of next_q those whose flag in `wanted` is set.
+  void next_values(int64_t first, int64_t n, const bool* wanted, T* __restrict out) const {
+    if (options.target == MAX && !batch.next_online && !batch.next_legal) return next.largest(first, n, wanted, out);
+    for (int64_t i = 0; i < n; ++i) {
+      if (wanted[i]) out[i] = next_value(first + i);
+    }
   }
 
   T bonus(int64_t i, int64_t action) const {
-    if (!policy) return 0;
     const bool known = !batch.legal || batch.legal.at<bool>(i, action);
     const T taken = known ? batch.target_q.at<T>(i, action) : -INFINITE<T>;
     return munchausen_bonus(options, static_cast<T>(soft_value_of(policy, i, options.temperature).log_policy(taken)));
@@ -61,89 +71,155 @@ struct Values {
     return {static_cast<T>(found.largest), static_cast<T>(found.rest)};
   }
 
-  // The loss of a sample; normaliser is NaN where it is not asked for.
-  T loss(int64_t i, int64_t action, T error, const SoftValue<T>& normaliser) const {
-    T value = loss_value(options, error);
-    if (options.cql_alpha != 0 && legal(action, batch.q.A))
-      value -= static_cast<T>(options.cql_alpha) * normaliser.log_policy(batch.q.at<T>(i, action));
-    return batch.weights ? value * batch.weights.at<T>(i) : value;
+ private:
+  T next_value(int64_t row) const {
+    if (options.target != MAX) return static_cast<T>(soft_value_of(next, row, options.temperature).sum());
+    const Summary found = next(row);
+    if (next.masked() && found.largest == -INFINITE<double>) return NOT_A_NUMBER<T>;
+    if (!batch.next_online || found.largest != found.largest) return static_cast<T>(found.largest);
+    return batch.next_q.at<T>(row, found.index);
   }
 };
 
-bool is_plain(const Batch& b, const Options& options) {
-  return options.loss == MSE && options.target == MAX && !options.cql && b.next_q && !b.next_online && !b.next_legal &&
-         !b.weights;
+// Whether the rows [begin, begin + n) bootstrap anything.
+void read_live(const Batch& b, int64_t begin, int64_t n, bool* live) {
+  if (!b.next_q || !b.final) {
+    std::fill_n(live, n, static_cast<bool>(b.next_q));
+    return;
+  }
+  read(b.final, begin, n, live);
+  for (int64_t i = 0; i < n; ++i) live[i] = live[i] == b.compacted;
 }
 
-// PLAIN spares the plain loss the questions of the others, 5 ns a row, where a row of two actions takes 20.
-template <class T, bool PLAIN>
-bool forward(const Batch& b, const Options& options, T* loss, T* td, T* normaliser) {
+// How many next rows come before each block of rows, (blocks + 1,).
+std::vector<int64_t> first_next_rows(const Batch& b, int64_t blocks, int64_t block_rows) {
+  std::vector<int64_t> first(blocks + 1, 0);
+  bool live[MOST_ROWS];
+  for (int64_t k = 0; k < blocks; ++k) {
+    const int64_t n = std::min(block_rows, b.n - k * block_rows);
+    read_live(b, k * block_rows, n, live);
+    first[k + 1] = first[k] + std::count(live, live + n, true);
+  }
+  return first;
+}
+
+// A block of rows, column by column.
+template <class T>
+struct Block {
+  int64_t actions[MOST_ROWS];
+  bool live[MOST_ROWS];
+  T taken[MOST_ROWS], rewards[MOST_ROWS], gammas[MOST_ROWS], next[MOST_ROWS], errors[MOST_ROWS], losses[MOST_ROWS];
+
+  // Rows [begin, begin + n), of which the live ones have the rows of a compacted next_q from next_row on. Fills their
+  // td and normaliser, and losses; returns whether every action is legal and every live row has a next one.
+  bool run(const Values<T>& values, int64_t begin, int64_t n, int64_t next_row, T* td, T* normaliser) {
+    const Batch& b = values.batch;
+    bool all_legal = true;
+    read(b.actions, begin, n, actions);
+    prefetch_taken(b.q, actions, begin, n);  // a miss each where rows are long, and all at a time
+    read_next(values, begin, n, next_row, all_legal);
+    read_taken(b.q, actions, begin, n, taken);
+    read(b.rewards, begin, n, rewards);
+    for (int64_t i = 0; i < n; ++i) all_legal &= legal(actions[i], b.q.A);
+    if (values.policy) {
+      for (int64_t i = 0; i < n; ++i) rewards[i] += legal(actions[i], b.q.A) ? values.bonus(begin + i, actions[i]) : 0;
+    }
+    if (b.discounts)
+      read(b.discounts, begin, n, gammas);
+    else
+      std::fill_n(gammas, n, static_cast<T>(b.discount));
+    for (int64_t i = 0; i < n; ++i) errors[i] = td_error(taken[i], rewards[i], live[i], gammas[i], next[i]);
+    std::copy_n(errors, n, td + begin);
+    for (int64_t i = 0; i < n; ++i) losses[i] = loss_value(values.options, errors[i]);
+    if (values.conservative) subtract_log_policy(values, begin, n, normaliser);
+    if (b.weights) {
+      read(b.weights, begin, n, rewards);
+      for (int64_t i = 0; i < n; ++i) losses[i] *= rewards[i];
+    }
+    return all_legal;
+  }
+
+  double sum(int64_t n) const {
+    double lanes[4] = {};  // an addition waits for the one before it
+    int64_t i = 0;
+    for (; i + 4 <= n; i += 4) {
+      for (int64_t lane = 0; lane < 4; ++lane) lanes[lane] += losses[i + lane];
+    }
+    for (; i < n; ++i) lanes[0] += losses[i];
+    return (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
+  }
+
+ private:
+  void read_next(const Values<T>& values, int64_t begin, int64_t n, int64_t next_row, bool& all_known) {
+    const Batch& b = values.batch;
+    std::fill_n(next, n, T(0));
+    read_live(b, begin, n, live);
+    if (!b.next_q) return;
+    if (!b.compacted) return values.next_values(begin, n, live, next);
+    T found[MOST_ROWS];
+    const int64_t count = std::count(live, live + n, true);
+    const int64_t known = std::clamp<int64_t>(b.next_q.rows - next_row, 0, count);
+    bool wanted[MOST_ROWS];
+    std::fill_n(wanted, known, true);
+    values.next_values(next_row, known, wanted, found);
+    std::fill(found + known, found + count, NOT_A_NUMBER<T>);
+    all_known &= known == count;
+    for (int64_t i = 0, k = 0; i < n; ++i) {
+      if (live[i]) next[i] = found[k++];
+    }
+  }
+
+  void subtract_log_policy(const Values<T>& values, int64_t begin, int64_t n, T* normaliser) {
+    const T alpha = static_cast<T>(values.options.cql_alpha);
+    for (int64_t i = 0; i < n; ++i) {
+      const SoftValue<T> sum = values.normaliser(begin + i);
+      normaliser[begin + i] = sum.largest;
+      normaliser[values.batch.n + begin + i] = sum.rest;
+      if (alpha != 0 && legal(actions[i], values.batch.q.A)) losses[i] -= alpha * sum.log_policy(taken[i]);
+    }
+  }
+};
+
+}  // namespace
+
+template <class T>
+bool forward(const Batch& b, const Options& options, T* loss, T* td, T* normaliser, const Gradient<T>* gradient) {
   const int64_t A = b.q.A;
   // A block depends on the shape alone, and its sum is added in its turn: any number of threads gives the same bits.
-  const int64_t block_rows = std::max<int64_t>(1, BLOCK / A), blocks = ceil_div(b.n, block_rows);
+  const int64_t block_rows = std::clamp<int64_t>(BLOCK / A, 1, MOST_ROWS), blocks = ceil_div(b.n, block_rows);
   Values<T> values(b, options);
-  values.share();
+  const bool shared = values.share();
+  const int64_t row_cost = ROW_COST + A * (values.cost() + (gradient != nullptr && !shared ? gradient->cost() : 0));
   std::vector<int64_t> first;
   if (b.compacted) first = first_next_rows(b, blocks, block_rows);
-  std::vector<double> sums(blocks);
+  double few[8];  // a small batch needs no allocation
+  std::vector<double> many(blocks > 8 ? blocks : 0);
+  double* const sums = blocks > 8 ? many.data() : few;
   std::atomic<bool> all_legal = !b.compacted || first.back() == b.next_q.rows;
 
-  for_each_block(blocks, block_rows * A * values.cost(), [&](int64_t begin, int64_t end) {
+  for_each_block(blocks, block_rows * row_cost, [&](int64_t begin, int64_t end) {
+    Block<T> block;
     for (int64_t k = begin; k < end; ++k) {
-      double sum = 0;
-      int64_t next_row = b.compacted ? first[k] : 0;
-      for (int64_t i = k * block_rows; i < std::min(b.n, (k + 1) * block_rows); ++i) {
-        const bool live = b.live(i);
-        if (!b.compacted) next_row = i;
-        const bool known = live && next_row < b.next_q.rows;
-        const int64_t action = b.actions.at<int64_t>(i);
-        T error = NOT_A_NUMBER<T>;
-        if (legal(action, A) && known == live) {
-          const T next_value = !known  ? T(0)
-                               : PLAIN ? static_cast<T>(values.next.largest(next_row))
-                                       : values.next_value(next_row);
-          const T reward = b.rewards.at<T>(i) + (PLAIN ? T(0) : values.bonus(i, action));
-          error = td_error(b.q.at<T>(i, action), reward, live, live ? b.gamma<T>(i) : T(0), next_value);
-        } else {
-          all_legal.store(false, std::memory_order_relaxed);
-        }
-        if (b.compacted) next_row += live;
-        td[i] = error;
-        T value = error * error;
-        if (!PLAIN) {
-          SoftValue<T> sum{NOT_A_NUMBER<T>, 0};
-          if (options.cql) {
-            sum = values.normaliser(i);
-            normaliser[i] = sum.largest;
-            normaliser[b.n + i] = sum.rest;
-          }
-          value = values.loss(i, action, error, sum);
-        }
-        if (options.reduction == NONE)
-          loss[i] = value;
-        else
-          sum += value;
-      }
-      sums[k] = sum;
+      const int64_t row = k * block_rows, n = std::min(block_rows, b.n - row);
+      if (!block.run(values, row, n, b.compacted ? first[k] : row, td, normaliser))
+        all_legal.store(false, std::memory_order_relaxed);
+      if (options.reduction == NONE)
+        std::copy_n(block.losses, n, loss + row);
+      else
+        sums[k] = block.sum(n);
     }
+    // By the thread that has the rows, and no second waking of threads.
+    if (gradient != nullptr && !shared) gradient->write(begin * block_rows * A, std::min(end * block_rows, b.n) * A);
   });
+  if (gradient != nullptr && shared) gradient->write();
   if (options.reduction != NONE) {
-    double total = 0;
-    for (const double sum : sums) total += sum;
+    const double total = std::accumulate(sums, sums + blocks, 0.0);
     *loss = static_cast<T>(options.reduction == MEAN ? total / static_cast<double>(b.n) : total);
   }
   return all_legal;
 }
 
-}  // namespace
-
-template <class T>
-bool forward(const Batch& b, const Options& options, T* loss, T* td, T* normaliser) {
-  return is_plain(b, options) ? forward<T, true>(b, options, loss, td, normaliser)
-                              : forward<T, false>(b, options, loss, td, normaliser);
-}
-
-template bool forward(const Batch&, const Options&, float*, float*, float*);
-template bool forward(const Batch&, const Options&, double*, double*, double*);
+template bool forward(const Batch&, const Options&, float*, float*, float*, const Gradient<float>*);
+template bool forward(const Batch&, const Options&, double*, double*, double*, const Gradient<double>*);
 
 }  // namespace dqn_fused::cpu

@@ -6,14 +6,28 @@
 
 namespace dqn_fused::cpu {
 
-// Fills td, loss, and with options.cql normaliser, (2, n): the two parts of each row's SoftValue; returns whether every
-// action is legal and the mask has as many true entries as next_q has rows.
+// The gradient of q, contiguous, to be written from a batch's TD errors; grad_loss is null for ones.
 template <class T>
-bool forward(const Batch& b, const Options& options, T* loss, T* td, T* normaliser);
+struct Gradient {
+  const Saved& saved;
+  const Options& options;
+  const T *grad_loss, *td, *normaliser;
+  void* grad_q;
+  ScalarType type;
 
-// Fills grad_q; grad_loss is null for ones.
+  // What an element takes, 1 being the reading of one.
+  int64_t cost() const { return options.cql_alpha != 0 ? 8 : 1; }
+
+  // Elements [begin, end) of the flat gradient, whose rows' TD errors and normalisers are there.
+  void write(int64_t begin, int64_t end) const;
+
+  // All of it, by all threads.
+  void write() const;
+};
+
+// Fills td, loss, and with options.cql normaliser, (2, n): the two parts of each row's SoftValue; and the gradient, if
+// it is not null. Returns whether every action is legal and the mask has as many true entries as next_q has rows.
 template <class T>
-void backward(const Saved& saved, const Options& options, const T* grad_loss, const T* td, const T* normaliser,
-              const Tensor& grad_q);
+bool forward(const Batch& b, const Options& options, T* loss, T* td, T* normaliser, const Gradient<T>* gradient);
 
 }  // namespace dqn_fused::cpu

@@ -3,6 +3,7 @@
 #include "rows.h"
 
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <type_traits>
 
@@ -44,16 +45,36 @@ DQN_FUSED_INLINE const T* block_of(const Row& row, int64_t first, int64_t n, T* 
 }
 
 template <class Stored>
-struct LargestAlone {
-  DQN_FUSED_INLINE static double run(const void* values, int64_t n, int64_t stride) {
-    return stride == 1 ? largest_of<Stored>(values, n, 1) : largest_of<Stored>(values, n, stride);
+struct Largest {
+  DQN_FUSED_INLINE static Summary run(const Row& row, double) {
+    const auto* const x = static_cast<const Stored*>(row.values);
+    return {row.stride == 1 ? largest_of(x, row.n, 1) : largest_of(x, row.n, row.stride)};
   }
 };
 
-template <class Stored>
-struct Largest {
-  DQN_FUSED_INLINE static Summary run(const Row& row, double) {
-    return {LargestAlone<Stored>::run(row.values, row.n, row.stride)};
+// Of many rows, where the call of a function for each would cost as much as a row of few actions.
+template <class Stored, class T>
+struct LargestOfRows {
+  static constexpr int64_t SHORT = 64;  // elements that cost less than a branch that goes either way
+  static constexpr int64_t GROUP = 64;
+
+  DQN_FUSED_INLINE static void run(const Row& row, int64_t rows, int64_t stride, const bool* wanted, void* out) {
+    using F = FormatOf<Stored>;
+    typename F::Bits keys[GROUP];
+    for (int64_t first = 0; first < rows; first += GROUP) {
+      const int64_t n = rows - first < GROUP ? rows - first : GROUP;
+      const Stored* const x = static_cast<const Stored*>(row.values) + first * stride;
+      if (row.stride == 1 && row.n <= SHORT) {
+        for (int64_t i = 0; i < n; ++i) keys[i] = largest_key_of_few(x + i * stride, row.n);
+      } else if (row.stride == 1) {
+        for (int64_t i = 0; i < n; ++i) keys[i] = wanted[first + i] ? largest_key(x + i * stride, row.n, 1) : 0;
+      } else {
+        for (int64_t i = 0; i < n; ++i)
+          keys[i] = wanted[first + i] ? largest_key(x + i * stride, row.n, row.stride) : 0;
+      }
+      T* const found = static_cast<T*>(out) + first;
+      for (int64_t i = 0; i < n; ++i) found[i] = F::template value<T>(keys[i]);
+    }
   }
 };
 
@@ -66,7 +87,7 @@ struct Best {
     for (int64_t first = 0; first < row.n; first += WIDTH) {
       const int64_t n = row.n - first < WIDTH ? row.n - first : WIDTH;
       x = block_of<Stored>(row, first, n, buffer);
-      const double largest = largest_of<T>(x, n, 1);
+      const double largest = largest_of(x, n, 1);
       if (largest != largest) return {largest};
       if (largest > found.largest) found = {largest, first};
     }
@@ -92,7 +113,7 @@ struct Exponentials {
     for (int64_t first = 0; first < row.n; first += WIDTH) {
       const int64_t n = row.n - first < WIDTH ? row.n - first : WIDTH;
       const T* const x = block_of<Stored>(row, first, n, buffer);
-      const double largest = largest_of<T>(x, n, 1);
+      const double largest = largest_of(x, n, 1);
       if (largest != largest) return {largest};
       if (largest > found.largest) {
         if (found.sum > 0) found.sum *= std::exp((found.largest - largest) * scale);
@@ -149,7 +170,10 @@ Rows::Rows(Question question, const Matrix& values, const Matrix& legal, bool as
   scale_ = std::min(std::max(1 / temperature, least), most);
   function_ = dispatch(values.values.type,
                        [&](auto stored) { return answer<decltype(stored)>(question, this->masked(), as_double); });
-  largest_ = dispatch(values.values.type, [](auto stored) { return fastest<LargestAlone<decltype(stored)>>(); });
+  largest_ = dispatch(values.values.type, [&](auto stored) {
+    return as_double ? fastest<LargestOfRows<decltype(stored), double>>()
+                     : fastest<LargestOfRows<decltype(stored), float>>();
+  });
 }
 
 Summary Rows::chunk(int64_t row, int64_t k) const {

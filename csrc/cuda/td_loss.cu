@@ -173,7 +173,7 @@ Outputs forward(const Batch& b, const Options& options, const Tensor& q, const M
   Forward<T> f;
   f.loss = sums ? pointer<T>(sums) : loss;
   f.td = static_cast<T*>(out.td.mutable_data_ptr());
-  f.normaliser = options.cql ? static_cast<T*>(out.normaliser.mutable_data_ptr()) : nullptr;
+  f.normaliser = options.cql ? static_cast<T*>(out.normaliser->mutable_data_ptr()) : nullptr;
   f.grad_q = fused_grad ? pointer<void>(out.grad_q) : nullptr;
   f.batch = b;
   f.options = options;

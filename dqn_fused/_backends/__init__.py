@@ -8,6 +8,7 @@ A backend is a module with
   check_values would refuse;
 - ``COUNTS_MASK: bool``: whether its forward, where arguments.check_values does not look, counts the true entries of
   non_final_mask itself and fills batch.checked;
+- ``NODE: bool``: whether its forward and backward are the ops that node.py records in C++;
 - ``refuses(device) -> str | None``: why it cannot serve tensors there;
 - ``forward(batch, spec) -> (loss, td_error, normaliser)``: loss (), or N for reduction="none"; td_error N; normaliser
   (2, N) if spec.cql, else None, as autograd.Saved has it; accumulation dtype;
@@ -42,7 +43,7 @@ MODULES = {
     "torch": "dqn_fused._backends.torch_backend",
 }
 # By device type, the fastest first. On CUDA launches are the cost up to NARROW actions, and a boxed call of a compiled
-# op takes a third of the host's time of a Triton launch. Above, it is the rows, for which Triton's kernels are tuned.
+# op takes less of the host's time than a Triton launch. Above, it is the rows, for which Triton's kernels are tuned.
 AUTO = {"cpu": ("compiled", "torch"), "cuda": ("compiled", "triton", "torch")}
 AUTO_WIDE = {**AUTO, "cuda": ("triton", "compiled", "torch")}
 AUTO_ELSEWHERE = ("torch",)
@@ -51,6 +52,12 @@ DISTRIBUTIONAL: dict[str, dict[str, tuple[str, ...]]] = {
     "quantile": {"compiled": ("cpu",)},
     "categorical": {"compiled": ("cpu",)},
 }
+
+# In a graph of torch.compile an op is a call that Inductor cannot fuse with anything. Up to NARROW actions that is its
+# cost, and PyTorch's operations do without: on two cores 139 to 265 us against 169 to 348 for forward and backward at
+# 32 x 18 to 16384 x 18, the family included; at 1024 x 512 the compiled op takes 0.4 to 1 of their time. On CUDA it is
+# reasoned: two or three kernels that Inductor launches itself, against a call of Python for each of an op's two.
+TRACED = "torch"
 
 
 class BackendUnavailableError(RuntimeError):
@@ -107,14 +114,21 @@ def serving(device: torch.device, family: str | None = None) -> list[str]:
 def choose(name: str, device: torch.device, actions: int | None = None) -> ModuleType:
     """Backend module for a device: by name, which never falls back, or the first of the device's list.
 
-    There are two lists, for up to NARROW actions and for more, or those of a linear head.
+    There are two lists, for up to NARROW actions and for more, or those of a linear head; in a graph of torch.compile
+    TRACED stands for the first. The batch is not asked for: a guard on it would make another graph.
     """
+    if torch.compiler.is_compiling():  # without the memo: a graph that has filled it would not pass its own guards
+        if name != "auto":
+            return _named(name, device)
+        if actions is not None and actions <= NARROW:  # a branch: of a symbolic number Dynamo makes no bool
+            return _named(TRACED, device)
+        return _named(_first(device, True), device)
     wide = actions is None or bool(actions > NARROW)
     road = _CHOSEN.get((name, device, wide))
     if road is None:
-        road = _choose(name, device, wide)
+        road = _named(_first(device, wide) if name == "auto" else name, device)
         # During a capture nothing is launched to see whether Triton can: that is made up for later.
-        if torch.compiler.is_compiling() or not capturing():
+        if not capturing():
             _CHOSEN[name, device, wide] = road
     return road
 
@@ -127,12 +141,7 @@ def capturing() -> bool:
 _CHOSEN: dict[tuple[str, torch.device, bool], ModuleType] = {}
 
 
-def _choose(name: str, device: torch.device, wide: bool) -> ModuleType:
-    if name == "auto":
-        for candidate in (AUTO_WIDE if wide else AUTO).get(device.type, AUTO_ELSEWHERE):
-            if _missing(candidate) is None and _LOADED[candidate].refuses(device) is None:
-                return _LOADED[candidate]
-        raise BackendUnavailableError(f"no backend serves device {device}")  # torch serves every device
+def _named(name: str, device: torch.device) -> ModuleType:
     if name not in MODULES:
         wrong_choice("backend", name, ("auto", *MODULES))
     reason = _missing(name) or _LOADED[name].refuses(device)
@@ -143,6 +152,8 @@ def _choose(name: str, device: torch.device, wide: bool) -> ModuleType:
 
 def choose_distributional(family: str, name: str, device: torch.device) -> ModuleType:
     """Backend module that has the losses of a family on a device: by name, or the first of the device's list."""
+    if torch.compiler.is_compiling():
+        return _choose_distributional(family, name, device)
     road = _CHOSEN_DISTRIBUTIONAL.get((family, name, device))
     if road is None:
         road = _CHOSEN_DISTRIBUTIONAL[family, name, device] = _choose_distributional(family, name, device)
@@ -167,3 +178,14 @@ def _lacks(family: str, name: str, device: torch.device) -> str | None:
     if name == "torch" or device.type in DISTRIBUTIONAL[family].get(name, ()):
         return None
     return f"it has no {family} loss for tensors on {device.type}; 'auto' takes a backend that has one"
+
+
+def _first(device: torch.device, wide: bool) -> str:
+    """Name of the first backend of the device's list that serves."""
+    for name in (AUTO_WIDE if wide else AUTO).get(device.type, AUTO_ELSEWHERE):
+        if _missing(name) is None and _LOADED[name].refuses(device) is None:
+            return name
+    raise BackendUnavailableError(f"no backend serves device {device}")  # torch serves every device
+
+
+_first._dynamo_marked_constant = True  # type: ignore[attr-defined]  # what Dynamo looks into, it guards at each call

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dqn_fused import _distributional_ops, _ops, arguments
+from dqn_fused import _distributional_ops, _ops, arguments, node
 from dqn_fused._backends import boxed
 from dqn_fused._backends.boxed import backward_arguments, shaped, shaped_forward
 from dqn_fused._ops import REDUCTIONS
@@ -24,6 +24,7 @@ auto_sweep = sweep  # the product is the library's
 CAPABILITIES = ("default", "avx2", "avx512")  # instruction sets that the CPU's functions are compiled for
 CHECKS_CPU = True  # on CUDA a look at the values would cost a synchronisation
 COUNTS_MASK = False
+NODE = True
 
 
 def _load(device: str, folder: Path = Path(__file__).parents[1]) -> str | None:
@@ -47,6 +48,8 @@ def _load(device: str, folder: Path = Path(__file__).parents[1]) -> str | None:
 
 _REASONS = {device: _load(device) for device in ("cpu", "cuda")}
 PARTLY = "; ".join(reason for reason in _REASONS.values() if reason)
+if not _REASONS["cpu"]:
+    node.start()
 
 
 def cpu_capability() -> str | None:

@@ -20,6 +20,7 @@ __all__ = ["sweep"]
 auto_sweep = sweep
 CHECKS_CPU = False
 COUNTS_MASK = False
+NODE = False
 PARTLY = ""
 
 

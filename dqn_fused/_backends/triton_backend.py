@@ -1,6 +1,7 @@
 """Triton: allocates the outputs, chooses the launch and runs the kernels on the tensors' device and stream."""
 
 import re
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple
@@ -10,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dqn_fused._backends import capturing, triton_ops
+from dqn_fused._backends import capturing, triton_ops, triton_program
+from dqn_fused._backends.triton_program import Program, Run
 from dqn_fused._backends.triton_sweep import auto_sweep, sweep
 from dqn_fused.arguments import Batch, LossSpec, accumulation_dtype
 from dqn_fused.autograd import Saved, loss_gradient
@@ -31,6 +33,7 @@ OLDEST = (3, 6)
 OPTIONS = {"enable_fp_fusion": False}
 CHECKS_CPU = False
 COUNTS_MASK = True
+NODE = False
 PARTLY = ""
 
 
@@ -74,7 +77,7 @@ def _probe(device: torch.device) -> str | None:
     try:
         with _on(device):
             loss, partial = torch.zeros((), device=device), torch.zeros(1, device=device)
-            _sum(loss, partial)
+            _sum(run, loss, partial, 1, torch.float32)
     except Exception as error:  # of many types: a device that this Triton does not know, no ptxas, a full disk
         return f"triton cannot run a kernel on {device}: {type(error).__name__}: {error}"
     return None
@@ -88,7 +91,10 @@ def forward(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor | None
     """
     if torch.compiler.is_compiling():
         return triton_ops.forward(batch, spec)
-    return _forward(batch, spec, None)
+    if batch.actions.numel() == 0:
+        return _of_nothing(batch, spec)
+    loss, td_error, normaliser = _run(_forward, Batch._fields, _resolved(batch), spec, batch.q.device)
+    return loss, td_error, normaliser
 
 
 def backward(grad_loss: Tensor, saved: Saved, spec: LossSpec) -> Tensor:
@@ -97,8 +103,12 @@ def backward(grad_loss: Tensor, saved: Saved, spec: LossSpec) -> Tensor:
         return triton_ops.backward(grad_loss, saved, spec)
     if torch._C._functorch.is_legacy_batchedtensor(grad_loss):  # of is_grads_batched=True: it has no address
         return loss_gradient(grad_loss, saved, spec)
-    grad_q = torch.empty(saved.q_shape, dtype=saved.q_dtype, device=saved.td_error.device)
-    _store_gradient(grad_q, grad_loss, saved, spec)
+    q, device = saved.q, saved.td_error.device
+    if saved.actions.numel() == 0:
+        return torch.empty(saved.q_shape, dtype=saved.q_dtype, device=device)
+    if q is not None and q.is_neg():
+        saved = saved._replace(q=q.resolve_neg())
+    (grad_q,) = _run(_backward, _SAVED, (grad_loss, *saved), spec, device)
     return grad_q
 
 
@@ -107,175 +117,237 @@ def loss_and_grad(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor,
     if torch.compiler.is_compiling():
         return triton_ops.loss_and_grad(batch, spec)
     q = batch.q
-    A = q.shape[-1]
-    grad_q = torch.empty((*batch.shape, A), dtype=q.dtype, device=q.device)
-    narrow = A <= launch.NARROW
-    loss, td_error, normaliser = _forward(batch, spec, grad_q if narrow else None)
-    if not narrow:
-        _store_gradient(grad_q, None, Saved.of(batch, spec, td_error, normaliser), spec)
+    if batch.actions.numel() == 0:
+        grad_q = torch.empty((*batch.shape, q.shape[-1]), dtype=q.dtype, device=q.device)
+        loss, td_error, normaliser = _of_nothing(batch, spec)
+    else:
+        loss, grad_q, td_error, normaliser = _run(_loss_and_grad, Batch._fields, _resolved(batch), spec, q.device)
     return loss, grad_q, td_error, normaliser
+
+
+def _of_nothing(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Results of a batch without a sample, which needs no launch."""
+    dtype, device = accumulation_dtype(batch.q), batch.q.device
+    td_error = torch.empty(batch.shape, dtype=dtype, device=device)
+    normaliser = torch.empty((2, *batch.shape), dtype=dtype, device=device) if spec.cql else None
+    return loss_of_td_error(td_error, normaliser, batch, spec), td_error, normaliser
+
+
+def _resolved(batch: Batch) -> Batch:
+    """A pointer does not carry the lazy minus sign of conj().imag; per-sample tensors lost it when made contiguous."""
+    q, _, _, next_q, _, _, _, online, _, _, target_q, *_ = batch
+    if (
+        q.is_neg()
+        or (next_q is not None and next_q.is_neg())
+        or (online is not None and online.is_neg())
+        or (target_q is not None and target_q.is_neg())
+    ):
+        next_q, online, target_q = (None if x is None else x.resolve_neg() for x in (next_q, online, target_q))
+        return batch._replace(q=q.resolve_neg(), next_q=next_q, next_q_online=online, target_q=target_q)
+    return batch
+
+
+def _run(
+    build: triton_program.Build, names: Sequence[str], given: Sequence[Any], spec: LossSpec, device: torch.device
+) -> list[Any]:
+    """Run a program on the tensors' device; asking which is current is cheaper than switching always."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return triton_program.call(build, names, given, spec, device, run)
+    with torch.cuda.device(device):
+        return triton_program.call(build, names, given, spec, device, run)
 
 
 class Partial(NamedTuple):
     """What row_fwd_kernel has left of the rows of a matrix."""
 
-    best: Tensor | None = None  # (splits, m)
-    aux: Tensor | None = None
+    best: str | None = None  # (splits, m)
+    aux: str | None = None
     splits: int = 1
 
 
-def _forward(batch: Batch, spec: LossSpec, grad_q: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Loss, TD errors and normaliser of the conservative term; grad_q is filled if given."""
-    # A pointer does not carry the lazy minus sign of conj().imag; per-sample tensors lost it when made contiguous.
-    q, next_q, online, target_q = (
-        None if x is None else x.resolve_neg() for x in (batch.q, batch.next_q, batch.next_q_online, batch.target_q)
-    )
-    assert q is not None
-    device, dtype = q.device, accumulation_dtype(q)
-    n, A = batch.actions.numel(), q.shape[-1]
-    td_error = torch.empty(batch.shape, dtype=dtype, device=device)
-    normaliser = torch.empty((2, *batch.shape), dtype=dtype, device=device) if spec.cql else None
-    if n == 0:
-        return loss_of_td_error(td_error, normaliser, batch, spec), td_error, normaliser
-    m = 0 if next_q is None else next_q.shape[:-1].numel()
-    next_mask, mask = batch.next_action_mask, batch.action_mask
-    final, non_final = batch.terminated, batch.non_final_mask
-    value, choice, choice_dtype = "max" if spec.target == "max" else "sum_exp", next_q, dtype
-    if online is not None:
-        value, choice = "argmax", online
-        choice_dtype = accumulation_dtype(online)  # rounded, values that differ would be equals
+def _forward(program: Program, batch: Batch, spec: LossSpec) -> None:
+    """Build what forward launches."""
+    program.returns(*_store_loss(program, batch, spec, None))
 
-    with _on(device):
-        gamma, gamma_kind = batch.gamma, "scalar"
-        if not isinstance(gamma, Tensor):
-            gamma, gamma_kind = _number(gamma, dtype, device), "number"
-        elif gamma.dim() != 0:
-            gamma_kind = "per_sample"
-        temperature = inverse = alpha = clip = None
-        if spec.target != "max":
-            temperature = _number(spec.temperature, dtype, device)
-            inverse = _number(min(1 / spec.temperature, torch.finfo(dtype).max), dtype, device)
-        if spec.target == "munchausen":
-            alpha, clip = _number(spec.alpha, dtype, device), _number(spec.clip, dtype, device)
 
-        narrow = A <= launch.NARROW
-        next_partial = policy_partial = q_partial = Partial()
-        if not narrow:
-            if choice is not None:
-                next_partial = _reduce_rows(choice, next_mask, final, value, inverse, choice_dtype)
-            if target_q is not None:
-                policy_partial = _reduce_rows(target_q, mask, None, "sum_exp", inverse, dtype)
-            if spec.cql:
-                q_partial = _reduce_rows(q, mask, None, "sum_exp", _number(1.0, dtype, device), dtype)
-        per_row = spec.reduction == "none"
-        splits = [partial.splits for partial in (next_partial, policy_partial, q_partial)]
-        doubles = any(x is not None and x.element_size() > 4 for x in (q, choice, target_q))
-        more = grad_q is not None or value != "max" or spec.cql or next_mask is not None
-        plan = launch.forward(n, A if narrow else max(splits), (2 if doubles else 1) * (2 if more else 1), not per_row)
-        counts = None if non_final is None else _counts(non_final, plan)
-        loss = torch.empty(
-            batch.shape if per_row else () if plan.programs == 1 else plan.programs, dtype=dtype, device=device
-        )
-        run(
-            td_loss_fwd_kernel, plan.programs,
-            loss, td_error, normaliser, grad_q,
-            q, batch.actions, batch.rewards, batch.weights,
-            next_q, online, next_mask, final, non_final, counts, batch.checked, target_q, mask,
-            next_partial.best, next_partial.aux, policy_partial.best, policy_partial.aux, q_partial.best, q_partial.aux,
-            gamma, *_numbers(spec, dtype, device), temperature, inverse, alpha, clip,
-            n, m, A, *splits,
-            *_row_strides(q), *_row_strides(next_q), *_row_strides(online), *_row_strides(next_mask),
-            *_row_strides(target_q), *_row_strides(mask),
-            _count(n, spec),
-            LOSS=spec.loss, VALUE=None if next_q is None else value, GAMMA=gamma_kind,
-            PER_ROW=per_row, NARROW=narrow,
-            TILES=plan.tiles, ROWS=plan.rows, BLOCK=plan.block,
-            COUNTED=launch.COUNTED, COUNT_BLOCK=launch.COUNTED_A_WARP * plan.num_warps,
-            ACC=_ACC[dtype], CHOICE_ACC=_ACC[choice_dtype], num_warps=plan.num_warps,
+def _loss_and_grad(program: Program, batch: Batch, spec: LossSpec) -> None:
+    """Build what loss_and_grad launches."""
+    q = batch.q
+    narrow = q.shape[-1] <= launch.NARROW
+    grad_q = program.empty("grad_q", (*batch.shape, q.shape[-1]), q.dtype)
+    loss, td_error, normaliser = _store_loss(program, batch, spec, grad_q if narrow else None)
+    if not narrow:
+        at = _named(batch)
+        _store_gradient(
+            program, spec, grad_q, None, td_error, at.saved_actions, at.weights, normaliser, q, batch.action_mask,
+            (batch.actions.numel(), q.shape[-1]), q.dtype,
         )  # fmt: skip
-        if not per_row and plan.programs > 1:
-            partial, loss = loss, torch.empty((), dtype=dtype, device=device)
-            _sum(loss, partial)
+    program.returns(loss, grad_q, td_error, normaliser)
+
+
+def _backward(program: Program, given: Sequence[Any], spec: LossSpec) -> None:
+    """Build what backward launches."""
+    saved = Saved(*given[1:])
+    _, actions, _, _, q, mask, q_shape, dtype = saved
+    at = _named(saved)
+    grad_q = program.empty("grad_q", q_shape, dtype)
+    _store_gradient(
+        program, spec, grad_q, "grad_loss", at.td_error, at.actions, at.weights, at.normaliser, q, mask,
+        (actions.numel(), q_shape[-1]), dtype,
+    )  # fmt: skip
+    program.returns(grad_q)
+
+
+_SAVED = ("grad_loss", *Saved._fields)
+
+
+def _named(given: Any) -> Any:
+    """A Batch or Saved with names for tensors."""
+    return given._make(name if isinstance(x, Tensor) else x for name, x in zip(given._fields, given, strict=True))
+
+
+def _store_loss(program: Program, batch: Batch, spec: LossSpec, grad_q: str | None) -> tuple[str, str, str | None]:
+    """Loss, TD errors and normaliser of the conservative term; grad_q is filled if given."""
+    q, next_q, online, target_q = batch.q, batch.next_q, batch.next_q_online, batch.target_q
+    next_mask, mask, at = batch.next_action_mask, batch.action_mask, _named(batch)
+    dtype, n, A = accumulation_dtype(q), batch.actions.numel(), q.shape[-1]
+    m = 0 if next_q is None else next_q.shape[:-1].numel()
+    td_error = program.empty("td_error", batch.shape, dtype)
+    normaliser = program.empty("normaliser", (2, *batch.shape), dtype) if spec.cql else None
+    value, choice, choice_dtype = "max" if spec.target == "max" else "sum_exp", "next_q", dtype
+    if online is not None:
+        value, choice = "argmax", "next_q_online"
+        choice_dtype = accumulation_dtype(online)  # rounded, values that differ would be equals
+    chosen = getattr(batch, choice)
+
+    gamma, gamma_kind = at.gamma, "scalar"
+    if not isinstance(batch.gamma, Tensor):
+        gamma, gamma_kind = program.number(batch.gamma, dtype), "number"
+    elif batch.gamma.dim() != 0:
+        gamma_kind = "per_sample"
+    temperature = inverse = alpha = clip = None
+    if spec.target != "max":
+        temperature = program.number(spec.temperature, dtype)
+        inverse = program.number(min(1 / spec.temperature, torch.finfo(dtype).max), dtype)
+    if spec.target == "munchausen":
+        alpha, clip = program.number(spec.alpha, dtype), program.number(spec.clip, dtype)
+
+    narrow = A <= launch.NARROW
+    next_partial = policy_partial = q_partial = Partial()
+    if not narrow:
+        if chosen is not None:
+            next_partial = _reduce_rows(
+                program, choice, chosen, "next_action_mask", next_mask, at.terminated, value, inverse, choice_dtype
+            )
+        if target_q is not None:
+            policy_partial = _reduce_rows(
+                program, "target_q", target_q, "action_mask", mask, None, "sum_exp", inverse, dtype
+            )
+        if spec.cql:
+            one = program.number(1.0, dtype)
+            q_partial = _reduce_rows(program, "q", q, "action_mask", mask, None, "sum_exp", one, dtype)
+    per_row = spec.reduction == "none"
+    splits = [partial.splits for partial in (next_partial, policy_partial, q_partial)]
+    doubles = any(x is not None and x.element_size() > 4 for x in (q, chosen, target_q))
+    more = grad_q is not None or value != "max" or spec.cql or next_mask is not None
+    plan = launch.forward(n, A if narrow else max(splits), (2 if doubles else 1) * (2 if more else 1), not per_row)
+    counts = None if batch.non_final_mask is None else _count_mask(program, n, plan)
+    loss = program.empty("loss", batch.shape if per_row else (), dtype)
+    summed = not per_row and plan.programs > 1
+    program.launch(
+        td_loss_fwd_kernel, plan.programs,
+        program.empty("partial", (plan.programs,), dtype) if summed else loss, td_error, normaliser, grad_q,
+        at.q, at.actions, at.rewards, at.weights,
+        at.next_q, at.next_q_online, at.next_action_mask, at.terminated, at.non_final_mask, counts, at.checked,
+        at.target_q, at.action_mask,
+        next_partial.best, next_partial.aux, policy_partial.best, policy_partial.aux, q_partial.best, q_partial.aux,
+        gamma, *_numbers(program, spec, dtype), temperature, inverse, alpha, clip,
+        n, m, A, *splits,
+        *_row_strides(q), *_row_strides(next_q), *_row_strides(online), *_row_strides(next_mask),
+        *_row_strides(target_q), *_row_strides(mask),
+        _count(n, spec),
+        LOSS=spec.loss, VALUE=None if next_q is None else value, GAMMA=gamma_kind,
+        PER_ROW=per_row, NARROW=narrow,
+        TILES=plan.tiles, ROWS=plan.rows, BLOCK=plan.block,
+        COUNTED=launch.COUNTED, COUNT_BLOCK=launch.COUNTED_A_WARP * plan.num_warps,
+        ACC=_ACC[dtype], CHOICE_ACC=_ACC[choice_dtype], num_warps=plan.num_warps,
+    )  # fmt: skip
+    if summed:
+        _sum(program.launch, loss, "partial", plan.programs, dtype)
     return loss, td_error, normaliser
 
 
-def _sum(loss: Tensor, partial: Tensor) -> None:
+def _sum(run: Run, loss: Tensor | str, partial: Tensor | str, count: int, dtype: torch.dtype) -> None:
     """Sum of the partial sums."""
-    run(
-        sum_kernel, 1, loss, partial, partial.numel(),
-        BLOCK=launch.MAX_PROGRAMS, ACC=_ACC[loss.dtype], num_warps=launch.SUM_WARPS,
-    )  # fmt: skip
+    run(sum_kernel, 1, loss, partial, count, BLOCK=launch.MAX_PROGRAMS, ACC=_ACC[dtype], num_warps=launch.SUM_WARPS)
 
 
-def _counts(non_final: Tensor, plan: launch.Forward) -> Tensor | None:
+def _count_mask(program: Program, n: int, plan: launch.Forward) -> str | None:
     """True entries of each part of a mask, where the launch that follows does not count all of them itself."""
-    n = non_final.shape[0]
     programs = launch.counts(n, plan)
     if programs == 0:
         return None
-    counts = torch.empty(programs, dtype=torch.int32, device=non_final.device)
-    run(
-        count_kernel, programs, counts, non_final, n,
+    counts = program.empty("counts", (programs,), torch.int32)
+    program.launch(
+        count_kernel, programs, counts, "non_final_mask", n,
         COUNTED=launch.COUNTED, BLOCK=launch.COUNTED_A_WARP * 4, num_warps=4,
     )  # fmt: skip
     return counts
 
 
-def _store_gradient(grad_q: Tensor, grad_loss: Tensor | None, saved: Saved, spec: LossSpec) -> None:
-    """Write grad_q; grad_loss None stands for ones."""
-    n, A, td_error = saved.actions.numel(), saved.q_shape[-1], saved.td_error
-    if n == 0:
-        return
-    q = None if saved.q is None else saved.q.resolve_neg()
-    block, run_length = launch.backward(A, grad_q.element_size(), dense=q is not None)
-    far = n * A > 2**31 - 1 - block
-    with _on(td_error.device):
-        run(
-            td_loss_bwd_kernel, launch.cdiv(n * A, block),
-            grad_q, grad_loss, td_error, saved.actions, saved.weights, saved.normaliser, q, saved.action_mask,
-            *_numbers(spec, td_error.dtype, td_error.device),
-            n, A, _count(n, spec), *_strides_unless_flat(q), *_strides_unless_flat(saved.action_mask),
-            LOSS=spec.loss, PER_ROW=spec.reduction == "none", FAR=far, RUN=run_length, BLOCK=block, num_warps=4,
-        )  # fmt: skip
+def _store_gradient(
+    program: Program, spec: LossSpec, grad_q: str, grad_loss: str | None,
+    td_error: str, actions: str, weights: str | None, normaliser: str | None, q: Tensor | None, mask: Tensor | None,
+    shape: tuple[int, int], dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """Write grad_q, of (n, A) elements; grad_loss None stands for ones."""
+    n, A = shape
+    if not spec.dense_gradient:
+        normaliser = q = mask = None
+    block, run_length = launch.backward(A, dtype.itemsize, dense=q is not None)
+    program.launch(
+        td_loss_bwd_kernel, launch.cdiv(n * A, block),
+        grad_q, grad_loss, td_error, actions, weights, normaliser,
+        None if q is None else "q", None if mask is None else "action_mask",
+        *_numbers(program, spec, torch.float64 if dtype is torch.float64 else torch.float32),
+        n, A, _count(n, spec), *_strides_unless_flat(q), *_strides_unless_flat(mask),
+        LOSS=spec.loss, PER_ROW=spec.reduction == "none", FAR=n * A > 2**31 - 1 - block,
+        RUN=run_length, BLOCK=block, num_warps=4,
+    )  # fmt: skip
 
 
 def _count(n: int, spec: LossSpec) -> int:
     return n if spec.reduction == "mean" else 1
 
 
-def _number(x: float, dtype: torch.dtype, device: torch.device) -> float | Tensor:
-    """A number as a kernel takes it: a float argument arrives as float32, so for float64 arithmetic it is in memory."""
-    return torch.full((), x, dtype=dtype, device=device) if dtype is torch.float64 else x
-
-
-def _numbers(
-    spec: LossSpec, dtype: torch.dtype, device: torch.device
-) -> tuple[float | Tensor | None, float | Tensor | None]:
+def _numbers(program: Program, spec: LossSpec, dtype: torch.dtype) -> tuple[float | str | None, float | str | None]:
     """(delta, cql_alpha), None where they mean nothing."""
-    delta = None if spec.loss == "mse" else _number(spec.delta, dtype, device)
-    return delta, _number(spec.cql_alpha, dtype, device) if spec.dense_gradient else None
+    delta = None if spec.loss == "mse" else program.number(spec.delta, dtype)
+    return delta, program.number(spec.cql_alpha, dtype) if spec.dense_gradient else None
 
 
-def run(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
-    """Launch a kernel on a one-dimensional grid: grid.y ends at 65,535."""
-    kernel[(programs,)](*args, **OPTIONS, **meta)
+def run(kernel: Any, programs: int, *args: Any, **meta: Any) -> Any:
+    """Launch a kernel on a one-dimensional grid: grid.y ends at 65,535. Returns what Triton has compiled."""
+    return kernel[(programs,)](*args, **OPTIONS, **meta)
 
 
 def _reduce_rows(
-    x: Tensor, mask: Tensor | None, terminated: Tensor | None, kind: str, inverse: Any, dtype: torch.dtype
-) -> Partial:
+    program: Program, name: str, x: Tensor, mask_name: str, mask: Tensor | None, terminated: str | None,
+    kind: str, inverse: Any, dtype: torch.dtype,
+) -> Partial:  # fmt: skip
     """Reduce the rows of x that are not terminated over the actions that are legal."""
     m, A = x.shape[:-1].numel(), x.shape[-1]
-    x, mask, shift, wide = _from_boundary(x, mask)
+    shift, wide = _from_boundary(x, mask)
     plan = launch.rows(m, A, x.element_size(), wide, _sms(x.device))
-    best = torch.empty((plan.splits, m), dtype=dtype, device=x.device)
+    best = program.empty(f"{name} best", (plan.splits, m), dtype)
     aux = None
     if kind != "max":
-        aux = torch.empty_like(best, dtype=torch.int32 if kind == "argmax" else dtype)
+        aux = program.empty(f"{name} aux", (plan.splits, m), torch.int32 if kind == "argmax" else dtype)
     if m:
-        run(
+        program.launch(
             row_fwd_kernel, plan.programs,
-            best, aux, x, mask, terminated, inverse,
+            best, aux, program.moved(name, shift), None if mask is None else program.moved(mask_name, shift),
+            terminated, inverse,
             m, A, *_row_strides(x), shift, *_row_strides(None if wide else mask), plan.splits, plan.chunk,
             KIND=kind, WIDE=wide, VEC=16 // x.element_size(), ROWS=plan.rows, BLOCK=plan.block, ACC=_ACC[dtype],
             num_warps=4,
@@ -283,22 +355,18 @@ def _reduce_rows(
     return Partial(best, aux, plan.splits)
 
 
-def _from_boundary(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, int, bool]:
-    """Views of x and its mask that start at the 16-byte boundary at or before x's first element, how many elements
-    that is before, and whether they can be read 16 bytes at a time: the mask must lie as x does.
+def _from_boundary(x: Tensor, mask: Tensor | None) -> tuple[int, bool]:
+    """How many elements before x's first one, and its mask's, reading starts, at a 16-byte boundary if possible, and
+    whether they can be read 16 bytes at a time: the mask must lie as x does.
 
     A kernel is compiled for 16-byte loads only where its pointer is a multiple of 16: x[:, 1:] is not.
     """
     if x.stride(-1) != 1 or (mask is not None and mask.stride() != x.stride()):
-        return x, mask, 0, False
+        return 0, False
     shift = x.data_ptr() % 16 // x.element_size()
-    if shift == 0 or any(y is not None and y.storage_offset() < shift for y in (x, mask)):
-        return x, mask, 0, True
-    return _moved_back(x, shift), None if mask is None else _moved_back(mask, shift), shift, True
-
-
-def _moved_back(x: Tensor, shift: int) -> Tensor:
-    return x.as_strided(x.shape, x.stride(), x.storage_offset() - shift)
+    if any(y is not None and y.storage_offset() < shift for y in (x, mask)):
+        return 0, True
+    return shift, True
 
 
 Strides = tuple[int | None, int | None, int | None, int | None]

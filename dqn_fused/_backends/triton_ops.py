@@ -1,6 +1,11 @@
 """The Triton backend for torch.compile: ops that call it, which a graph holds whole.
 
-A launch asks for addresses and devices, of which a trace has none.
+A launch asks for addresses and devices, of which a trace has none. torch.library.triton_op and wrap_triton would show
+the kernels to Inductor, but it launches them by its own rules: of the options of a launch it knows num_warps and
+num_stages, and drops enable_fp_fusion=False without a word (torch 2.13), on which results rest; where a matrix begins
+within 16 bytes, which the launch plan asks, a trace cannot say; and a plan made from symbolic sizes is a guard for each
+power of two of the batch. A small problem, where a call of Python would cost, is left to PyTorch's operations instead
+(see _backends.TRACED).
 """
 
 import torch

@@ -1,0 +1,235 @@
+// The module _C_autograd: calls of the compiled ops with the gradient recorded by a node in C++.
+
+#include <torch/csrc/DynamicTypes.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/object_ptr.h>
+
+#include <array>
+
+#include "node.h"
+
+namespace dqn_fused::autograd {
+namespace {
+
+// arguments.Batch as a tuple, up to what the op is given.
+enum Argument {
+  Q,
+  ACTIONS,
+  REWARDS,
+  NEXT_Q,
+  TERMINATED,
+  GAMMA,
+  NON_FINAL_MASK,
+  NEXT_Q_ONLINE,
+  NEXT_ACTION_MASK,
+  WEIGHTS,
+  TARGET_Q,
+  ACTION_MASK
+};
+
+template <size_t N>
+bool code(PyObject* name, const std::array<const char*, N>& names, int64_t& found) {
+  for (size_t i = 0; i < N; ++i)
+    if (PyUnicode_CompareWithASCIIString(name, names[i]) == 0) {
+      found = static_cast<int64_t>(i);
+      return true;
+    }
+  return false;
+}
+
+// False for what Python makes of other options, the weighted mean.
+bool read(PyObject* spec, Options& o) {
+  const auto item = [&](Py_ssize_t i) { return PyTuple_GET_ITEM(spec, i); };
+  const auto number = [&](Py_ssize_t i) { return PyFloat_AsDouble(item(i)); };
+  o.delta = number(1);
+  o.temperature = number(4);
+  o.alpha = number(5);
+  o.clip = number(6);
+  o.cql = item(7) == Py_True;
+  o.cql_alpha = number(8);
+  return code<3>(item(0), {"mse", "huber", "smooth_l1"}, o.loss) &&
+         code<3>(item(2), {"none", "mean", "sum"}, o.reduction) &&
+         code<3>(item(3), {"max", "soft", "munchausen"}, o.target);
+}
+
+using c10::DispatchKey;
+using c10::DispatchKeySet;
+
+// The operator - of the sets leaves the bits of the devices.
+bool within(DispatchKeySet keys, DispatchKeySet all) { return (keys.raw_repr() & ~all.raw_repr()) == 0; }
+
+// A dense tensor on the CPU, and nothing else besides: no subclass, no lazy conjugate, no member of a batch.
+bool ordinary(PyObject* x) {
+  static constexpr DispatchKeySet keys(
+      {DispatchKey::CPU, DispatchKey::ADInplaceOrView, DispatchKey::AutogradCPU, DispatchKey::AutocastCPU});
+  return THPVariable_CheckExact(x) && within(THPVariable_Unpack(x).key_set(), keys);
+}
+
+// Whether nothing looks at the calls of operations: no transform of torch.func, no mode.
+bool undisturbed() {
+  return within(c10::impl::tls_local_dispatch_key_set().included_,
+                c10::autocast_dispatch_keyset | c10::default_included_set);
+}
+
+constexpr Argument OPTIONAL[] = {NEXT_Q,           TERMINATED, NON_FINAL_MASK, NEXT_Q_ONLINE,
+                                 NEXT_ACTION_MASK, WEIGHTS,    TARGET_Q,       ACTION_MASK};
+
+// Whether everything that should be a tensor is one, of a kind.
+bool tensors(PyObject* const* given, bool (*kind)(PyObject*)) {
+  for (const Argument i : {Q, ACTIONS, REWARDS})
+    if (!kind(given[i])) return false;
+  for (const Argument i : OPTIONAL)
+    if (given[i] != Py_None && !kind(given[i])) return false;
+  PyObject* const gamma = given[GAMMA];
+  return PyFloat_CheckExact(gamma) || PyLong_CheckExact(gamma) || kind(gamma);
+}
+
+// What the op takes as it is, and checks; false for all that Python must look at first.
+bool takes(PyObject* const* given) {
+  if (!tensors(given, ordinary)) return false;
+  for (const Argument i : {Q, NEXT_Q, NEXT_Q_ONLINE, NEXT_ACTION_MASK, TARGET_Q, ACTION_MASK})
+    if (given[i] != Py_None && THPVariable_Unpack(given[i]).dim() != 2) return false;
+  return undisturbed() && !torch::autograd::isFwGradDefined(THPVariable_Unpack(given[Q]));
+}
+
+Maybe maybe(PyObject* x) { return x == Py_None ? std::nullopt : Maybe(THPVariable_Unpack(x)); }
+
+Inputs read(PyObject* const* given, bool check) {
+  PyObject* const gamma = given[GAMMA];
+  Inputs in;
+  in.q = THPVariable_Unpack(given[Q]);
+  in.actions = THPVariable_Unpack(given[ACTIONS]);
+  in.rewards = THPVariable_Unpack(given[REWARDS]);
+  in.next_q = maybe(given[NEXT_Q]);
+  in.terminated = maybe(given[TERMINATED]);
+  in.non_final_mask = maybe(given[NON_FINAL_MASK]);
+  if (THPVariable_Check(gamma))
+    in.gammas = THPVariable_Unpack(gamma);
+  else
+    in.gamma = PyFloat_AsDouble(gamma);
+  in.next_q_online = maybe(given[NEXT_Q_ONLINE]);
+  in.next_action_mask = maybe(given[NEXT_ACTION_MASK]);
+  in.weights = maybe(given[WEIGHTS]);
+  in.target_q = maybe(given[TARGET_Q]);
+  in.action_mask = maybe(given[ACTION_MASK]);
+  in.check = check;
+  return in;
+}
+
+struct WithoutGil {
+  PyThreadState* state = PyEval_SaveThread();
+  ~WithoutGil() { PyEval_RestoreThread(state); }
+};
+
+struct WithGil {
+  PyGILState_STATE state = PyGILState_Ensure();
+  ~WithGil() { PyGILState_Release(state); }
+};
+
+PyObject* none_if_empty(Tensor x) {
+  if (x.defined()) return THPVariable_Wrap(std::move(x));
+  Py_RETURN_NONE;
+}
+
+PyObject* none_if_empty(const Maybe& x) { return none_if_empty(x.value_or(Tensor())); }
+
+template <class... Tensors>
+PyObject* tuple(Tensors... tensors) {
+  PyObject* const found = PyTuple_New(sizeof...(tensors));
+  Py_ssize_t i = 0;
+  (PyTuple_SET_ITEM(found, i++, none_if_empty(std::move(tensors))), ...);
+  return found;
+}
+
+PyObject* recorded_backward = nullptr;
+
+Tensor differentiable(const Tensor& grad_loss, const Tensor& grad_td_error, const Saved& s, const Options& o) {
+  const WithGil gil;
+  PyObject* const type = reinterpret_cast<PyObject*>(torch::getTHPDtype(s.type));
+  THPObjectPtr found(PyObject_CallFunction(
+      recorded_backward, "NNNNNNNNLOLddL", none_if_empty(grad_loss), none_if_empty(grad_td_error),
+      none_if_empty(s.td_error), none_if_empty(s.actions), none_if_empty(s.weights), none_if_empty(s.normaliser),
+      none_if_empty(s.q), none_if_empty(s.action_mask), static_cast<long long>(s.A), type,
+      static_cast<long long>(o.loss), o.delta, o.cql_alpha, static_cast<long long>(o.reduction)));
+  if (!found) {
+    python_error error;
+    error.persist();
+    throw std::move(error);
+  }
+  return THPVariable_Unpack(found.get());
+}
+
+// None where what() throws, as an op does that refuses its arguments: Python then says what is wrong.
+template <class What>
+PyObject* none_if_refused(What&& what) {
+  try {
+    return what();
+  } catch (python_error& error) {  // of a hook
+    error.restore();
+    return nullptr;
+  } catch (const std::exception&) {
+    Py_RETURN_NONE;
+  }
+}
+
+template <bool with_grad>
+Outputs run(const Inputs& in, const Options& options) {
+  const WithoutGil released;
+  if (with_grad || !in.q.requires_grad() || !at::GradMode::is_enabled()) return forward(in, options, with_grad);
+  return record(in, options, differentiable);
+}
+
+template <bool with_grad>
+PyObject* call(PyObject*, PyObject* const* spec_and_batch, Py_ssize_t) {
+  return none_if_refused([&]() -> PyObject* {
+    PyObject* const* const given = PySequence_Fast_ITEMS(spec_and_batch[1]);
+    Options options;
+    if (!read(spec_and_batch[0], options) || !takes(given)) Py_RETURN_NONE;
+    const Inputs in = read(given, true);
+    if (PyErr_Occurred() != nullptr) {  // gamma is no double
+      PyErr_Clear();
+      Py_RETURN_NONE;
+    }
+    Outputs out = run<with_grad>(in, options);
+    if constexpr (with_grad)
+      return tuple(std::move(out.loss), std::move(out.grad_q), std::move(out.td_error), std::move(out.normaliser));
+    return tuple(std::move(out.loss), std::move(out.td_error), std::move(out.normaliser));
+  });
+}
+
+// (spec, batch, check) of a batch that is checked, on any device.
+PyObject* record_checked(PyObject*, PyObject* const* given, Py_ssize_t) {
+  HANDLE_TH_ERRORS
+  Options options;
+  PyObject* const* const batch = PySequence_Fast_ITEMS(given[1]);
+  TORCH_CHECK_TYPE(read(given[0], options) && tensors(batch, THPVariable_Check), "expected what is checked");
+  Outputs out = run<false>(read(batch, given[2] == Py_True), options);
+  return tuple(std::move(out.loss), std::move(out.td_error), std::move(out.normaliser));
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* set_recorded_backward(PyObject*, PyObject* function) {
+  Py_INCREF(function);
+  Py_XSETREF(recorded_backward, function);
+  Py_RETURN_NONE;
+}
+
+using Fast = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
+
+PyCFunction method(Fast function) { return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function)); }
+
+PyMethodDef methods[] = {
+    {"td_loss", method(call<false>), METH_FASTCALL, "(loss, td_error, normaliser), or None: see dqn_fused.node."},
+    {"td_loss_and_grad", method(call<true>), METH_FASTCALL, "(loss, grad_q, td_error, normaliser), or None."},
+    {"record", method(record_checked), METH_FASTCALL, "(loss, td_error, normaliser) of a checked batch."},
+    {"set_recorded_backward", set_recorded_backward, METH_O, "What a backward calls that is itself recorded."},
+    {nullptr, nullptr, 0, nullptr}};
+
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C_autograd", nullptr, -1, methods};
+
+}  // namespace
+}  // namespace dqn_fused::autograd
+
+PyMODINIT_FUNC PyInit__C_autograd() { return PyModule_Create(&dqn_fused::autograd::definition); }

@@ -1,0 +1,179 @@
+"""The loss in a graph of torch.compile: which backend "auto" takes there, how many graphs, and what they compute."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from conftest import Road
+from functorch.compile import make_boxed_func
+from test_family import VARIANTS, variant
+from test_loss import check, make, shape_id
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.utils import counters
+
+from dqn_fused import _backends, fused_dqn_loss, fused_dqn_loss_and_grad
+from dqn_fused._backends import serving
+
+AUTO = Road("auto", "cpu")
+NARROW, WIDE = (8, 64), (8, 65)
+HAS_OPS = "compiled" in serving(torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled_loss(**options: Any) -> Callable[..., Any]:
+    """Compile a function of its own for each caller: Dynamo counts the graphs of a function."""
+
+    def loss(arguments: dict[str, Any]) -> Any:
+        return fused_dqn_loss(**arguments)
+
+    graph = torch.compile(loss, fullgraph=True, **options)
+    return lambda **arguments: graph(arguments)
+
+
+def ops_of(arguments: dict[str, Any], **options: Any) -> set[str]:
+    """Names of this project's ops in the graphs of the forward and the backward."""
+    found: list[Any] = []
+
+    def record(graph: torch.fx.GraphModule, _: Any) -> Any:
+        found.extend(node.target for node in graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload))
+        return make_boxed_func(graph.forward)
+
+    call = compiled_loss(backend=aot_autograd(fw_compiler=record, bw_compiler=record))
+    call(**{**arguments, "q": arguments["q"].requires_grad_()}, **options).backward()
+    assert found
+    return {op.name() for op in found if op.namespace == "dqn_fused"}
+
+
+@pytest.mark.parametrize("name", ["huber", "munchausen-cql-masks-weights-huber"])
+@pytest.mark.parametrize("n", [2, 16384])
+def test_auto_takes_pytorch_operations_for_few_actions_at_any_batch(n: int, name: str) -> None:
+    for A in (2, 64):
+        assert ops_of(variant(name, (n, A))) == set()
+
+
+@pytest.mark.skipif(not HAS_OPS, reason="no ops for the CPU")
+@pytest.mark.parametrize("n", [2, 1024])
+def test_auto_takes_the_ops_for_many_actions(n: int) -> None:
+    for A in (65, 512):
+        assert ops_of(make((n, A))) == {"dqn_fused::td_loss", "dqn_fused::td_loss_backward"}
+        general = {"dqn_fused::general_td_loss", "dqn_fused::general_td_loss_backward"}
+        assert ops_of(variant("munchausen-cql-masks-weights-huber", (n, A))) == general
+
+
+@pytest.mark.parametrize("shape", [NARROW, WIDE], ids=shape_id)
+def test_a_named_backend_is_taken_at_any_size(shape: tuple[int, int]) -> None:
+    assert ops_of(make(shape), backend="torch") == set()
+    if HAS_OPS:
+        assert ops_of(make(shape), backend="compiled") == {"dqn_fused::td_loss", "dqn_fused::td_loss_backward"}
+
+
+@pytest.mark.graph
+@pytest.mark.parametrize("name", ["huber", "double-mask-weights-huber", "munchausen-cql-masks-weights-huber"])
+@pytest.mark.parametrize("A", [5, 64, 65])
+@pytest.mark.parametrize("marked", [False, True], ids=["automatic", "marked dynamic"])
+def test_the_choice_makes_no_graph_for_each_batch(name: str, A: int, marked: bool) -> None:
+    """Two graphs, of a first size and of every other, as PyTorch makes them; one where the batch is marked dynamic."""
+    call = compiled_loss(backend="aot_eager")
+    for n in (8, 11, 32, 1000, 5000, 7):
+        arguments = variant(name, (n, A))
+        if marked:
+            for x in arguments.values():
+                if isinstance(x, Tensor):
+                    torch._dynamo.mark_dynamic(x, 0)  # refuses a guard that makes it a constant
+        arguments["q"].requires_grad_()
+        call(**arguments).backward()
+    assert counters["stats"]["unique_graphs"] == (1 if marked else 2)
+    assert not counters["graph_break"]
+
+
+def test_the_number_of_actions_makes_one_more_graph() -> None:
+    """Where it varies: one for up to 64, one for more."""
+    call = compiled_loss(backend="aot_eager", dynamic=True)
+    for shape in ((8, 3), (9, 18), (10, 64), (11, 65), (12, 300), (13, 5000), (14, 30)):
+        call(**make(shape))
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.parametrize("backend", ["auto", *serving(torch.device("cpu"))])
+@pytest.mark.parametrize("shape", [NARROW, WIDE], ids=shape_id)
+def test_the_first_call_of_a_process_is_compiled_once(
+    monkeypatch: pytest.MonkeyPatch, backend: str, shape: tuple[int, int]
+) -> None:
+    """A graph that noted the choice in a dictionary did not pass its own guard, that it was not there; the tests made
+    an eager call first."""
+    monkeypatch.setattr(_backends, "_CHOSEN", {})
+    call, arguments = compiled_loss(backend="aot_eager"), make(shape)
+    for _ in range(3):
+        call(**arguments, backend=backend)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.graph
+@pytest.mark.parametrize("shape", [(33, 19), (1030, 7), (5, 65)], ids=shape_id)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_graph_computes_what_the_oracle_does(name: str, shape: tuple[int, int]) -> None:
+    check(AUTO, variant(name, shape), call=compiled_loss())
+
+
+@pytest.mark.graph
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["huber", "double-mask", "munchausen-cql-masks-weights-huber"])
+def test_a_graph_of_other_dtypes(name: str, dtype: torch.dtype) -> None:
+    check(AUTO, variant(name, (33, 19), dtype), call=compiled_loss())
+
+
+@pytest.mark.graph
+@pytest.mark.parametrize("A", [3, 70])
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_illegal_actions_inside_a_graph(backend: str, A: int) -> None:
+    """NaN in td and loss, a gradient row of zeros, stored densely or scattered; the others as they were."""
+    arguments = variant("double-mask-weights-huber", (9, A))
+    q = arguments["q"].requires_grad_()
+    expected = fused_dqn_loss(**arguments, reduction="sum", return_td_error=True)
+    (expected_grad,) = torch.autograd.grad(expected[0], q)
+    bad = torch.tensor([-1, A, 2**32 + 1, -(2**40)])
+    arguments["actions"] = arguments["actions"].index_copy(0, torch.arange(4), bad)
+    loss, td = compiled_loss()(**arguments, reduction="sum", return_td_error=True, backend=backend)
+    (grad,) = torch.autograd.grad(loss, q)
+    assert loss.isnan()
+    assert td[:4].isnan().all()
+    assert not grad[:4].any()
+    torch.testing.assert_close(td[4:], expected[1][4:])
+    torch.testing.assert_close(grad[4:], expected_grad[4:])
+
+
+@pytest.mark.graph
+@pytest.mark.parametrize("A", [2, 16, 19, 40])
+def test_equal_and_nan_choices_inside_a_graph(A: int) -> None:
+    """Of equals the first, and NaN above all, in whatever order the code of a graph compares them."""
+    n = 200
+    g = torch.Generator().manual_seed(0)
+    arguments = make((n, A)) | {"terminated": torch.zeros(n, dtype=torch.bool)}
+    online = torch.randint(3, (n, A), generator=g).float()  # several largest in each row
+    online[::5, A // 2] = torch.nan
+    best = online.argmax(1)
+    assert (best[::5] == A // 2).all()
+    _, td = compiled_loss()(**arguments, next_q_online=online, gamma=1.0, return_td_error=True)
+    rows = torch.arange(n)
+    value = torch.where(online.isnan().any(1), torch.nan, arguments["next_q"][rows, best])
+    expected = arguments["q"][rows, arguments["actions"]] - (arguments["rewards"] + value)
+    torch.testing.assert_close(td, expected, equal_nan=True)
+    assert td.isnan().sum() == n / 5
+
+
+@pytest.mark.graph
+@pytest.mark.parametrize("shape", [NARROW, WIDE], ids=shape_id)
+def test_loss_and_grad_inside_a_graph(shape: tuple[int, int]) -> None:
+    arguments = variant("double-mask-weights-huber", shape)
+    both = torch.compile(lambda given: fused_dqn_loss_and_grad(**given), fullgraph=True)
+    for got, expected in zip(both(arguments), fused_dqn_loss_and_grad(**arguments, backend="torch"), strict=True):
+        torch.testing.assert_close(got, expected)
