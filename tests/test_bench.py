@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import INTERPRETED
 
-from bench import gpu, graph, linear, loss, machine, plots, report, suite, tables, update
+from bench import distributional, gpu, graph, linear, loss, machine, plots, report, suite, tables, update
 from bench.__main__ import parse
 from bench.cuda import launches
 from bench.deadline import Deadline
@@ -278,11 +278,28 @@ def test_a_busy_machine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (machine.busy() is not None) == said
 
 
+@pytest.mark.parametrize("name", distributional.FAMILIES)
+def test_distributional_losses(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each passes the gate against the lines written by hand, and gives a row for each provider."""
+    monkeypatch.setattr(distributional, "can_compile", lambda: False)
+    problems: list[str] = []
+    work = distributional.Work(name, 6, 3, 5)
+    rows = distributional.measure(work, "cpu", 0.001, problems)
+    assert not problems
+    assert rows[0]["provider"] == "eager"
+    assert len(rows) == 1 + 2 * len(serving(torch.device("cpu"), distributional.FAMILIES[name].backends))
+    table = Table(tmp_path, "distributional")
+    table.add(rows)
+    assert read(tmp_path / "distributional.csv") == table.rows
+    assert f"| {name}, 6 x 3 x 5 |" in tables.distributional(rows)
+
+
 def test_the_readme_says_what_the_csv_says() -> None:
     readme = report.README.read_text()
     wanted = report.sections(report.result_folders())
     marked = report.marked(readme)
-    assert {"cpu/loss", "cpu/family", "cpu/linear", "cpu/update", "kernels", "host"} <= set(marked) <= set(wanted)
+    own = {f"cpu/{kind}" for kind in ("loss", "family", "linear", "distributional", "update")}
+    assert own | {"kernels", "host"} <= set(marked) <= set(wanted)
     assert report.stale(readme, wanted) == [], "run python -m bench report"
     assert report.replaced(readme, wanted) == readme
 

@@ -1,6 +1,9 @@
 """The compiled ops by themselves, what their inputs may be, and torch.compile over the whole road."""
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -223,6 +226,28 @@ def test_a_library_that_is_not_there_or_does_not_load(tmp_path: Path) -> None:
     for reason, device in zip(compiled_backend._REASONS.values(), ("cpu", "cuda"), strict=True):
         assert compiled_backend.refuses(torch.device(device)) == reason
     assert "expected tensors on cpu or cuda" in str(compiled_backend.refuses(torch.device("meta")))
+
+
+def capability(word: str | None) -> list[str]:
+    """(instruction set in use, why there is none) where the environment says so; read once in a process."""
+    environment = {key: value for key, value in os.environ.items() if key != "DQN_FUSED_CPU_CAPABILITY"}
+    if word is not None:
+        environment["DQN_FUSED_CPU_CAPABILITY"] = word
+    code = "from dqn_fused._backends import compiled_backend as c; print(c.cpu_capability(), c._REASONS['cpu'])"
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.split(maxsplit=1)
+
+
+def test_the_environment_forces_a_version_of_the_cpu_functions() -> None:
+    """What it names, or the best that the processor has where that is less; another word is refused."""
+    from dqn_fused._backends.compiled_backend import CAPABILITIES
+
+    best = CAPABILITIES.index(capability(None)[0])
+    for i, word in enumerate(CAPABILITIES):
+        assert capability(word)[0] == CAPABILITIES[min(i, best)]
+    found, reason = capability("sse9")
+    assert found == "None"
+    assert "expected one of default, avx2, avx512, got 'sse9'" in reason
 
 
 BROKEN = {
