@@ -66,7 +66,7 @@ struct Positions {
   // a share that it may have no probability for.
   DQN_FUSED_INLINE T operator()(T value) const {
     const T inside = choose(value < low, low, value), position = (inside - low) * per_unit;
-    return choose(value < high && position < last, position, last);
+    return choose((value < high) & (position < last), position, last);  // && would be a branch
   }
 
   // The atom below, at most the last but one: a position on the last atom then is all of the way to it.
