@@ -2,9 +2,13 @@
 
 #pragma once
 
+#include <algorithm>
+
 #include "rows.h"
 
 namespace dqn_fused::cpu {
+
+constexpr int64_t MOST_ROWS = 256;  // of which a column is kept at a time
 
 // Calls f with a value of the type that a column or a matrix holds.
 template <class F>
@@ -58,6 +62,16 @@ void read(const Column& column, int64_t begin, int64_t n, T* __restrict out) {
       for (int64_t i = 0; i < n; ++i) out[i] = as<T>(x[i * column.stride]);
     }
   });
+}
+
+// Whether the rows [begin, begin + n) bootstrap anything.
+inline void read_live(const Batch& b, int64_t begin, int64_t n, bool* live) {
+  if (!b.next_q || !b.final) {
+    std::fill_n(live, n, static_cast<bool>(b.next_q));
+    return;
+  }
+  read(b.final, begin, n, live);
+  for (int64_t i = 0; i < n; ++i) live[i] = live[i] == b.compacted;
 }
 
 // The value of one action in each of the rows [begin, begin + n), NaN where there is no such action.

@@ -4,6 +4,7 @@
 #include <numeric>
 #include <vector>
 
+#include "blocks.h"
 #include "columns.h"
 #include "loss.h"
 #include "parallel.h"
@@ -12,8 +13,6 @@
 namespace dqn_fused::cpu {
 namespace {
 
-constexpr int64_t BLOCK = 8192;  // elements of next_q in a block of rows: the unit of work and of the partial sums
-constexpr int64_t MOST_ROWS = 256;
 constexpr int64_t ROW_COST = 16;  // what a row takes beside its elements, 1 being the reading of an element
 
 SoftValue<double> soft_value_of(const Rows& rows, int64_t row, double temperature = 1) {
@@ -80,28 +79,6 @@ struct Values {
     return batch.next_q.at<T>(row, found.index);
   }
 };
-
-// Whether the rows [begin, begin + n) bootstrap anything.
-void read_live(const Batch& b, int64_t begin, int64_t n, bool* live) {
-  if (!b.next_q || !b.final) {
-    std::fill_n(live, n, static_cast<bool>(b.next_q));
-    return;
-  }
-  read(b.final, begin, n, live);
-  for (int64_t i = 0; i < n; ++i) live[i] = live[i] == b.compacted;
-}
-
-// How many next rows come before each block of rows, (blocks + 1,).
-std::vector<int64_t> first_next_rows(const Batch& b, int64_t blocks, int64_t block_rows) {
-  std::vector<int64_t> first(blocks + 1, 0);
-  bool live[MOST_ROWS];
-  for (int64_t k = 0; k < blocks; ++k) {
-    const int64_t n = std::min(block_rows, b.n - k * block_rows);
-    read_live(b, k * block_rows, n, live);
-    first[k + 1] = first[k] + std::count(live, live + n, true);
-  }
-  return first;
-}
 
 // A block of rows, column by column.
 template <class T>
