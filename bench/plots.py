@@ -20,6 +20,7 @@ STYLE: dict[str, dict[str, Any]] = {
     "matrix": {"color": "tab:olive", "marker": "^"},
     "fused": {"color": "tab:blue", "marker": "o"},
     "fused, sparse": {"color": "tab:orange", "marker": "D"},
+    "fused[compiled], without node": {"color": "tab:blue", "marker": "s", "linestyle": "-.", "alpha": 0.6},
 }
 OURS = {"compiled": "-", "triton": "--", "torch": ":"}  # a line style for each backend
 # Two lines lie on two others.
@@ -34,11 +35,13 @@ def style(provider: str) -> dict[str, Any]:
     """Of a line: colour by what is called, dashes by backend."""
     backend = provider.partition("[")[2].rstrip("]")
     base = {"linewidth": 1.8, "markersize": 5}
+    if provider in STYLE:
+        return base | STYLE[provider]
     if provider.startswith("fused["):
         return base | {"color": "tab:blue", "marker": "o", "linestyle": OURS[backend]}
     if provider.startswith("loss_and_grad["):
         return base | {"color": "tab:orange", "marker": "D", "linestyle": OURS[backend]}
-    return base | STYLE.get(provider, {})
+    return base
 
 
 def draw_all(results: Path, out: Path, prefix: str = "bench_") -> str:

@@ -163,10 +163,10 @@ def shares(rows: Sequence[Row]) -> str:
         if eager is None or eager["share"] == "":
             continue
         gains = [f"{row['speedup']:.2f} times as fast with {code(name)}" for name, row in found.items() if "_" in name]
-        text.append(
-            f"{network}: the eager loss is {100 * eager['share']:.1f} % of an update, and the whole update is "
-            f"{' and '.join(gains)}."
-        )
+        part = f"{100 * eager['share']:.1f} % of an update"
+        if eager["adds_p20"] < 0 < eager["adds_p80"]:
+            part = "within the noise of an update"
+        text.append(f"{network}: the eager loss is {part}, and the whole update is {' and '.join(gains)}.")
     return "\n".join(f"- {line}" for line in text)
 
 
