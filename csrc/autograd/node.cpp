@@ -11,11 +11,16 @@ using torch::autograd::Node;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 using torch::dynamo::autograd::CompiledNodeArgs;
-using torch::dynamo::autograd::PackedArgs;
 using torch::dynamo::autograd::SwapSavedVariables;
 
-// std::shared_ptr or c10::intrusive_ptr, as this torch has it.
-using NodePtr = decltype(torch::autograd::Edge::function);
+// As this torch holds its nodes: up to some version by std::shared_ptr.
+template <class T, class Pointer = decltype(torch::autograd::Edge::function)>
+auto make_node() {
+  if constexpr (std::is_same_v<Pointer, std::shared_ptr<Node>>)
+    return std::make_shared<T>();
+  else
+    return c10::make_intrusive<T>();
+}
 
 // Whether torch.func transforms what is called now.
 bool transformed() { return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode); }
@@ -87,7 +92,7 @@ struct TDLossBackward : Node {
 
 Outputs record(const Inputs& in, const Options& options, Differentiable differentiable) {
   Outputs out = forward(in, options, false);
-  const c10::intrusive_ptr<TDLossBackward> node = c10::make_intrusive<TDLossBackward>();
+  const auto node = make_node<TDLossBackward>();
   node->set_next_edges(torch::autograd::collect_next_edges(in.q));
   torch::autograd::set_history(out.loss, node);
   torch::autograd::set_history(out.td_error, node);
