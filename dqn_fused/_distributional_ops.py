@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
-from dqn_fused._ops import REDUCTIONS
+from dqn_fused._ops import loss_like, on_one_device
+from dqn_fused.arguments import accumulation_dtype
 
 DISTRIBUTIONS = (
     "Tensor q, Tensor actions, Tensor rewards, Tensor? next_q, Tensor? terminated, Tensor? non_final_mask, "
@@ -68,13 +69,9 @@ def _rows_backward(
 
 
 def _forward(q: Tensor, actions: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-    for x in (actions, *rest):
-        if isinstance(x, Tensor) and x.device != q.device:
-            raise RuntimeError(f"expected all tensors on {q.device}, as q, got {x.device}")
+    on_one_device(q, actions, *rest)
     *_, reduction, _ = rest
-    n, dtype = q.shape[0], torch.float64 if q.dtype is torch.float64 else torch.float32
-    loss = q.new_empty((n,) if reduction == REDUCTIONS["none"] else (), dtype=dtype)
-    return loss, q.new_empty((2, n), dtype=dtype)
+    return loss_like(q, actions, reduction), q.new_empty((2, q.shape[0]), dtype=accumulation_dtype(q))
 
 
 categorical_loss = torch.ops.dqn_fused.categorical_loss.default

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
+from dqn_fused.arguments import accumulation_dtype
+
 BATCH = (
     "Tensor q, Tensor actions, Tensor rewards, Tensor next_q, Tensor? terminated, Tensor? non_final_mask, "
     "Tensor? gammas, float gamma"
@@ -64,8 +66,8 @@ for _name in (*NAMES, "sweep", "triton_sweep", "add_rows"):
 @torch.library.register_fake("dqn_fused::td_loss", lib=_library)
 def _td_loss(q: Tensor, actions: Tensor, rewards: Tensor, next_q: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     *others, _, reduction, _ = rest
-    _on_one_device(q, actions, rewards, next_q, *others)
-    return _loss(q, actions, reduction), _per_sample(q, actions)
+    on_one_device(q, actions, rewards, next_q, *others)
+    return loss_like(q, actions, reduction), _per_sample(q, actions)
 
 
 @torch.library.register_fake("dqn_fused::td_loss_and_grad", lib=_library)
@@ -86,9 +88,9 @@ def _td_loss_backward(
 @torch.library.register_fake("dqn_fused::triton_td_loss", lib=_library)
 def _general_td_loss(q: Tensor, actions: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
     *others, cql, _, reduction = rest
-    _on_one_device(q, actions, *others)
-    normaliser = q.new_empty((2, actions.shape[0]) if cql else (0,), dtype=_accumulation(q))
-    return _loss(q, actions, reduction), _per_sample(q, actions), normaliser
+    on_one_device(q, actions, *others)
+    normaliser = q.new_empty((2, actions.shape[0]) if cql else (0,), dtype=accumulation_dtype(q))
+    return loss_like(q, actions, reduction), _per_sample(q, actions), normaliser
 
 
 @torch.library.register_fake("dqn_fused::triton_td_loss_and_grad", lib=_library)
@@ -115,10 +117,10 @@ def _general_td_loss_backward(grad_loss: Tensor, td_error: Tensor, actions: Tens
 def _sweep(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, kind: str, *rest: object
 ) -> tuple[Tensor, Tensor]:
-    _on_one_device(hidden, weight, bias, mask)
+    on_one_device(hidden, weight, bias, mask)
     m = hidden.shape[0]
     index = hidden.new_empty((m if kind == "argmax" else 0,), dtype=torch.int64)
-    return hidden.new_empty((m,), dtype=_accumulation(hidden)), index
+    return hidden.new_empty((m,), dtype=accumulation_dtype(hidden)), index
 
 
 @torch.library.register_fake("dqn_fused::add_rows", lib=_library)
@@ -126,22 +128,20 @@ def _add_rows(values: Tensor, index: Tensor, A: int, dtype: torch.dtype) -> Tens
     return values.new_empty((A, values.shape[1]), dtype=dtype)
 
 
-def _on_one_device(q: Tensor, *others: object) -> None:
+def on_one_device(q: Tensor, *others: object) -> None:
+    """Check that no other tensor is elsewhere than q."""
     for x in others:
         if isinstance(x, Tensor) and x.device != q.device:
             raise RuntimeError(f"expected all tensors on {q.device}, as q, got {x.device}")
 
 
-def _accumulation(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype is torch.float64 else torch.float32
-
-
 def _per_sample(q: Tensor, actions: Tensor) -> Tensor:
-    return q.new_empty((actions.shape[0],), dtype=_accumulation(q))
+    return q.new_empty((actions.shape[0],), dtype=accumulation_dtype(q))
 
 
-def _loss(q: Tensor, actions: Tensor, reduction: object) -> Tensor:
-    return _per_sample(q, actions) if reduction == REDUCTIONS["none"] else q.new_empty((), dtype=_accumulation(q))
+def loss_like(q: Tensor, actions: Tensor, reduction: object) -> Tensor:
+    """Fake of a loss, () or (n,)."""
+    return _per_sample(q, actions) if reduction == REDUCTIONS["none"] else q.new_empty((), dtype=accumulation_dtype(q))
 
 
 td_loss = torch.ops.dqn_fused.td_loss.default

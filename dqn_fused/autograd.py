@@ -60,6 +60,12 @@ def apart(td_error: Tensor) -> Tensor:
     return td_error.detach().clone() if torch.compiler.is_compiling() else td_error.detach()
 
 
+def refuse_tangent(x: Tensor) -> None:
+    """Raise where forward mode differentiates by x, and no rule of autograd would see it."""
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        refuse_forward_mode()
+
+
 def refuse_forward_mode() -> NoReturn:
     """Raise where a tangent would be dropped in silence."""
     raise NotImplementedError("forward mode (jvp) is not implemented; reverse mode is: backward, torch.func.grad")

@@ -4,11 +4,10 @@ from collections.abc import Callable
 from types import ModuleType
 
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from dqn_fused._backends import choose_distributional
 from dqn_fused.arguments import Batch, check_values, looks_at_values
-from dqn_fused.autograd import inside_transform, refuse_forward_mode
+from dqn_fused.autograd import inside_transform, refuse_tangent
 from dqn_fused.categorical_arguments import (
     CategoricalSpec,
     Support,
@@ -251,8 +250,7 @@ def _loss(x: Tensor, batch: Batch, spec: CategoricalSpec, road: ModuleType) -> t
 
 
 def _loss_and_grad(x: Tensor, batch: Batch, spec: CategoricalSpec, road: ModuleType) -> tuple[Tensor, ...]:
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
-        refuse_forward_mode()
+    refuse_tangent(x)
     found: tuple[Tensor, ...] = road.categorical_loss_and_grad(batch, spec)
     return found
 

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from dqn_fused import arguments, node, transforms
 from dqn_fused._backends import choose
@@ -20,7 +19,7 @@ from dqn_fused.arguments import (
     normalise_weights,
     require_next_q,
 )
-from dqn_fused.autograd import apart, inside_transform, refuse_forward_mode
+from dqn_fused.autograd import apart, inside_transform, refuse_tangent
 from dqn_fused.node import td_loss
 from dqn_fused.reference import conservative_term
 from dqn_fused.targets import Munchausen, Soft
@@ -252,8 +251,7 @@ def _cql(normaliser: Tensor, batch: Batch) -> Tensor:
 
 
 def _loss_and_grad(batch: Batch, spec: LossSpec, road: ModuleType, q: Tensor) -> tuple[Tensor, ...]:
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(q).tangent is not None:
-        refuse_forward_mode()
+    refuse_tangent(q)
     return road.loss_and_grad(batch, spec)
 
 

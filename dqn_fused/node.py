@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 
 from dqn_fused import arguments, autograd
 from dqn_fused._backends.boxed import shaped_forward, unpack_backward
+from dqn_fused._ops import LOSSES, REDUCTIONS, TARGETS
 from dqn_fused.arguments import UNCHECKED, Batch, LossSpec
 
 FOLDER = Path(__file__).parent
@@ -46,7 +47,7 @@ def load(folder: Path = FOLDER) -> tuple[ModuleType | None, str]:
         loader.exec_module(module)
     except ImportError as error:
         return None, f"{path.name} cannot be loaded: {error}"
-    module.set_recorded_backward(recorded_backward)
+    module.prepare(recorded_backward, LOSSES, REDUCTIONS, TARGETS)
     return module, ""
 
 

@@ -5,11 +5,10 @@ from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from dqn_fused._backends import choose_distributional
 from dqn_fused.arguments import Batch, check_values, looks_at_values
-from dqn_fused.autograd import inside_transform, refuse_forward_mode
+from dqn_fused.autograd import inside_transform, refuse_tangent
 from dqn_fused.distributional import without_weighted_mean
 from dqn_fused.quantile_arguments import QuantileSpec, check_quantile_options, check_quantiles
 from dqn_fused.row_loss import row_loss
@@ -154,8 +153,7 @@ def _loss(x: Tensor, batch: Batch, taus: Tensor | None, spec: QuantileSpec, road
 def _loss_and_grad(
     x: Tensor, batch: Batch, taus: Tensor | None, spec: QuantileSpec, road: ModuleType
 ) -> tuple[Any, ...]:
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
-        refuse_forward_mode()
+    refuse_tangent(x)
     found: tuple[Any, ...] = road.quantile_loss_and_grad(batch, taus, spec)
     return found
 
@@ -178,7 +176,7 @@ def _run(
         road = choose_distributional("quantile", backend, device)
         plain = given.q.dim() == 3 and reduction != "weighted_mean" and isinstance(given.gamma, (float, Tensor))
         if road.CHECKS_CPU and plain and looks_at_values(device):
-            return what(given.q, given._replace(shape=given.q.shape[:1]), taus, spec, road)
+            return what(given.q, given, taus, spec, road)
     except (RuntimeError, AttributeError, TypeError):
         pass
     batch, taus = check_quantiles(given, taus)

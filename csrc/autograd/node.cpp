@@ -4,6 +4,10 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/dynamo/compiled_autograd.h>
 
+#include <array>
+#include <memory>
+#include <type_traits>
+
 namespace dqn_fused::autograd {
 namespace {
 

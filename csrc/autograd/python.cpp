@@ -6,8 +6,6 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/object_ptr.h>
 
-#include <array>
-
 #include "node.h"
 
 namespace dqn_fused::autograd {
@@ -29,14 +27,13 @@ enum Argument {
   ACTION_MASK
 };
 
-template <size_t N>
-bool code(PyObject* name, const std::array<const char*, N>& names, int64_t& found) {
-  for (size_t i = 0; i < N; ++i)
-    if (PyUnicode_CompareWithASCIIString(name, names[i]) == 0) {
-      found = static_cast<int64_t>(i);
-      return true;
-    }
-  return false;
+// What Python hands over at the start: a function, and the dictionaries of codes of _ops.py.
+PyObject *recorded_backward = nullptr, *losses = nullptr, *reductions = nullptr, *targets = nullptr;
+
+bool code(PyObject* name, PyObject* codes, int64_t& found) {
+  PyObject* const value = PyDict_GetItem(codes, name);
+  if (value != nullptr) found = PyLong_AsLongLong(value);
+  return value != nullptr;
 }
 
 // False for what Python makes of other options, the weighted mean.
@@ -49,9 +46,7 @@ bool read(PyObject* spec, Options& o) {
   o.clip = number(6);
   o.cql = item(7) == Py_True;
   o.cql_alpha = number(8);
-  return code<3>(item(0), {"mse", "huber", "smooth_l1"}, o.loss) &&
-         code<3>(item(2), {"none", "mean", "sum"}, o.reduction) &&
-         code<3>(item(3), {"max", "soft", "munchausen"}, o.target);
+  return code(item(0), losses, o.loss) && code(item(2), reductions, o.reduction) && code(item(3), targets, o.target);
 }
 
 using c10::DispatchKey;
@@ -143,8 +138,6 @@ PyObject* tuple(Tensors... tensors) {
   return found;
 }
 
-PyObject* recorded_backward = nullptr;
-
 Tensor differentiable(const Tensor& grad_loss, const Tensor& grad_td_error, const Saved& s, const Options& o) {
   const WithGil gil;
   PyObject* const type = reinterpret_cast<PyObject*>(torch::getTHPDtype(s.type));
@@ -210,9 +203,12 @@ PyObject* record_checked(PyObject*, PyObject* const* given, Py_ssize_t) {
   END_HANDLE_TH_ERRORS
 }
 
-PyObject* set_recorded_backward(PyObject*, PyObject* function) {
-  Py_INCREF(function);
-  Py_XSETREF(recorded_backward, function);
+// (recorded_backward, losses, reductions, targets).
+PyObject* prepare(PyObject*, PyObject* arguments) {
+  if (!PyArg_ParseTuple(arguments, "OO!O!O!", &recorded_backward, &PyDict_Type, &losses, &PyDict_Type, &reductions,
+                        &PyDict_Type, &targets))
+    return nullptr;
+  for (PyObject* x : {recorded_backward, losses, reductions, targets}) Py_INCREF(x);  // for good
   Py_RETURN_NONE;
 }
 
@@ -224,7 +220,7 @@ PyMethodDef methods[] = {
     {"td_loss", method(call<false>), METH_FASTCALL, "(loss, td_error, normaliser), or None: see dqn_fused.node."},
     {"td_loss_and_grad", method(call<true>), METH_FASTCALL, "(loss, grad_q, td_error, normaliser), or None."},
     {"record", method(record_checked), METH_FASTCALL, "(loss, td_error, normaliser) of a checked batch."},
-    {"set_recorded_backward", set_recorded_backward, METH_O, "What a backward calls that is itself recorded."},
+    {"prepare", prepare, METH_VARARGS, "What a backward calls that is itself recorded, and the codes of the options."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C_autograd", nullptr, -1, methods};

@@ -141,7 +141,7 @@ def quantile_loss_and_grad(batch: Batch, taus: Tensor | None, spec: QuantileSpec
     """Return (loss, gradient, td_error)."""
     loss, grad, td_error = _distributional_ops.quantile_loss_and_grad(*boxed.quantile_arguments(batch, taus, spec))
     loss, td_error = boxed.shaped_values(loss, td_error, batch, spec.reduction)
-    return loss, shaped(grad, (*batch.shape, *grad.shape[1:])), td_error
+    return loss, grad if len(batch.shape) == 1 else shaped(grad, (*batch.shape, *grad.shape[1:])), td_error
 
 
 def categorical_loss(batch: Batch, spec: CategoricalSpec) -> tuple[Tensor, Tensor, Tensor]:

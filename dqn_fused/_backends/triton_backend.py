@@ -1,6 +1,5 @@
 """Triton: allocates the outputs, chooses the launch and runs the kernels on the tensors' device and stream."""
 
-import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -12,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dqn_fused._backends import capturing, triton_ops, triton_program
-from dqn_fused._backends.triton_program import Program, Run
+from dqn_fused._backends.triton_program import OLDEST, VERSION, Program, Run
 from dqn_fused._backends.triton_sweep import auto_sweep, sweep
 from dqn_fused.arguments import Batch, LossSpec, accumulation_dtype
 from dqn_fused.autograd import Saved, loss_gradient
@@ -26,7 +25,6 @@ from dqn_fused.reference import loss_of_td_error
 __all__ = ["auto_sweep", "sweep"]
 
 INTERPRETED = not isinstance(td_loss_fwd_kernel, triton.runtime.JITFunction)
-OLDEST = (3, 6)
 # Of every kernel. A product and a sum that are fused in one lane and not in the one that holds a copy of the same row
 # differ in the last bit, and both lanes store: which of them comes last is not said. It costs 4 and 9 registers in two
 # of 67 kernels on sm_90, none on sm_80 and gfx942.
@@ -39,8 +37,7 @@ PARTLY = ""
 
 def unavailable() -> str | None:
     """Say why Triton cannot run here."""
-    version = tuple(int(x) for x in re.findall(r"\d+", triton.__version__)[:2])
-    if version < OLDEST:
+    if VERSION < OLDEST:
         return f"triton {triton.__version__} is older than {'.'.join(map(str, OLDEST))}"
     if INTERPRETED:
         return None

@@ -22,10 +22,8 @@ from triton.runtime import JITFunction, driver
 from dqn_fused.arguments import LossSpec
 
 OLDEST, NEWEST = (3, 6), (3, 9)  # whose JITFunction.run is known
-KNOWN = (
-    OLDEST <= tuple(int(x) for x in re.findall(r"\d+", triton.__version__)[:2]) <= NEWEST
-    and not knobs.runtime.interpret
-)
+VERSION = tuple(int(x) for x in re.findall(r"\d+", triton.__version__)[:2])
+KNOWN = OLDEST <= VERSION <= NEWEST and not knobs.runtime.interpret
 ROCM = torch.version.hip is not None
 MODES = attrgetter(*(x for x in ("instrumentation_mode", "fpsan_homomorphic_casts") if hasattr(knobs.compilation, x)))
 INSPECTED = hasattr(knobs.runtime, "add_stages_inspection_hook")
