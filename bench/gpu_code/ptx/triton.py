@@ -12,8 +12,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from bench.aot import StubDriver
-from bench.ptx.executor import Counts, Kernel, Memory, Trace, trace
+from bench.gpu_code.aot import StubDriver
+from bench.gpu_code.ptx.executor import Counts, Kernel, Memory, Trace, trace
 from dqn_fused import _backends
 from dqn_fused._backends import triton_backend
 
@@ -155,7 +155,7 @@ def executing(target: str, **options: Any) -> Iterator[Executor]:
 
 def why_not() -> str | None:
     """Why nothing can be executed here."""
-    from bench.ptx import build
+    from bench.gpu_code.ptx import build
 
     if triton_backend.INTERPRETED:
         return "the interpreter replaces the compiler"

@@ -9,13 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bench import cuda, machine
-from bench.gate import passed
-from bench.memory import peak_memory
-from bench.providers import Provider, can_compile
-from bench.results import Row
-from bench.timing import figures, interleaved, spread
-from bench.variants import GAMMA, eager_loss
+from bench.measure import cuda, machine
+from bench.measure.gate import passed
+from bench.measure.memory import peak_memory
+from bench.measure.providers import Provider, can_compile
+from bench.measure.timing import figures, interleaved, spread
+from bench.measure.variants import GAMMA, eager_loss
+from bench.reporting.results import Row
 from dqn_fused import fused_dqn_loss, fused_dqn_loss_and_grad
 
 NOTHING, EAGER, FUSED, BOTH = "no loss", "eager", "fused_dqn_loss", "fused_dqn_loss_and_grad"

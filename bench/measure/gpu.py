@@ -13,13 +13,13 @@ from typing import TextIO
 
 import torch
 
-from bench import machine, suite
-from bench.cuda import launches
-from bench.deadline import Deadline
-from bench.providers import ours, step
-from bench.results import Row, Table
-from bench.update import BOTH, CARTPOLE, EAGER, FUSED, Learner
-from bench.variants import VARIANTS, random_arguments
+from bench.measure import machine, suite
+from bench.measure.cuda import launches
+from bench.measure.deadline import Deadline
+from bench.measure.providers import ours, step
+from bench.measure.update import BOTH, CARTPOLE, EAGER, FUSED, Learner
+from bench.measure.variants import VARIANTS, random_arguments
+from bench.reporting.results import Row, Table
 
 OPTIONAL = ("matplotlib", "tqdm", "rlax", "torchrl", "pytest", "hypothesis", "numpy")
 PROFILED = [(32, 18), (256, 50257)]

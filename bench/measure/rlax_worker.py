@@ -1,4 +1,4 @@
-"""rlax's Q-learning losses under jax.jit, asked over pipes: ``python -m bench.rlax_worker``.
+"""rlax's Q-learning losses under jax.jit, asked over pipes: ``python -m bench.measure.rlax_worker``.
 
 One request a line. ``load IN.npz OUT.npz``: compile for these arguments, write loss and gradient; answers ``loaded``.
 ``run K``: make K calls; answers the seconds they took. The end of the input ends it.

@@ -11,11 +11,13 @@ from unittest.mock import patch
 import torch
 from triton.runtime import driver
 
-from bench import aot, machine, report, tables
-from bench.kernels import Case
-from bench.results import Row, Table
-from bench.timing import figures, interleaved, timer
-from bench.variants import VARIANTS, dtype_name, random_arguments
+from bench.gpu_code import aot
+from bench.gpu_code.kernels import Case
+from bench.measure import machine
+from bench.measure.timing import figures, interleaved, timer
+from bench.measure.variants import VARIANTS, dtype_name, random_arguments
+from bench.reporting import report, tables
+from bench.reporting.results import Row, Table
 from dqn_fused._backends import triton_backend, triton_program
 from dqn_fused.arguments import Batch, check_batch, check_loss
 from dqn_fused.autograd import Saved

@@ -5,8 +5,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from bench import tables
-from bench.results import Row, read
+from bench.reporting import tables
+from bench.reporting.results import Row, read
 
 # This project's providers in colour, of the others each in a grey or brown of its own.
 STYLE: dict[str, dict[str, Any]] = {

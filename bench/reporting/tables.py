@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from bench.results import Row
+from bench.reporting.results import Row
 
 
 def tables(kind: str, rows: Sequence[Row]) -> dict[str, str]:

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import cuda, machine
-from bench.gate import passed
-from bench.memory import peak_memory
-from bench.providers import Provider
-from bench.results import Row
-from bench.timing import figures, interleaved, timer
-from bench.variants import GAMMA, Arguments, dtype_name
+from bench.measure import cuda, machine
+from bench.measure.gate import passed
+from bench.measure.memory import peak_memory
+from bench.measure.providers import Provider
+from bench.measure.timing import figures, interleaved, timer
+from bench.measure.variants import GAMMA, Arguments, dtype_name
+from bench.reporting.results import Row
 from dqn_fused import fused_dqn_loss, fused_linear_dqn_loss
 from dqn_fused._backends import serving
 

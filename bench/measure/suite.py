@@ -6,11 +6,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from bench import distributional, graph, linear, loss, machine, plots, tables, update
-from bench.deadline import Deadline
-from bench.progress import track
-from bench.results import Row, Table
-from bench.rlax_process import RlaxProcess
+from bench.measure import distributional, graph, linear, loss, machine, update
+from bench.measure.deadline import Deadline
+from bench.measure.progress import track
+from bench.measure.rlax_process import RlaxProcess
+from bench.reporting import plots, tables
+from bench.reporting.results import Row, Table
 
 KINDS: dict[str, ModuleType] = {
     "update": update,

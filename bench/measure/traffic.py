@@ -1,6 +1,6 @@
 """The fewest bytes that a loss and its gradient have to move, whoever computes them."""
 
-from bench.variants import Variant
+from bench.measure.variants import Variant
 
 GIGA = 1e9
 

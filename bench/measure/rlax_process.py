@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.machine import ROOT
-from bench.variants import GAMMA, Arguments
+from bench.measure.machine import ROOT
+from bench.measure.variants import GAMMA, Arguments
 
 
 class RlaxProcess:
@@ -62,7 +62,7 @@ class RlaxProcess:
     def _ask(self, request: str) -> str:
         if self.process is None:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "bench.rlax_worker"],
+                [sys.executable, "-m", "bench.measure.rlax_worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,

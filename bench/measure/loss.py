@@ -5,15 +5,15 @@ from typing import NamedTuple
 
 import torch
 
-from bench import cuda, machine
-from bench.gate import passed
-from bench.memory import peak_memory
-from bench.providers import FLOOR, Provider, floor, providers
-from bench.results import Row
-from bench.rlax_process import RlaxProcess
-from bench.timing import figures, interleaved, timer
-from bench.traffic import GIGA, least_bytes, matrix_bytes
-from bench.variants import VARIANTS, dtype_name, random_arguments
+from bench.measure import cuda, machine
+from bench.measure.gate import passed
+from bench.measure.memory import peak_memory
+from bench.measure.providers import FLOOR, Provider, floor, providers
+from bench.measure.rlax_process import RlaxProcess
+from bench.measure.timing import figures, interleaved, timer
+from bench.measure.traffic import GIGA, least_bytes, matrix_bytes
+from bench.measure.variants import VARIANTS, dtype_name, random_arguments
+from bench.reporting.results import Row
 
 SIZES = [
     (32, 4), (128, 2), (32, 6), (32, 18), (128, 18), (512, 15), (1024, 18), (16384, 18),

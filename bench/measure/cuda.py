@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from bench.memory import silent_stderr
+from bench.measure.memory import silent_stderr
 
 WARM_UP = 3  # calls on a side stream before a capture, as the documentation of CUDA graphs has it
 

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 
-from bench.variants import GAMMA, Arguments
+from bench.measure.variants import GAMMA, Arguments
 
 
 def installed() -> bool:

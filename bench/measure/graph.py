@@ -11,15 +11,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench import machine
-from bench import update as whole
-from bench.gate import passed
-from bench.loss import SIZES
-from bench.providers import Provider, can_compile
-from bench.results import Row
-from bench.timing import figures, interleaved, spread
-from bench.update import EAGER, NOTHING
-from bench.variants import GAMMA, VARIANTS, random_arguments
+from bench.measure import machine
+from bench.measure import update as whole
+from bench.measure.gate import passed
+from bench.measure.loss import SIZES
+from bench.measure.providers import Provider, can_compile
+from bench.measure.timing import figures, interleaved, spread
+from bench.measure.update import EAGER, NOTHING
+from bench.measure.variants import GAMMA, VARIANTS, random_arguments
+from bench.reporting.results import Row
 from dqn_fused import fused_dqn_loss
 from dqn_fused._backends import serving
 

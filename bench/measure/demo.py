@@ -5,9 +5,9 @@ from statistics import median
 
 import torch
 
-from bench.providers import step
-from bench.timing import interleaved, timer
-from bench.variants import GAMMA, Arguments, eager_loss
+from bench.measure.providers import step
+from bench.measure.timing import interleaved, timer
+from bench.measure.variants import GAMMA, Arguments, eager_loss
 from dqn_fused import fused_dqn_loss
 from examples.cartpole import Args, Run, plot, report, train
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
-from bench.machine import ROOT
-from bench.ptx import build
-from bench.ptx.executor import Counts, Kernel, Memory, PtxError, Range
+from bench.gpu_code.ptx import build
+from bench.gpu_code.ptx.executor import Counts, Kernel, Memory, PtxError, Range
+from bench.measure.machine import ROOT
 from dqn_fused import _backends, _ops, node
 from dqn_fused._backends import compiled_backend
 

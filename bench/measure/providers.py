@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench import cuda, torchrl_loss
-from bench.rlax_process import RlaxProcess
-from bench.timing import Timer, timer
-from bench.variants import GAMMA, VARIANTS, Arguments, Variant
+from bench.measure import cuda, torchrl_loss
+from bench.measure.rlax_process import RlaxProcess
+from bench.measure.timing import Timer, timer
+from bench.measure.variants import GAMMA, VARIANTS, Arguments, Variant
 from dqn_fused import fused_dqn_loss, fused_dqn_loss_and_grad, node
 from dqn_fused._backends import serving
 

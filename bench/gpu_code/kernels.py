@@ -1,7 +1,7 @@
 """What the compiled GPU kernels take, read off the machine code: no GPU is needed. In bench/results/kernels.csv.
 
 Triton's for every target that it compiles for, and those of csrc/cuda where nvcc is. For NVIDIA's the losses are also
-executed (bench/ptx), and what they load, store and issue is counted.
+executed (bench/gpu_code/ptx), and what they load, store and issue is counted.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,15 +10,17 @@ from unittest.mock import patch
 
 import torch
 
-from bench import aot, machine, nvcc, report, tables
-from bench.machine_code import widest
-from bench.occupancy import occupancy
-from bench.progress import track
-from bench.ptx import build
-from bench.ptx.executor import Counts
-from bench.ptx.triton import Executor
-from bench.results import Row, Table
-from bench.variants import VARIANTS, dtype_name, random_arguments
+from bench.gpu_code import aot, nvcc
+from bench.gpu_code.machine_code import widest
+from bench.gpu_code.occupancy import occupancy
+from bench.gpu_code.ptx import build
+from bench.gpu_code.ptx.executor import Counts
+from bench.gpu_code.ptx.triton import Executor
+from bench.measure import machine
+from bench.measure.progress import track
+from bench.measure.variants import VARIANTS, dtype_name, random_arguments
+from bench.reporting import report, tables
+from bench.reporting.results import Row, Table
 from dqn_fused._backends import triton_backend
 from dqn_fused.head import Sweep
 

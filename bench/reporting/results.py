@@ -29,7 +29,7 @@ COLUMNS = {
     "kernels": (
         *ABOUT, "target", "language", "call", "case", "shape", "dtype", "kernel", "registers", "spill_bytes",
         "shared_bytes", "load_bits", "store_bits", "block_threads", "programs", "occupancy", "bytes",
-        # Counted by bench/ptx: of the launch, but for instructions of PTX a warp, and those of them by kind.
+        # Counted by bench/gpu_code/ptx: of the launch, but for instructions of PTX a warp, and those of them by kind.
         "loaded_bytes", "stored_bytes", "sectors", "bank_conflicts",
         "instructions", "integer", "float", "special", "shuffle", "barrier", "shared_access",
     ),

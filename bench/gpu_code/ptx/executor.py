@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.ptx import build
+from bench.gpu_code.ptx import build
 
 MESSAGE = 4096  # bytes
 CATEGORIES = (

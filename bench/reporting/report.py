@@ -11,9 +11,9 @@ from math import inf
 from pathlib import Path
 from statistics import median
 
-from bench import plots, tables
-from bench.machine import ROOT
-from bench.results import Row, read
+from bench.measure.machine import ROOT
+from bench.reporting import plots, tables
+from bench.reporting.results import Row, read
 
 RESULTS, README, DOCS = ROOT / "bench/results", ROOT / "README.md", ROOT / "docs"
 OTHERS = ("eager", "torch.compile", "torch.compile, reduce-overhead", "eager, CUDA graph", "TorchRL", "rlax")

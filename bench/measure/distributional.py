@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench import cuda, machine
-from bench.gate import passed
-from bench.memory import peak_memory
-from bench.providers import Provider, can_compile
-from bench.results import Row
-from bench.timing import figures, interleaved
-from bench.variants import GAMMA, Arguments, dtype_name
+from bench.measure import cuda, machine
+from bench.measure.gate import passed
+from bench.measure.memory import peak_memory
+from bench.measure.providers import Provider, can_compile
+from bench.measure.timing import figures, interleaved
+from bench.measure.variants import GAMMA, Arguments, dtype_name
+from bench.reporting.results import Row
 from dqn_fused import (
     fused_categorical_loss,
     fused_categorical_loss_and_grad,

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
-from bench.machine import ROOT
+from bench.measure.machine import ROOT
 
 ENGINE = Path(__file__).parent / "engine"
 FLAGS = ("-std=c++20", "-O2", "-fPIC", "-ffp-contract=off")  # a fused multiply-add only where the PTX says so

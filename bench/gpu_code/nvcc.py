@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from bench import aot
-from bench.machine import ROOT
-from bench.machine_code import widest
-from bench.occupancy import occupancy
-from bench.results import Row
+from bench.gpu_code import aot
+from bench.gpu_code.machine_code import widest
+from bench.gpu_code.occupancy import occupancy
+from bench.measure.machine import ROOT
+from bench.reporting.results import Row
 
 # One instance of each that the float32 and bfloat16 losses launch, and its threads at most.
 INSTANCES = {
