@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from dqn_fused._backends import triton_backend
+from dqn_fused._backends import triton_backend, triton_launch
 from dqn_fused.arguments import Batch, check_batch, check_loss
 from dqn_fused.autograd import Saved
 
@@ -91,7 +91,7 @@ def targeting(index: int) -> Iterator[str | None]:
 def why_not(index: int) -> str | None:
     """Why this triton compiles nothing at all for a target: too new for it, or a linker is missing."""
     try:
-        probe_kernel.warmup(torch.float32, grid=(1,), **triton_backend.OPTIONS)
+        probe_kernel.warmup(torch.float32, grid=(1,), **triton_launch.OPTIONS)
     except Exception as error:
         return str(error)
     return None
@@ -102,17 +102,17 @@ def compiling() -> Iterator[list[Launch]]:
     """Compile whatever the backend would launch meanwhile."""
     found: list[Launch] = []
     with (
-        patch.object(triton_backend, "run", compile_only(found)),
-        patch.object(triton_backend, "_sms", lambda device: SMS),
+        patch.object(triton_launch, "run", compile_only(found)),
+        patch.object(triton_launch, "sms", lambda device: SMS),
     ):
         yield found
 
 
 def compile_only(found: list[Launch]) -> Callable[..., None]:
-    """What takes the place of triton_backend.run: compiles instead of launching."""
+    """What takes the place of triton_launch.run: compiles instead of launching."""
 
     def run(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
-        compiled = kernel.warmup(*args, grid=(programs,), **triton_backend.OPTIONS, **meta)
+        compiled = kernel.warmup(*args, grid=(programs,), **triton_launch.OPTIONS, **meta)
         named = dict(zip(kernel.arg_names, args, strict=False))
         found.append(Launch(kernel.fn.__name__, compiled, programs, named))
 

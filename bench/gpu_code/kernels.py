@@ -21,7 +21,7 @@ from bench.measure.progress import track
 from bench.measure.variants import VARIANTS, dtype_name, random_arguments
 from bench.reporting import report, tables
 from bench.reporting.results import Row, Table
-from dqn_fused._backends import triton_backend
+from dqn_fused._backends import triton_launch
 from dqn_fused.head import Sweep
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -128,8 +128,8 @@ def counted(make: Callable[[], object]) -> list[Counts]:
         return []
     executor = Executor(races=False)
     with (
-        patch.object(triton_backend, "run", executor.run),
-        patch.object(triton_backend, "_sms", lambda device: aot.SMS),
+        patch.object(triton_launch, "run", executor.run),
+        patch.object(triton_launch, "sms", lambda device: aot.SMS),
     ):
         make()
     return [launch.counts for launch in executor.launches]
