@@ -6,6 +6,7 @@
 #include <torch/headeronly/macros/Macros.h>
 
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <limits>
 
@@ -83,17 +84,29 @@ struct Matrix {
   }
 };
 
-// The numbers are those of dqn_fused/_ops.py.
+// The numbers are those of dqn_fused/options.py.
 enum Reduction : int64_t { NONE = 0, MEAN = 1, SUM = 2 };
 enum Loss : int64_t { MSE = 0, HUBER = 1, SMOOTH_L1 = 2 };
 enum Target : int64_t { MAX = 0, SOFT = 1, MUNCHAUSEN = 2 };
 
-// What is computed of a batch: arguments.LossSpec. Every branch on it always goes the same way.
+// What is computed of a batch: LossSpec of dqn_fused/options.py. Every branch on it always goes the same way.
 struct Options {
-  int64_t reduction = MEAN, loss = MSE, target = MAX;
-  double delta = 1, temperature = 1, alpha = 0, clip = 0, cql_alpha = 0;
+  int64_t loss = MSE;
+  double delta = 1;
+  int64_t reduction = MEAN, target = MAX;
+  double temperature = 1, alpha = 0, clip = 0;
   bool cql = false;
+  double cql_alpha = 0;
 };
+
+// How many there are.
+constexpr size_t OPTIONS = 9;
+
+// Of numbers, as an op is given them.
+inline Options unpack(const double* x) {
+  const auto code = [](double value) { return static_cast<int64_t>(value); };
+  return {code(x[0]), x[1], code(x[2]), code(x[3]), x[4], x[5], x[6], x[7] != 0, x[8]};
+}
 
 // A batch of n transitions. final is terminated, or with `compacted` the mask of the rows that are not final
 // and whose next values next_q, next_online and next_legal hold, in order. discount is a number where its column is

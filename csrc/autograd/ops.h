@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <vector>
 
 #include "../td_loss.h"
 
@@ -35,9 +36,12 @@ struct Saved {
   at::ScalarType type = at::ScalarType::Undefined;
 };
 
-Outputs forward(const Inputs& in, const Options& options, bool with_grad);
+// The options as an op is given them.
+using Numbers = std::vector<double>;
+
+Outputs forward(const Inputs& in, const Numbers& numbers, bool with_grad);
 
 // (n, A).
-Tensor backward(const Tensor& grad_loss, const Saved& saved, const Options& options);
+Tensor backward(const Tensor& grad_loss, const Saved& saved, const Numbers& numbers);
 
 }  // namespace dqn_fused::autograd
