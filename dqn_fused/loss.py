@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from dqn_fused import arguments, node, transforms
+from dqn_fused import arguments, hints, node, transforms
 from dqn_fused._backends import choose
 from dqn_fused.arguments import (
     Batch,
@@ -51,6 +51,7 @@ def fused_dqn_loss(
     return_cql: bool = False,
     process_group: "ProcessGroup | None" = None,
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> Tensor | tuple[Tensor, ...]:
     """DQN loss (Mnih et al., 2015): the TD error of the action taken against the Bellman target.
 
@@ -125,13 +126,18 @@ def fused_dqn_loss(
     >>> td_error
     tensor([0.5000, 1.2000])
     """
+    if unknown:
+        hints.unexpected("fused_dqn_loss", unknown)
     spec = check_loss(loss, delta, reduction, target, cql_alpha, return_cql)
     require_next_q(next_q)
     batch = Batch(
         q, actions, rewards, next_q, terminated, gamma, non_final_mask,
         next_q_online, next_action_mask, weights, target_q, action_mask,
     )  # fmt: skip
-    return _returned(*_run(td_loss, batch, spec, backend, process_group), return_td_error, return_cql)
+    found = _run(td_loss, batch, spec, backend, process_group)
+    if not found[1][0].requires_grad:
+        hints.warn_if_swapped(q, next_q)
+    return _returned(*found, return_td_error, return_cql)
 
 
 def fused_td_loss(
@@ -149,6 +155,7 @@ def fused_td_loss(
     return_cql: bool = False,
     process_group: "ProcessGroup | None" = None,
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> Tensor | tuple[Tensor, ...]:
     """:func:`fused_dqn_loss` for a target that is already there: n-step returns, Q(lambda), the V(s') of ILQL.
 
@@ -167,6 +174,8 @@ def fused_td_loss(
     >>> fused_td_loss(q, torch.tensor([0, 1]), torch.tensor([0.5, 5.0]), return_td_error=True)
     (tensor(0.6250), tensor([ 0.5000, -1.0000]))
     """
+    if unknown:
+        hints.unexpected("fused_td_loss", unknown)
     spec = check_loss(loss, delta, reduction, "max", cql_alpha, return_cql)
     batch = Batch(q, actions, target, None, weights=weights, action_mask=action_mask)
     return _returned(*_run(td_loss, batch, spec, backend, process_group), return_td_error, return_cql)
@@ -195,6 +204,7 @@ def fused_dqn_loss_and_grad(
     return_cql: bool = False,
     process_group: "ProcessGroup | None" = None,
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> tuple[Tensor, ...]:
     """DQN loss and its gradient by q in one pass, without autograd: the fastest road.
 
@@ -220,6 +230,8 @@ def fused_dqn_loss_and_grad(
     >>> torch.equal(network.bias.grad, grad_q.sum(0))
     True
     """
+    if unknown:
+        hints.unexpected("fused_dqn_loss_and_grad", unknown)
     spec = check_loss(loss, delta, reduction, target, cql_alpha, return_cql)
     require_next_q(next_q)
     batch = Batch(
@@ -227,6 +239,8 @@ def fused_dqn_loss_and_grad(
         next_q_online, next_action_mask, weights, target_q, action_mask,
     )  # fmt: skip
     batch, (result, grad_q, td_error, normaliser) = _run(_loss_and_grad, batch, spec, backend, process_group)
+    if not q.requires_grad:
+        hints.warn_if_swapped(q, next_q)
     found = [result, grad_q]
     if return_td_error:
         found.append(td_error)

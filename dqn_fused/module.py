@@ -1,9 +1,10 @@
 """The loss as a module."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from torch import Tensor, nn
 
+from dqn_fused import hints
 from dqn_fused.arguments import check_loss
 from dqn_fused.loss import fused_dqn_loss
 from dqn_fused.targets import Munchausen, Soft
@@ -40,7 +41,10 @@ class FusedDQNLoss(nn.Module):
         return_cql: bool = False,
         process_group: "ProcessGroup | None" = None,
         backend: str = "auto",
+        **unknown: NoReturn,
     ) -> None:
+        if unknown:
+            hints.unexpected("FusedDQNLoss", unknown)
         super().__init__()
         check_loss(loss, delta, reduction, target, cql_alpha, return_cql)
         if isinstance(gamma, Tensor):
@@ -67,8 +71,11 @@ class FusedDQNLoss(nn.Module):
         weights: Tensor | None = None,
         target_q: Tensor | None = None,
         action_mask: Tensor | None = None,
+        **unknown: NoReturn,
     ) -> Tensor | tuple[Tensor, ...]:
         """Loss of a batch; see :func:`fused_dqn_loss`."""
+        if unknown:
+            hints.unexpected("FusedDQNLoss", unknown)
         return fused_dqn_loss(
             q,
             actions,

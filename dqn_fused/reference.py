@@ -6,12 +6,13 @@ gather.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dqn_fused import hints
 from dqn_fused.arguments import (
     Batch,
     LossSpec,
@@ -57,6 +58,7 @@ def dqn_loss(
     return_cql: bool = False,
     process_group: "ProcessGroup | None" = None,
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> Tensor | tuple[Tensor, ...]:
     """DQN loss (Mnih et al., 2015) by PyTorch operations, differentiated by autograd, on any device.
 
@@ -68,6 +70,8 @@ def dqn_loss(
     >>> dqn_loss(q, torch.tensor([1]), torch.tensor([0.7]), torch.zeros(1, 3), torch.tensor([True]))
     tensor(0.2500)
     """
+    if unknown:
+        hints.unexpected("dqn_loss", unknown)
     if backend not in ("auto", "torch"):
         raise ValueError(f"backend: the reference is PyTorch, expected 'auto' or 'torch', got {backend!r}")
     spec = check_loss(loss, delta, reduction, target, cql_alpha, return_cql)
