@@ -47,6 +47,7 @@ def fused_dqn_loss(
     target_q: Tensor | None = None,
     cql_alpha: float = 0.0,
     action_mask: Tensor | None = None,
+    value_transform: str = "identity",
     return_td_error: bool = False,
     return_cql: bool = False,
     process_group: "ProcessGroup | None" = None,
@@ -87,6 +88,9 @@ def fused_dqn_loss(
             sample: ``logsumexp(q) - q[a]``. Every action then receives a gradient.
         action_mask: (\\*N, A) bool, true for the actions that are legal in the state itself: the policy of Munchausen
             and the sum of CQL are taken over them.
+        value_transform: ``"identity"``, or ``"signed_hyperbolic"``: the networks learn h of the value, of R2D2
+            (Kapturowski et al., 2019), ``y = h(rewards + gamma * h_inverse(max(next_q)))``, and ``y = h(rewards)`` if
+            terminated, with ``h(x) = sign(x) * (sqrt(abs(x) + 1) - 1) + 0.001 * x``. Rewards need then not be clipped.
         return_td_error: also return the signed, unweighted TD errors, (\\*N), without gradient: priorities of replay.
         return_cql: also return the conservative term of each sample, (\\*N), unweighted and without gradient.
         process_group: with ``"weighted_mean"``, sum the weights over the ranks of the group,
@@ -128,7 +132,7 @@ def fused_dqn_loss(
     """
     if unknown:
         hints.unexpected("fused_dqn_loss", unknown)
-    spec = check_loss(loss, delta, reduction, target, cql_alpha, return_cql)
+    spec = check_loss(loss, delta, reduction, target, cql_alpha, return_cql, value_transform)
     require_next_q(next_q)
     batch = Batch(
         q, actions, rewards, next_q, terminated, gamma, non_final_mask,
@@ -200,6 +204,7 @@ def fused_dqn_loss_and_grad(
     target_q: Tensor | None = None,
     cql_alpha: float = 0.0,
     action_mask: Tensor | None = None,
+    value_transform: str = "identity",
     return_td_error: bool = False,
     return_cql: bool = False,
     process_group: "ProcessGroup | None" = None,
@@ -232,7 +237,7 @@ def fused_dqn_loss_and_grad(
     """
     if unknown:
         hints.unexpected("fused_dqn_loss_and_grad", unknown)
-    spec = check_loss(loss, delta, reduction, target, cql_alpha, return_cql)
+    spec = check_loss(loss, delta, reduction, target, cql_alpha, return_cql, value_transform)
     require_next_q(next_q)
     batch = Batch(
         q, actions, rewards, next_q, terminated, gamma, non_final_mask,

@@ -37,6 +37,7 @@ class FusedDQNLoss(nn.Module):
         reduction: str = "mean",
         target: str | Soft | Munchausen = "max",
         cql_alpha: float = 0.0,
+        value_transform: str = "identity",
         return_td_error: bool = False,
         return_cql: bool = False,
         process_group: "ProcessGroup | None" = None,
@@ -46,13 +47,13 @@ class FusedDQNLoss(nn.Module):
         if unknown:
             hints.unexpected("FusedDQNLoss", unknown)
         super().__init__()
-        check_loss(loss, delta, reduction, target, cql_alpha, return_cql)
+        check_loss(loss, delta, reduction, target, cql_alpha, return_cql, value_transform)
         if isinstance(gamma, Tensor):
             self.register_buffer("gamma", gamma)
         else:
             self.gamma = gamma
         self.loss, self.delta, self.reduction = loss, delta, reduction
-        self.target, self.cql_alpha = target, cql_alpha
+        self.target, self.cql_alpha, self.value_transform = target, cql_alpha, value_transform
         self.return_td_error, self.return_cql = return_td_error, return_cql
         self.process_group, self.backend = process_group, backend
 
@@ -94,6 +95,7 @@ class FusedDQNLoss(nn.Module):
             target_q=target_q,
             cql_alpha=self.cql_alpha,
             action_mask=action_mask,
+            value_transform=self.value_transform,
             return_td_error=self.return_td_error,
             return_cql=self.return_cql,
             process_group=self.process_group,
@@ -110,4 +112,6 @@ class FusedDQNLoss(nn.Module):
             options.append(f"target={self.target!r}")
         if self.cql_alpha != 0:
             options.append(f"cql_alpha={self.cql_alpha}")
+        if self.value_transform != "identity":
+            options.append(f"value_transform={self.value_transform!r}")
         return ", ".join(options)

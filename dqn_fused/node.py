@@ -45,9 +45,9 @@ def load(folder: Path = FOLDER) -> tuple[ModuleType | None, str]:
     try:
         module = module_from_spec(spec)
         loader.exec_module(module)
-    except ImportError as error:
+        module.prepare(recorded_backward, FIELD_CODES)
+    except (ImportError, ValueError) as error:  # a ValueError: it was built with other options
         return None, f"{path.name} cannot be loaded: {error}"
-    module.prepare(recorded_backward, FIELD_CODES)
     return module, ""
 
 

@@ -1,8 +1,8 @@
 """The options of the loss, once: what a call takes, what becomes of it, and how an op is given it.
 
 An option has its names or its range in :func:`check_loss`, a field of :class:`LossSpec`, a row of :data:`CODES` and one
-of :data:`PUBLIC`. From these follow the arguments of the ops; the signatures of functions and modules, their docstrings,
-docs/call.md and csrc/td_loss.h are compared with them by tests/test_options.py.
+of :data:`PUBLIC`. From these follow the arguments of the ops; tests/test_options.py compares with them the signatures of
+functions and modules, their docstrings, docs/call.md and csrc/td_loss.h.
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from dqn_fused.targets import Munchausen, Soft, number
 LOSSES = {"mse": 0, "huber": 1, "smooth_l1": 2}
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 TARGETS = {"max": 0, "soft": 1, "munchausen": 2}
+VALUE_TRANSFORMS = {"identity": 0, "signed_hyperbolic": 1}
 
 REDUCTION_NAMES = ("mean", "sum", "none", "weighted_mean")
 BY_NAME = {"max": None, "soft": Soft(), "munchausen": Munchausen()}
@@ -33,6 +34,12 @@ class LossSpec(NamedTuple):
     clip: float = 0.0
     cql: bool = False  # whether the conservative term is asked for, to be added or only returned
     cql_alpha: float = 0.0
+    value_transform: str = "identity"
+
+    @property
+    def plain(self) -> bool:
+        """Whether an op of the plain loss will do, which has fewer arguments."""
+        return self.loss == "mse" and self.target == "max" and not self.cql and self.value_transform == "identity"
 
     @property
     def dense_gradient(self) -> bool:
@@ -46,6 +53,7 @@ CODES: dict[str, dict[object, int]] = {
     "reduction": {**REDUCTIONS},
     "target": {**TARGETS},
     "cql": {False: 0, True: 1},
+    "value_transform": {**VALUE_TRANSFORMS},
 }
 # What fused_dqn_loss takes beside the fields of arguments.Batch, and the fields of LossSpec that it decides: none where
 # the call itself sees to it.
@@ -55,6 +63,7 @@ PUBLIC: dict[str, tuple[str, ...]] = {
     "reduction": ("reduction",),
     "target": ("target", "temperature", "alpha", "clip"),
     "cql_alpha": ("cql", "cql_alpha"),
+    "value_transform": ("value_transform",),
     "return_td_error": (),
     "return_cql": ("cql",),
     "process_group": (),
@@ -85,9 +94,10 @@ def check_loss(
     target: str | Soft | Munchausen = "max",
     cql_alpha: float = 0.0,
     return_cql: bool = False,
+    value_transform: str = "identity",
 ) -> LossSpec:
     """Check the options."""
-    key = (loss, delta, reduction, target, cql_alpha, return_cql)
+    key = (loss, delta, reduction, target, cql_alpha, return_cql, value_transform)
     spec = _PLAIN.get(key) if type(target) is str and type(delta) is type(cql_alpha) is float else None
     if spec is not None:
         return spec
@@ -95,6 +105,8 @@ def check_loss(
         wrong_choice("loss", loss, tuple(LOSSES))
     if reduction not in REDUCTION_NAMES:
         wrong_choice("reduction", reduction, REDUCTION_NAMES)
+    if value_transform not in VALUE_TRANSFORMS:
+        wrong_choice("value_transform", value_transform, tuple(VALUE_TRANSFORMS))
     delta, cql_alpha = number("delta", delta), number("cql_alpha", cql_alpha)
     if not (0 < delta < inf or (loss == "smooth_l1" and delta == 0)):
         raise ValueError(f"delta: expected a finite number above 0, got {delta}")
@@ -108,7 +120,9 @@ def check_loss(
         chosen = target
     else:
         raise TypeError(f"target: expected a name, Soft or Munchausen, got {type(target).__name__}")
-    spec = LossSpec(loss, delta, reduction, cql=return_cql or cql_alpha != 0, cql_alpha=cql_alpha)
+    spec = LossSpec(
+        loss, delta, reduction, cql=return_cql or cql_alpha != 0, cql_alpha=cql_alpha, value_transform=value_transform
+    )
     if isinstance(chosen, Munchausen):
         return spec._replace(
             target="munchausen",
@@ -122,7 +136,7 @@ def check_loss(
 
 
 _PLAIN: dict[tuple[object, ...], LossSpec] = {
-    (loss, 1.0, reduction, "max", 0.0, False): LossSpec(loss, 1.0, reduction)
+    (loss, 1.0, reduction, "max", 0.0, False, "identity"): LossSpec(loss, 1.0, reduction)
     for loss in LOSSES
     for reduction in REDUCTION_NAMES
 }

@@ -27,6 +27,7 @@ from dqn_fused.arguments import (
     require_next_q,
 )
 from dqn_fused.targets import Munchausen, Soft
+from dqn_fused.value_transform import signed_hyperbolic, signed_parabolic
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -54,6 +55,7 @@ def dqn_loss(
     target_q: Tensor | None = None,
     cql_alpha: float = 0.0,
     action_mask: Tensor | None = None,
+    value_transform: str = "identity",
     return_td_error: bool = False,
     return_cql: bool = False,
     process_group: "ProcessGroup | None" = None,
@@ -74,7 +76,7 @@ def dqn_loss(
         hints.unexpected("dqn_loss", unknown)
     if backend not in ("auto", "torch"):
         raise ValueError(f"backend: the reference is PyTorch, expected 'auto' or 'torch', got {backend!r}")
-    spec = check_loss(loss, delta, reduction, target, cql_alpha, return_cql)
+    spec = check_loss(loss, delta, reduction, target, cql_alpha, return_cql, value_transform)
     require_next_q(next_q)
     if process_group is not None:
         check_group(process_group, spec)
@@ -105,7 +107,12 @@ def td_error(batch: Batch, spec: LossSpec) -> Tensor:
         if spec.target == "munchausen":
             target = target + spec.alpha * _log_policy(batch, spec, dtype).clamp(spec.clip, 0)
         if batch.next_q is not None:
-            target = bootstrapped(target, _next_values(batch, batch.next_q, spec, dtype), batch, dtype)
+            values = _next_values(batch, batch.next_q, spec, dtype)
+            if spec.value_transform == "signed_hyperbolic":
+                values = signed_parabolic(values)
+            target = bootstrapped(target, values, batch, dtype)
+        if spec.value_transform == "signed_hyperbolic":
+            target = signed_hyperbolic(target)
     taken, legal = _taken(batch, batch.q)
     td = _cast(taken, dtype).view(batch.shape) - target.view(batch.shape)
     return td if legal is None else torch.where(legal.view(batch.shape), td, torch.nan)

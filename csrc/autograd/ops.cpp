@@ -3,6 +3,8 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
+#include <vector>
+
 namespace dqn_fused::autograd {
 namespace {
 
@@ -26,10 +28,10 @@ class Op {
   c10::OperatorHandle handle_;
 };
 
-Tensor tensor(Stack& results, size_t i) { return std::move(results[i]).toTensor(); }
+// As a stack holds it.
+std::vector<double> list(const Numbers& numbers) { return {numbers.begin(), numbers.end()}; }
 
-// The ops of the plain loss take fewer arguments.
-bool plain(const Options& options) { return options.loss == MSE && options.target == MAX && !options.cql; }
+Tensor tensor(Stack& results, size_t i) { return std::move(results[i]).toTensor(); }
 
 }  // namespace
 
@@ -37,7 +39,7 @@ Outputs forward(const Inputs& in, const Numbers& numbers, bool with_grad) {
   const Options o = unpack(numbers.data());
   Stack found;
   const bool more = in.next_q_online || in.next_action_mask || in.weights || in.target_q || in.action_mask;
-  if (plain(o) && in.next_q && !more) {
+  if (o.plain() && in.next_q && !more) {
     static const Op alone("dqn_fused::td_loss"), both("dqn_fused::td_loss_and_grad");
     found = (with_grad ? both : alone)(in.q, in.actions, in.rewards, *in.next_q, in.terminated, in.non_final_mask,
                                        in.gammas, in.gamma, o.reduction, in.check);
@@ -45,7 +47,7 @@ Outputs forward(const Inputs& in, const Numbers& numbers, bool with_grad) {
     static const Op alone("dqn_fused::general_td_loss"), both("dqn_fused::general_td_loss_and_grad");
     found = (with_grad ? both : alone)(in.q, in.actions, in.rewards, in.next_q, in.terminated, in.non_final_mask,
                                        in.gammas, in.gamma, in.next_q_online, in.next_action_mask, in.weights,
-                                       in.target_q, in.action_mask, numbers, in.check);
+                                       in.target_q, in.action_mask, list(numbers), in.check);
   }
   Outputs out;
   size_t i = 0;
@@ -63,7 +65,7 @@ Tensor backward(const Tensor& grad_loss, const Saved& s, const Numbers& numbers)
   Stack found = o.loss == MSE && !s.weights && !s.q
                     ? plain(grad_loss, s.td_error, s.actions, s.A, type, o.reduction)
                     : general(grad_loss, s.td_error, s.actions, s.weights, s.normaliser, s.q, s.action_mask, s.A, type,
-                              numbers);
+                              list(numbers));
   return tensor(found, 0);
 }
 

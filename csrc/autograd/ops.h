@@ -4,8 +4,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <optional>
-#include <vector>
 
 #include "../td_loss.h"
 
@@ -37,7 +37,7 @@ struct Saved {
 };
 
 // The options as an op is given them.
-using Numbers = std::vector<double>;
+using Numbers = std::array<double, OPTIONS>;
 
 Outputs forward(const Inputs& in, const Numbers& numbers, bool with_grad);
 

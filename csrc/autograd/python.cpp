@@ -32,7 +32,6 @@ PyObject *recorded_backward = nullptr, *codes = nullptr;
 
 // A LossSpec in numbers. False for what Python makes of other options, the weighted mean.
 bool read(PyObject* spec, Numbers& found) {
-  found.resize(OPTIONS);
   for (size_t i = 0; i < OPTIONS; ++i) {
     PyObject* x = PyTuple_GET_ITEM(spec, i);
     PyObject* const known = PyTuple_GET_ITEM(codes, i);
@@ -133,8 +132,8 @@ PyObject* tuple(Tensors... tensors) {
 }
 
 PyObject* list(const Numbers& numbers) {
-  PyObject* const found = PyList_New(static_cast<Py_ssize_t>(numbers.size()));
-  for (size_t i = 0; i < numbers.size(); ++i) PyList_SET_ITEM(found, i, PyFloat_FromDouble(numbers[i]));
+  PyObject* const found = PyList_New(OPTIONS);
+  for (size_t i = 0; i < OPTIONS; ++i) PyList_SET_ITEM(found, i, PyFloat_FromDouble(numbers[i]));
   return found;
 }
 
