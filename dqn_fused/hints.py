@@ -1,6 +1,7 @@
 """What to write instead: messages about mistakes that people make, or the ends of such."""
 
 import warnings
+from collections.abc import Mapping
 from typing import NoReturn
 
 import torch
@@ -48,7 +49,7 @@ def of_actions(like: str) -> str:
     return f"; {like} is of all actions, not gathered already, and one-hot actions are given as their argmax(-1)"
 
 
-def unexpected(function: str, given: dict[str, object]) -> NoReturn:
+def unexpected(function: str, given: Mapping[str, object]) -> NoReturn:
     """Raise for keywords that a function does not know."""
     name = next(iter(given))
     here = CALLED_HERE.get(name)

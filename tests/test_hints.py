@@ -36,15 +36,17 @@ def test_keywords_that_nobody_uses() -> None:
     for function in FUNCTIONS:
         with pytest.raises(TypeError, match=f"^{name_of(function)}: unexpected argument 'colour'$"):
             function(**arguments, colour=1)
-    with pytest.raises(TypeError, match="^FusedDQNLoss: unexpected argument 'discount'; it is called gamma here$"):
+    with pytest.raises(TypeError, match=r"^FusedDQNLoss: unexpected argument 'discount'; it is called gamma here$"):
         FusedDQNLoss(discount=0.9)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="^fused_td_loss: unexpected argument 'weight'; it is called weights here$"):
+    with pytest.raises(TypeError, match=r"^fused_td_loss: unexpected argument 'weight'; it is called weights here$"):
         fused_td_loss(arguments["q"], arguments["actions"], arguments["rewards"], weight=1)  # type: ignore[arg-type]
 
 
 def test_the_page_on_migrating_has_every_name() -> None:
     page = (Path(__file__).parent.parent / "docs/migrating.md").read_text()
-    rows = [row.split("|")[1:3] for row in page.partition("## Keywords")[2].partition("\n## ")[0].splitlines() if "|" in row]
+    rows = [
+        row.split("|")[1:3] for row in page.partition("## Keywords")[2].partition("\n## ")[0].splitlines() if "|" in row
+    ]
     for elsewhere, here in CALLED_HERE.items():
         names = set(re.findall(r"\w+", here)) - {"or"}
         known = [there for ours, there in rows if names & set(re.findall(r"\w+", ours))]
