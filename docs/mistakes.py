@@ -59,8 +59,8 @@ def page() -> str:
     lines = [
         "# Mistakes and messages",
         "",
-        "Mistakes that people make, and what the call says to each. The batch has five samples and four actions. This page",
-        "is made by running the calls (`python docs/mistakes.py docs/mistakes.md`).",
+        "Mistakes that people make, and what the call says to each. The batch has five samples and four actions. This",
+        "page is made by running the calls (`python docs/mistakes.py docs/mistakes.md`).",
     ]
     for what, call in MISTAKES:
         lines += ["", f"## {what[0].upper()}{what[1:]}", "", f"    {call}", "", f"> {message(call)}"]

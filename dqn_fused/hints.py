@@ -46,7 +46,7 @@ def of_dtype(name: str, integers: bool) -> str:
 
 def of_actions(like: str) -> str:
     """Of actions that have one dimension too many."""
-    return f"; {like} is of all actions, not gathered already, and one-hot actions are given as their argmax(-1)"
+    return f"; {like} is of all actions, not gathered, and one-hot actions are given as their argmax(-1)"
 
 
 def unexpected(function: str, given: Mapping[str, object]) -> NoReturn:

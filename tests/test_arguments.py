@@ -30,12 +30,13 @@ SHAPE_ERRORS = {
     "actions row": ({"actions": zeros(1, B, dtype=INT)}, "actions: expected shape (6,) or (6, 1), got (1, 6)"),
     "actions one-hot": (
         {"actions": zeros(B, A, dtype=INT)},
-        "actions: expected shape (6,) or (6, 1), got (6, 4); q is of all actions, not gathered already, and one-hot actions "
+        "actions: expected shape (6,) or (6, 1), got (6, 4); q is of all actions, not gathered, and one-hot actions "
         "are given as their argmax(-1)",
     ),
     "next_q of one action": (
         {"next_q": zeros(B)},
-        "next_q: expected shape (6, 4), as q, got (6,); give the values of all actions: the choice among them is made here",
+        "next_q: expected shape (6, 4), as q, got (6,); give the values of all actions: "
+        "the choice among them is made here",
     ),
     "actions one for all": ({"actions": zeros(1, dtype=INT)}, "actions: expected shape (6,) or (6, 1), got (1,)"),
     "actions 0-d": ({"actions": zeros(dtype=INT)}, "actions: expected shape (6,) or (6, 1), got ()"),
@@ -175,7 +176,8 @@ TYPE_ERRORS = {
     ),
     "online list": (
         {"next_q_online": [[1.0]]},
-        "next_q_online: expected a torch.Tensor, got list; torch.tensor(next_q_online) is one, torch.stack(next_q_online) of tensors",
+        "next_q_online: expected a torch.Tensor, got list; torch.tensor(next_q_online) is one, "
+        "torch.stack(next_q_online) of tensors",
     ),
     "online int": (
         {"next_q_online": zeros(B, A, dtype=INT)},

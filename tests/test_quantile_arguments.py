@@ -129,7 +129,8 @@ TYPE_ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "online": (
         {"next_quantiles_online": [1.0]},
-        "next_quantiles_online: expected a torch.Tensor, got list; torch.tensor(next_quantiles_online) is one, torch.stack(next_quantiles_online) of tensors",
+        "next_quantiles_online: expected a torch.Tensor, got list; torch.tensor(next_quantiles_online) is one, "
+        "torch.stack(next_quantiles_online) of tensors",
     ),
     "kappa": ({"kappa": torch.tensor(1.0)}, "kappa: expected a number, got Tensor"),
     "gamma": ({"gamma": "0.9"}, "gamma: expected a number or a torch.Tensor, got str"),

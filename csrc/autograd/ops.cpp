@@ -62,10 +62,9 @@ Tensor backward(const Tensor& grad_loss, const Saved& s, const Numbers& numbers)
   const Options o = unpack(numbers.data());
   static const Op plain("dqn_fused::td_loss_backward"), general("dqn_fused::general_td_loss_backward");
   const auto type = static_cast<int64_t>(s.type);
-  Stack found = o.loss == MSE && !s.weights && !s.q
-                    ? plain(grad_loss, s.td_error, s.actions, s.A, type, o.reduction)
-                    : general(grad_loss, s.td_error, s.actions, s.weights, s.normaliser, s.q, s.action_mask, s.A, type,
-                              list(numbers));
+  Stack found = o.loss == MSE && !s.weights && !s.q ? plain(grad_loss, s.td_error, s.actions, s.A, type, o.reduction)
+                                                    : general(grad_loss, s.td_error, s.actions, s.weights, s.normaliser,
+                                                              s.q, s.action_mask, s.A, type, list(numbers));
   return tensor(found, 0);
 }
 
