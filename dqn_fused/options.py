@@ -5,9 +5,9 @@ of :data:`PUBLIC`. From these follow the arguments of the ops; tests/test_option
 of functions and modules, their docstrings, docs/call.md and csrc/td_loss.h.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import inf
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dqn_fused.checks import wrong_choice
 from dqn_fused.targets import Munchausen, Soft, number
@@ -48,12 +48,12 @@ class LossSpec(NamedTuple):
 
 
 # Fields of LossSpec that are no numbers, and what stands for their values in an op.
-CODES: dict[str, dict[object, int]] = {
-    "loss": {**LOSSES},
-    "reduction": {**REDUCTIONS},
-    "target": {**TARGETS},
+CODES: dict[str, Mapping[Any, int]] = {
+    "loss": LOSSES,
+    "reduction": REDUCTIONS,
+    "target": TARGETS,
     "cql": {False: 0, True: 1},
-    "value_transform": {**VALUE_TRANSFORMS},
+    "value_transform": VALUE_TRANSFORMS,
 }
 # What fused_dqn_loss takes beside the fields of arguments.Batch, and the fields of LossSpec that it decides: none where
 # the call itself sees to it.
@@ -71,7 +71,7 @@ PUBLIC: dict[str, tuple[str, ...]] = {
 }
 
 # By field, in the order of LossSpec: floats, or None for a number. The node in C++ is given it, too.
-FIELD_CODES = tuple(
+FIELD_CODES: tuple[dict[Any, float] | None, ...] = tuple(
     {value: float(code) for value, code in CODES[name].items()} if name in CODES else None for name in LossSpec._fields
 )
 _FIELD_NAMES = tuple(codes and {code: value for value, code in codes.items()} for codes in FIELD_CODES)
@@ -79,7 +79,8 @@ _FIELD_NAMES = tuple(codes and {code: value for value, code in codes.items()} fo
 
 def packed(spec: LossSpec) -> list[float]:
     """A LossSpec as an op takes it: numbers."""
-    return [x if codes is None else codes[x] for x, codes in zip(spec, FIELD_CODES, strict=True)]
+    fields: tuple[Any, ...] = spec
+    return [x if codes is None else codes[x] for x, codes in zip(fields, FIELD_CODES, strict=True)]
 
 
 def unpacked(numbers: Sequence[float]) -> LossSpec:
