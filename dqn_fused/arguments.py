@@ -121,12 +121,6 @@ def constants(batch: Batch) -> Batch:
     return batch._replace(**detached | {"q": batch.q})
 
 
-def require_next_q(next_q: Tensor | None) -> None:
-    """Refuse None, which in a Batch stands for a ready target."""
-    if next_q is None:
-        raise TypeError("next_q: expected a torch.Tensor, got NoneType; for a ready target there is fused_td_loss")
-
-
 def check_double(name: str, spec: LossSpec) -> None:
     """Check that the target has one action to choose."""
     if spec.target != "max":

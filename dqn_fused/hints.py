@@ -1,7 +1,7 @@
 """What to write instead: messages about mistakes that people make, or the ends of such."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 import torch
@@ -35,6 +35,8 @@ def of_type(name: str, x: object) -> str:
     if type(x).__module__ == "numpy":
         return f"; torch.from_numpy({name}) is one"
     if isinstance(x, (list, tuple)):
+        if name.startswith("next_hidden"):
+            return "; only fused_dqn_loss takes several target networks"
         return f"; torch.tensor({name}) is one, torch.stack({name}) of tensors"
     return ""
 
@@ -57,11 +59,12 @@ def unexpected(function: str, given: Mapping[str, object]) -> NoReturn:
     raise TypeError(f"{function}: unexpected argument {name!r}{more}")
 
 
-def warn_if_swapped(q: Tensor, next_q: Tensor | None) -> None:
+def warn_if_swapped(q: Tensor, next_q: Tensor | Sequence[Tensor]) -> None:
     """Warn where a loss is not recorded, though it would be with q and next_q exchanged; for a public function."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or not torch.is_grad_enabled():
         return
-    if next_q is not None and next_q.requires_grad and not q.requires_grad:
+    networks = (next_q,) if isinstance(next_q, Tensor) else next_q
+    if not q.requires_grad and any(x.requires_grad for x in networks):
         warnings.warn(
             "q does not require a gradient and next_q does: are they swapped? q is of the online network, which is "
             "trained, and next_q is a constant",

@@ -1,6 +1,6 @@
 """The public loss: a function, the same for a ready target, and the same with its gradient."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -17,9 +17,9 @@ from dqn_fused.arguments import (
     check_loss,
     check_values,
     normalise_weights,
-    require_next_q,
 )
 from dqn_fused.autograd import apart, inside_transform, refuse_tangent
+from dqn_fused.ensemble import one_next_q
 from dqn_fused.node import td_loss
 from dqn_fused.reference import conservative_term
 from dqn_fused.targets import Munchausen, Soft
@@ -32,7 +32,7 @@ def fused_dqn_loss(
     q: Tensor,
     actions: Tensor,
     rewards: Tensor,
-    next_q: Tensor,
+    next_q: Tensor | Sequence[Tensor],
     terminated: Tensor | None = None,
     gamma: float | Tensor = 0.99,
     *,
@@ -48,6 +48,7 @@ def fused_dqn_loss(
     cql_alpha: float = 0.0,
     action_mask: Tensor | None = None,
     value_transform: str = "identity",
+    ensemble: str = "min",
     return_td_error: bool = False,
     return_cql: bool = False,
     process_group: "ProcessGroup | None" = None,
@@ -65,6 +66,7 @@ def fused_dqn_loss(
         actions: (\\*N) or (\\*N, 1), any integer dtype, in [0, A): the action taken.
         rewards: (\\*N) or (\\*N, 1), floating or integer.
         next_q: (\\*N, A) Q-values of the target network in the next state, floating. With ``non_final_mask``: (M, A).
+            Or a list of those of several target networks: see ``ensemble``.
         terminated: (\\*N) or (\\*N, 1), bool, integer or floating, nonzero where the episode ended in the next
             state: nothing is bootstrapped, that row of ``next_q`` is not used. A truncated episode is not terminated.
         gamma: discount: a number, a 0-d tensor, or (\\*N) / (\\*N, 1) floating, for n-step returns.
@@ -91,6 +93,9 @@ def fused_dqn_loss(
         value_transform: ``"identity"``, or ``"signed_hyperbolic"``: the networks learn h of the value, of R2D2
             (Kapturowski et al., 2019), ``y = h(rewards + gamma * h_inverse(max(next_q)))``, and ``y = h(rewards)`` if
             terminated, with ``h(x) = sign(x) * (sqrt(abs(x) + 1) - 1) + 0.001 * x``. Rewards need then not be clipped.
+        ensemble: what counts of several target networks: ``"min"``, for each action the least of their values, as in
+            clipped double Q-learning (Fujimoto et al., 2018), Maxmin Q-learning (Lan et al., 2020) and REDQ (Chen et
+            al., 2021), or their ``"mean"`` (Anschel et al., 2017).
         return_td_error: also return the signed, unweighted TD errors, (\\*N), without gradient: priorities of replay.
         return_cql: also return the conservative term of each sample, (\\*N), unweighted and without gradient.
         process_group: with ``"weighted_mean"``, sum the weights over the ranks of the group,
@@ -133,9 +138,8 @@ def fused_dqn_loss(
     if unknown:
         hints.unexpected("fused_dqn_loss", unknown)
     spec = check_loss(loss, delta, reduction, target, cql_alpha, return_cql, value_transform)
-    require_next_q(next_q)
     batch = Batch(
-        q, actions, rewards, next_q, terminated, gamma, non_final_mask,
+        q, actions, rewards, one_next_q(q, next_q, ensemble), terminated, gamma, non_final_mask,
         next_q_online, next_action_mask, weights, target_q, action_mask,
     )  # fmt: skip
     found = _run(td_loss, batch, spec, backend, process_group)
@@ -189,7 +193,7 @@ def fused_dqn_loss_and_grad(
     q: Tensor,
     actions: Tensor,
     rewards: Tensor,
-    next_q: Tensor,
+    next_q: Tensor | Sequence[Tensor],
     terminated: Tensor | None = None,
     gamma: float | Tensor = 0.99,
     *,
@@ -205,6 +209,7 @@ def fused_dqn_loss_and_grad(
     cql_alpha: float = 0.0,
     action_mask: Tensor | None = None,
     value_transform: str = "identity",
+    ensemble: str = "min",
     return_td_error: bool = False,
     return_cql: bool = False,
     process_group: "ProcessGroup | None" = None,
@@ -238,9 +243,8 @@ def fused_dqn_loss_and_grad(
     if unknown:
         hints.unexpected("fused_dqn_loss_and_grad", unknown)
     spec = check_loss(loss, delta, reduction, target, cql_alpha, return_cql, value_transform)
-    require_next_q(next_q)
     batch = Batch(
-        q, actions, rewards, next_q, terminated, gamma, non_final_mask,
+        q, actions, rewards, one_next_q(q, next_q, ensemble), terminated, gamma, non_final_mask,
         next_q_online, next_action_mask, weights, target_q, action_mask,
     )  # fmt: skip
     batch, (result, grad_q, td_error, normaliser) = _run(_loss_and_grad, batch, spec, backend, process_group)

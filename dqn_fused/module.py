@@ -1,11 +1,13 @@
 """The loss as a module."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from torch import Tensor, nn
 
 from dqn_fused import hints
 from dqn_fused.arguments import check_loss
+from dqn_fused.ensemble import check_ensemble
 from dqn_fused.loss import fused_dqn_loss
 from dqn_fused.targets import Munchausen, Soft
 
@@ -38,6 +40,7 @@ class FusedDQNLoss(nn.Module):
         target: str | Soft | Munchausen = "max",
         cql_alpha: float = 0.0,
         value_transform: str = "identity",
+        ensemble: str = "min",
         return_td_error: bool = False,
         return_cql: bool = False,
         process_group: "ProcessGroup | None" = None,
@@ -47,6 +50,7 @@ class FusedDQNLoss(nn.Module):
         if unknown:
             hints.unexpected("FusedDQNLoss", unknown)
         super().__init__()
+        check_ensemble(ensemble)
         check_loss(loss, delta, reduction, target, cql_alpha, return_cql, value_transform)
         if isinstance(gamma, Tensor):
             self.register_buffer("gamma", gamma)
@@ -54,6 +58,7 @@ class FusedDQNLoss(nn.Module):
             self.gamma = gamma
         self.loss, self.delta, self.reduction = loss, delta, reduction
         self.target, self.cql_alpha, self.value_transform = target, cql_alpha, value_transform
+        self.ensemble = ensemble
         self.return_td_error, self.return_cql = return_td_error, return_cql
         self.process_group, self.backend = process_group, backend
 
@@ -62,7 +67,7 @@ class FusedDQNLoss(nn.Module):
         q: Tensor,
         actions: Tensor,
         rewards: Tensor,
-        next_q: Tensor,
+        next_q: Tensor | Sequence[Tensor],
         terminated: Tensor | None = None,
         gamma: float | Tensor | None = None,
         *,
@@ -96,6 +101,7 @@ class FusedDQNLoss(nn.Module):
             cql_alpha=self.cql_alpha,
             action_mask=action_mask,
             value_transform=self.value_transform,
+            ensemble=self.ensemble,
             return_td_error=self.return_td_error,
             return_cql=self.return_cql,
             process_group=self.process_group,
@@ -114,4 +120,6 @@ class FusedDQNLoss(nn.Module):
             options.append(f"cql_alpha={self.cql_alpha}")
         if self.value_transform != "identity":
             options.append(f"value_transform={self.value_transform!r}")
+        if self.ensemble != "min":
+            options.append(f"ensemble={self.ensemble!r}")
         return ", ".join(options)

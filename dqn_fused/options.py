@@ -64,6 +64,7 @@ PUBLIC: dict[str, tuple[str, ...]] = {
     "target": ("target", "temperature", "alpha", "clip"),
     "cql_alpha": ("cql", "cql_alpha"),
     "value_transform": ("value_transform",),
+    "ensemble": (),
     "return_td_error": (),
     "return_cql": ("cql",),
     "process_group": (),

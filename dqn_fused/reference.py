@@ -5,7 +5,7 @@
 gather.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
@@ -24,8 +24,8 @@ from dqn_fused.arguments import (
     constants,
     looks_at_values,
     normalise_weights,
-    require_next_q,
 )
+from dqn_fused.ensemble import one_next_q
 from dqn_fused.targets import Munchausen, Soft
 from dqn_fused.value_transform import signed_hyperbolic, signed_parabolic
 
@@ -40,7 +40,7 @@ def dqn_loss(
     q: Tensor,
     actions: Tensor,
     rewards: Tensor,
-    next_q: Tensor,
+    next_q: Tensor | Sequence[Tensor],
     terminated: Tensor | None = None,
     gamma: float | Tensor = 0.99,
     *,
@@ -56,6 +56,7 @@ def dqn_loss(
     cql_alpha: float = 0.0,
     action_mask: Tensor | None = None,
     value_transform: str = "identity",
+    ensemble: str = "min",
     return_td_error: bool = False,
     return_cql: bool = False,
     process_group: "ProcessGroup | None" = None,
@@ -77,11 +78,10 @@ def dqn_loss(
     if backend not in ("auto", "torch"):
         raise ValueError(f"backend: the reference is PyTorch, expected 'auto' or 'torch', got {backend!r}")
     spec = check_loss(loss, delta, reduction, target, cql_alpha, return_cql, value_transform)
-    require_next_q(next_q)
     if process_group is not None:
         check_group(process_group, spec)
     batch = Batch(
-        q, actions, rewards, next_q, terminated, gamma, non_final_mask,
+        q, actions, rewards, one_next_q(q, next_q, ensemble), terminated, gamma, non_final_mask,
         next_q_online, next_action_mask, weights, target_q, action_mask,
     )  # fmt: skip
     batch = check_batch(batch, spec)

@@ -19,9 +19,9 @@ INTERNAL = {"shape", "checked"}  # of a Batch that is checked
 TENSORS = [name for name in Batch._fields if name not in INTERNAL]
 OF_THE_NEXT_STATE = {
     "rewards", "next_q", "terminated", "gamma", "non_final_mask", "next_q_online", "next_action_mask", "target_q",
-    "target", "value_transform",
+    "target", "value_transform", "ensemble",
 }  # fmt: skip
-OF_THE_Q_MATRIX = {"q", "next_q", "next_q_online", "target_q", "cql_alpha", "action_mask", "return_cql"}
+OF_THE_Q_MATRIX = {"q", "next_q", "ensemble", "next_q_online", "target_q", "cql_alpha", "action_mask", "return_cql"}
 OF_THE_HEAD = {"hidden", "weight", "bias", "next_hidden", "next_weight", "next_bias", "next_hidden_online"}
 # More or less than fused_dqn_loss takes.
 FUNCTIONS: dict[Callable[..., Any], tuple[set[str], set[str]]] = {
