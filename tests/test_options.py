@@ -150,3 +150,24 @@ def test_what_a_kernel_of_no_options_would_do_is_not_done() -> None:
     _ops.general_td_loss(*given, options, True)
     with pytest.raises(RuntimeError):
         _ops.general_td_loss(*given, options[:-1], True)
+
+
+def test_the_walk_in_contributing_is_that_of_value_transform() -> None:
+    """Each file that it lists names the option, and no other does, but for the linear head's."""
+    walk = (ROOT / "CONTRIBUTING.md").read_text().partition("## To add an option")[2].partition("And in the tests")[0]
+    listed = {path for path in re.findall(r"`(\w+/[\w/]+\.\w+)`", walk) if not path.startswith("tests/")}
+    sources = [x for folder in ("dqn_fused", "kernels", "csrc", "docs") for x in (ROOT / folder).rglob("*.*")]
+    texts = {
+        str(x.relative_to(ROOT)): x.read_text() for x in sources if x.suffix in (".py", ".md", ".h", ".cpp", ".cuh")
+    }
+    touched = {path for path, text in texts.items() if re.search("value_transform|signed_hyperbolic", text)}
+    assert listed <= touched
+    assert {path for path in touched - listed if not path.startswith(("dqn_fused/linear", "dqn_fused/head"))} == set()
+
+
+def test_every_file_that_contributing_names_is_there() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    folders = ("", "dqn_fused/", "dqn_fused/_backends/", "csrc/")
+    for path in re.findall(r"`([\w./]*\w/?)`", text):
+        if re.search(r"\.(py|md|h|json)$|/$", path):
+            assert any((ROOT / folder / path).exists() for folder in folders), path
