@@ -80,7 +80,7 @@ struct TDLossBackward : Node {
     for (const SavedVariable* x : {&actions, &weights, &normaliser, &q, &action_mask}) args.collect(*x, false);
     for (const int64_t size : sizes) args.collect(size);
     args.collect(type);
-    for (const double x : numbers) args.collect(x);
+    for (size_t i = 0; i < OPTIONS; ++i) args.collect(numbers.get(i));
   }
 
   variable_list apply_with_saved(const variable_list& grads, SwapSavedVariables& swap) override {
@@ -102,7 +102,7 @@ Outputs record(const Inputs& in, const Numbers& numbers, Differentiable differen
   node->td_error = SavedVariable(out.td_error, true);
   node->actions = SavedVariable(in.actions, false);
   if (in.weights) node->weights = SavedVariable(*in.weights, false);
-  if (unpack(numbers.data()).cql_alpha != 0) {
+  if (unpack(numbers).cql_alpha != 0) {
     node->normaliser = SavedVariable(out.normaliser, false);
     node->q = SavedVariable(in.q, false);
     if (in.action_mask) node->action_mask = SavedVariable(*in.action_mask, false);

@@ -2,9 +2,9 @@
 
 #pragma once
 
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 
-#include <array>
 #include <optional>
 
 #include "../td_loss.h"
@@ -37,7 +37,13 @@ struct Saved {
 };
 
 // The options as an op is given them.
-using Numbers = std::array<double, OPTIONS>;
+using Numbers = c10::List<double>;
+
+inline Options unpack(const Numbers& numbers) {
+  double x[OPTIONS];
+  for (size_t i = 0; i < OPTIONS; ++i) x[i] = numbers.get(i);
+  return dqn_fused::unpack(x);
+}
 
 Outputs forward(const Inputs& in, const Numbers& numbers, bool with_grad);
 

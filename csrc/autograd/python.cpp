@@ -6,6 +6,8 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/object_ptr.h>
 
+#include <utility>
+
 #include "node.h"
 
 namespace dqn_fused::autograd {
@@ -30,15 +32,26 @@ enum Argument {
 // What Python hands over at the start: a function, and FIELD_CODES of dqn_fused/options.py.
 PyObject *recorded_backward = nullptr, *codes = nullptr;
 
-// A LossSpec in numbers. False for what Python makes of other options, the weighted mean.
+// A LossSpec in numbers; the last one is kept, since most calls come with it again. False for what Python makes of
+// other options, the weighted mean.
 bool read(PyObject* spec, Numbers& found) {
-  for (size_t i = 0; i < OPTIONS; ++i) {
-    PyObject* x = PyTuple_GET_ITEM(spec, i);
-    PyObject* const known = PyTuple_GET_ITEM(codes, i);
-    if (known != Py_None) x = PyDict_GetItem(known, x);
-    if (x == nullptr) return false;
-    found[i] = PyFloat_AsDouble(x);
+  static PyObject* last = nullptr;
+  static Numbers numbers;
+  if (spec != last) {
+    Numbers fresh;
+    fresh.reserve(OPTIONS);
+    for (size_t i = 0; i < OPTIONS; ++i) {
+      PyObject* x = PyTuple_GET_ITEM(spec, i);
+      PyObject* const known = PyTuple_GET_ITEM(codes, i);
+      if (known != Py_None) x = PyDict_GetItem(known, x);
+      if (x == nullptr) return false;
+      fresh.push_back(PyFloat_AsDouble(x));
+    }
+    numbers = std::move(fresh);  // another list: a node may hold the one before
+    Py_INCREF(spec);
+    Py_XDECREF(std::exchange(last, spec));
   }
+  found = numbers;
   return true;
 }
 
@@ -133,7 +146,7 @@ PyObject* tuple(Tensors... tensors) {
 
 PyObject* list(const Numbers& numbers) {
   PyObject* const found = PyList_New(OPTIONS);
-  for (size_t i = 0; i < OPTIONS; ++i) PyList_SET_ITEM(found, i, PyFloat_FromDouble(numbers[i]));
+  for (size_t i = 0; i < OPTIONS; ++i) PyList_SET_ITEM(found, i, PyFloat_FromDouble(numbers.get(i)));
   return found;
 }
 
