@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dqn_fused import hints
 from dqn_fused.checks import FLOATS, dense, show, wrong_choice, wrong_device
 
 ENSEMBLES = ("min", "mean")
@@ -30,6 +31,7 @@ def one_next_q(q: Tensor, next_q: Tensor | Sequence[Tensor], ensemble: str) -> T
     if not next_q:
         raise ValueError("next_q: expected the Q-values of at least one target network, got none")
     _check(next_q)
+    hints.warn_if_swapped(q, next_q)
     with torch.no_grad():
         networks = [x.detach() for x in next_q]
         if ensemble == "min":

@@ -59,15 +59,19 @@ def unexpected(function: str, given: Mapping[str, object]) -> NoReturn:
     raise TypeError(f"{function}: unexpected argument {name!r}{more}")
 
 
-def warn_if_swapped(q: Tensor, next_q: Tensor | Sequence[Tensor]) -> None:
-    """Warn where a loss is not recorded, though it would be with q and next_q exchanged; for a public function."""
+def warn_if_swapped(q: Tensor, networks: Sequence[Tensor | None]) -> None:
+    """Warn where a loss is not recorded, though it would be with q and next_q exchanged.
+
+    For what a public function calls, outside graphs and transforms; before any check.
+    """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or not torch.is_grad_enabled():
         return
-    networks = (next_q,) if isinstance(next_q, Tensor) else next_q
-    if not q.requires_grad and any(x.requires_grad for x in networks):
+    if not isinstance(q, Tensor) or q.requires_grad:
+        return
+    if any(isinstance(x, Tensor) and x.requires_grad for x in networks):
         warnings.warn(
             "q does not require a gradient and next_q does: are they swapped? q is of the online network, which is "
             "trained, and next_q is a constant",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )

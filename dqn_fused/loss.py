@@ -142,10 +142,7 @@ def fused_dqn_loss(
         q, actions, rewards, one_next_q(q, next_q, ensemble), terminated, gamma, non_final_mask,
         next_q_online, next_action_mask, weights, target_q, action_mask,
     )  # fmt: skip
-    found = _run(td_loss, batch, spec, backend, process_group)
-    if not found[1][0].requires_grad:
-        hints.warn_if_swapped(q, next_q)
-    return _returned(*found, return_td_error, return_cql)
+    return _returned(*_run(td_loss, batch, spec, backend, process_group), return_td_error, return_cql)
 
 
 def fused_td_loss(
@@ -248,8 +245,6 @@ def fused_dqn_loss_and_grad(
         next_q_online, next_action_mask, weights, target_q, action_mask,
     )  # fmt: skip
     batch, (result, grad_q, td_error, normaliser) = _run(_loss_and_grad, batch, spec, backend, process_group)
-    if not q.requires_grad:
-        hints.warn_if_swapped(q, next_q)
     found = [result, grad_q]
     if return_td_error:
         found.append(td_error)
@@ -295,6 +290,7 @@ def _run(
         if found is not None:
             return given, found
     q, next_q, gamma = given.q, given.next_q, given.gamma
+    hints.warn_if_swapped(q, (next_q,))
     transformed = inside_transform()
     if process_group is not None:
         check_group(process_group, spec)

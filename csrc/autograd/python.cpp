@@ -87,9 +87,15 @@ bool tensors(PyObject* const* given, bool (*kind)(PyObject*)) {
   return PyFloat_CheckExact(gamma) || PyLong_CheckExact(gamma) || kind(gamma);
 }
 
+// Whether q and next_q may have been exchanged: hints.warn_if_swapped.
+bool swapped(PyObject* const* given) {
+  return given[NEXT_Q] != Py_None && !THPVariable_Unpack(given[Q]).requires_grad() &&
+         THPVariable_Unpack(given[NEXT_Q]).requires_grad() && at::GradMode::is_enabled();
+}
+
 // What the op takes as it is, and checks; false for all that Python must look at first.
 bool takes(PyObject* const* given) {
-  if (!tensors(given, ordinary)) return false;
+  if (!tensors(given, ordinary) || swapped(given)) return false;
   for (const Argument i : {Q, NEXT_Q, NEXT_Q_ONLINE, NEXT_ACTION_MASK, TARGET_Q, ACTION_MASK})
     if (given[i] != Py_None && THPVariable_Unpack(given[i]).dim() != 2) return false;
   return undisturbed() && !torch::autograd::isFwGradDefined(THPVariable_Unpack(given[Q]));
