@@ -152,14 +152,18 @@ C10_HOST_DEVICE T signed_parabolic(T x) {
   return std::abs(x) == INFINITE<T> ? x : t * (std::abs(t) + 2);
 }
 
-// The TD error of q[a]. Selected, not multiplied: what stands in a terminated row's next_q never reaches the target.
+// The Bellman target. Selected, not multiplied: what stands in a terminated row's next_q never reaches it.
+template <class T>
+C10_HOST_DEVICE T bellman_target(T reward, bool live, T gamma, T next_value) {
+  const T bootstrapped = reward + gamma * next_value;  // on both ways, so that a loop over it vectorises
+  return live ? bootstrapped : reward;
+}
+
+// The TD error of q[a].
 template <class T>
 C10_HOST_DEVICE T td_error(const Options& options, T taken, T reward, bool live, T gamma, T next_value) {
-  const bool transformed = options.value_transform == SIGNED_HYPERBOLIC;
-  if (transformed) next_value = signed_parabolic(next_value);
-  const T bootstrapped = reward + gamma * next_value;  // on both ways, so that a loop over it vectorises
-  const T target = live ? bootstrapped : reward;
-  return taken - (transformed ? signed_hyperbolic(target) : target);
+  if (options.value_transform == IDENTITY) return taken - bellman_target(reward, live, gamma, next_value);
+  return taken - signed_hyperbolic(bellman_target(reward, live, gamma, signed_parabolic(next_value)));
 }
 
 // temperature * logsumexp(x / temperature) of a row in two parts, which are not added before a difference is taken: the

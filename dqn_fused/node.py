@@ -46,7 +46,7 @@ def load(folder: Path = FOLDER) -> tuple[ModuleType | None, str]:
         module = module_from_spec(spec)
         loader.exec_module(module)
         module.prepare(recorded_backward, FIELD_CODES)
-    except (ImportError, ValueError) as error:  # a ValueError: it was built with other options
+    except (ImportError, TypeError, ValueError) as error:  # the last two: it was built with other options
         return None, f"{path.name} cannot be loaded: {error}"
     return module, ""
 

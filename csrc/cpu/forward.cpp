@@ -105,8 +105,8 @@ struct Block {
       read(b.discounts, begin, n, gammas);
     else
       std::fill_n(gammas, n, static_cast<T>(b.discount));
-    for (int64_t i = 0; i < n; ++i)
-      errors[i] = td_error(values.options, taken[i], rewards[i], live[i], gammas[i], next[i]);
+    for (int64_t i = 0; i < n; ++i) errors[i] = taken[i] - bellman_target(rewards[i], live[i], gammas[i], next[i]);
+    if (values.options.value_transform != IDENTITY) transformed_errors(values.options, n);
     std::copy_n(errors, n, td + begin);
     for (int64_t i = 0; i < n; ++i) losses[i] = loss_value(values.options, errors[i]);
     if (values.conservative) subtract_log_policy(values, begin, n, normaliser);
@@ -128,6 +128,11 @@ struct Block {
   }
 
  private:
+  // Apart, so that the ordinary loop stays what it is.
+  [[gnu::noinline]] void transformed_errors(const Options& options, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) errors[i] = td_error(options, taken[i], rewards[i], live[i], gammas[i], next[i]);
+  }
+
   void read_next(const Values<T>& values, int64_t begin, int64_t n, int64_t next_row, bool& all_known) {
     const Batch& b = values.batch;
     std::fill_n(next, n, T(0));
