@@ -65,8 +65,8 @@ def projected(
     for first in range(0, K, CHUNK):
         j = first + tl.arange(0, CHUNK)
         there = j < K
-        logit = tl.load(x + offset + j.to(tl.int64) * stride, mask=there, other=float("-inf")).to(ACC)
-        p = tl.exp(logit - largest) * inverse
+        some = tl.load(x + offset + j.to(tl.int64) * stride, mask=there, other=float("-inf")).to(ACC)
+        p = tl.exp(some - largest) * inverse
         z = atom_values(j, support, support_stride, v_min, v_max, step, K, ACC)
         position = tl.where(there, position_of(reward + discount * z, low, high, per_unit, last), 0.0)
         lower, share = shares(position, last)

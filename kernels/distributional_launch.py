@@ -26,8 +26,7 @@ def categorical(n: int, A: int, K: int, itemsize: int, by_value: bool) -> Catego
     atoms, actions = next_power_of_2(K), next_power_of_2(A)
     most = PER_THREAD * 32 * 4 // max(itemsize, 4)  # elements of a warp
     work = max(actions if by_value else actions * atoms, atoms * atoms // 2)
-    warps = max(min(4, work // (LEAST * 32)), min(MAX_WARPS, atoms // most))
-    num_warps = max(1, warps)
+    num_warps = max(1, min(4, work // (LEAST * 32)), min(MAX_WARPS, 2 * atoms // most))
     actions = max(1, min(actions, num_warps * most // (1 if by_value else atoms)))
     chunk = max(1, min(atoms, num_warps * 32 * PAIRS * 4 // max(itemsize, 4) // atoms))
     tiles = next_power_of_2(cdiv(n, MAX_PROGRAMS))
