@@ -6,7 +6,7 @@ PYTHON ?= python3
 PY := $(VENV)/bin/python
 OUT ?= out
 CSRC := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
-CPP := $(CSRC) $(wildcard bench/ptx/*/*.h bench/ptx/*/*.cpp)
+CPP := $(CSRC) $(wildcard bench/gpu_code/ptx/*/*.h bench/gpu_code/ptx/*/*.cpp)
 
 ifeq ($(origin VENV),file)
 READY := $(VENV)/.ready

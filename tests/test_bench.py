@@ -16,21 +16,22 @@ import pytest
 import torch
 from conftest import INTERPRETED
 
-from bench import distributional, gpu, graph, linear, loss, machine, plots, report, suite, tables, update
 from bench.__main__ import parse
-from bench.cuda import launches
-from bench.deadline import Deadline
-from bench.gate import passed
-from bench.machine_code import widest
-from bench.memory import peak_memory
-from bench.occupancy import occupancy
-from bench.progress import track
-from bench.providers import Provider, can_compile, providers
-from bench.results import COLUMNS, Table, read
-from bench.rlax_process import RlaxProcess
-from bench.timing import figures, interleaved
-from bench.traffic import least_bytes
-from bench.variants import VARIANTS, Variant, random_arguments
+from bench.gpu_code.machine_code import widest
+from bench.gpu_code.occupancy import occupancy
+from bench.measure import distributional, gpu, graph, linear, loss, machine, suite, update
+from bench.measure.cuda import launches
+from bench.measure.deadline import Deadline
+from bench.measure.gate import passed
+from bench.measure.memory import peak_memory
+from bench.measure.progress import track
+from bench.measure.providers import Provider, can_compile, providers
+from bench.measure.rlax_process import RlaxProcess
+from bench.measure.timing import figures, interleaved
+from bench.measure.traffic import least_bytes
+from bench.measure.variants import VARIANTS, Variant, random_arguments
+from bench.reporting import plots, report, tables
+from bench.reporting.results import COLUMNS, Table, read
 from dqn_fused._backends import serving
 
 F32 = torch.float32
@@ -440,7 +441,7 @@ def test_widest_access_in_machine_code() -> None:
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter replaces the compiler")
 def test_the_table_of_kernels() -> None:
     pytest.importorskip("triton")
-    from bench import aot, kernels
+    from bench.gpu_code import aot, kernels
 
     index = [target.name for target in aot.TARGETS].index("sm_90")
     cases = [kernels.Case("narrow", "dqn", (8, 4), F32), kernels.Case("wide", "masked double", (16, 512), F32)]

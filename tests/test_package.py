@@ -101,7 +101,7 @@ def test_a_named_backend_does_not_fall_back() -> None:
 def test_triton_refuses_a_device_that_is_not_its_own() -> None:
     module = pytest.importorskip("dqn_fused._backends.triton_backend")
     assert "got meta" in module.refuses(torch.device("meta"))
-    assert module.refuses(torch.device("cpu" if module.INTERPRETED else "cuda")) is None
+    assert module.refuses(torch.device("cpu" if module.triton_launch.INTERPRETED else "cuda")) is None
 
 
 def test_a_triton_whose_driver_does_not_start_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +113,7 @@ def test_a_triton_whose_driver_does_not_start_is_not_chosen(monkeypatch: pytest.
         def active(self) -> None:
             raise RuntimeError("Failed to find C compiler")
 
-    monkeypatch.setattr(module, "INTERPRETED", False)
+    monkeypatch.setattr(module.triton_launch, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(module.triton.runtime, "driver", Driver())
     assert module.unavailable() == "triton's driver does not start: Failed to find C compiler"
@@ -123,9 +123,9 @@ def test_a_triton_whose_driver_does_not_start_is_not_chosen(monkeypatch: pytest.
 def triton_on_cuda(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The Triton backend as on a machine with a GPU, whose launches do nothing."""
     module: ModuleType = pytest.importorskip("dqn_fused._backends.triton_backend")
-    monkeypatch.setattr(module, "INTERPRETED", False)
-    monkeypatch.setattr(module, "_on", lambda device: nullcontext())
-    monkeypatch.setattr(module, "run", lambda *args, **meta: None)
+    monkeypatch.setattr(module.triton_launch, "INTERPRETED", False)
+    monkeypatch.setattr(module.triton_launch, "on", lambda device: nullcontext())
+    monkeypatch.setattr(module.triton_launch, "run", lambda *args, **meta: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -149,7 +149,7 @@ def test_a_triton_that_cannot_compile_is_not_chosen(
     device = torch.device("cuda", 0)
     assert triton_on_cuda.refuses(device) is None
     triton_on_cuda._probe.cache_clear()
-    monkeypatch.setattr(triton_on_cuda, "run", run)
+    monkeypatch.setattr(triton_on_cuda.triton_launch, "run", run)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert triton_on_cuda.refuses(device) is None
     assert not launches

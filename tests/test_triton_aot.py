@@ -16,8 +16,8 @@ from test_loss import compact, dtype_id, make
 
 triton = pytest.importorskip("triton")
 
-from bench import aot  # noqa: E402
-from bench.aot import (  # noqa: E402
+from bench.gpu_code import aot  # noqa: E402
+from bench.gpu_code.aot import (  # noqa: E402
     ALWAYS,
     TARGETS,
     Target,
@@ -28,9 +28,9 @@ from bench.aot import (  # noqa: E402
     resource_usage,
     stores_128_bits,
 )
-from bench.machine_code import instructions  # noqa: E402
+from bench.gpu_code.machine_code import instructions  # noqa: E402
 from dqn_fused import arguments  # noqa: E402
-from dqn_fused._backends import triton_backend  # noqa: E402
+from dqn_fused._backends import triton_backend, triton_launch  # noqa: E402
 from dqn_fused.targets import Munchausen, Soft  # noqa: E402
 
 pytestmark = [
@@ -150,7 +150,7 @@ def test_wide_loads_from_a_misaligned_tensor(target: Target, compiled: Compiled,
 def test_numbers_reach_a_float64_kernel_in_memory(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """As an argument it would be float32. The interpreter cannot show it: there a float stays a Python float."""
     seen: list[Any] = []
-    monkeypatch.setattr(triton_backend, "run", lambda kernel, programs, *args, **meta: seen.extend(args))
+    monkeypatch.setattr(triton_launch, "run", lambda kernel, programs, *args, **meta: seen.extend(args))
     arguments, options = family("munchausen_cql_weights", (9, 4), torch.float64)
     launch(arguments, **options)
     assert not any(isinstance(x, float) for x in seen)

@@ -16,8 +16,8 @@ triton = pytest.importorskip("triton")
 from triton import knobs  # noqa: E402
 from triton.runtime import JITFunction  # noqa: E402
 
-from bench import aot, host  # noqa: E402
-from dqn_fused._backends import triton_backend, triton_program  # noqa: E402
+from bench.gpu_code import aot, host  # noqa: E402
+from dqn_fused._backends import triton_backend, triton_program, triton_td_loss  # noqa: E402
 from dqn_fused.arguments import Batch, LossSpec  # noqa: E402
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter replaces the compiler")
@@ -234,7 +234,7 @@ def test_a_minus_sign_that_is_pending(stub: Stub) -> None:
     next_q = torch.randn(32, 18, dtype=torch.complex64).conj().imag
     assert next_q.is_neg()
     seen = stub.of(host.calls({**make((32, 18)), "next_q": next_q})["forward"])
-    names = triton_backend.td_loss_fwd_kernel.arg_names
+    names = triton_td_loss.td_loss_fwd_kernel.arg_names
     assert seen[-1].arguments[names.index("next_q")][1] != next_q.data_ptr()
 
 
@@ -246,7 +246,7 @@ def test_an_argument_that_is_given_twice(stub: Stub) -> None:
     stub.of(first)
     seen = stub.directly(second)
     assert seen == stub.by_triton(second)
-    names = triton_backend.td_loss_fwd_kernel.arg_names
+    names = triton_td_loss.td_loss_fwd_kernel.arg_names
     assert seen[0].arguments[names.index("next_q_online")] == (int, other["next_q"].data_ptr())
 
 
@@ -292,7 +292,7 @@ def test_hooks_of_a_kernel_are_called(stub: Stub, monkeypatch: pytest.MonkeyPatc
     call = host.calls(make((32, 18)))["forward"]
     stub.of(call)
     seen: list[Any] = []
-    monkeypatch.setattr(triton_backend.td_loss_fwd_kernel, "pre_run_hooks", [lambda *a, **k: seen.append(a)])
+    monkeypatch.setattr(triton_td_loss.td_loss_fwd_kernel, "pre_run_hooks", [lambda *a, **k: seen.append(a)])
     stub.of(call)
     assert len(seen) == stub.bound == 1
 
@@ -343,7 +343,7 @@ def test_no_more_descriptions_are_kept_than_said(stub: Stub, monkeypatch: pytest
 
 
 def test_the_table_of_launches(stub: Stub) -> None:
-    from bench.results import COLUMNS
+    from bench.reporting.results import COLUMNS
 
     rows = list(host.rows(host.CASES[:1], seconds=0.01))
     assert {name for row in rows for name in row} <= set(COLUMNS["host"])

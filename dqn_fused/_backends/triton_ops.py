@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.library import Library
 
 from dqn_fused import _ops
-from dqn_fused._backends import boxed
+from dqn_fused._backends import boxed, triton_sweep, triton_td_loss
 from dqn_fused.arguments import Batch, LossSpec
 from dqn_fused.autograd import Saved
 from dqn_fused.head import Sweep
@@ -46,26 +46,20 @@ def sweep(work: Sweep, auto: bool) -> tuple[Tensor, Tensor | None]:
 
 
 def _forward(*given: object) -> tuple[Tensor, Tensor, Tensor]:
-    from dqn_fused._backends import triton_backend  # which imports this module
-
     batch, spec = boxed.unpack(*given)  # type: ignore[arg-type]
-    loss, td_error, normaliser = triton_backend.forward(batch, spec)
+    loss, td_error, normaliser = triton_td_loss.forward(batch, spec)
     return loss, td_error, td_error.new_empty(0) if normaliser is None else normaliser
 
 
 def _loss_and_grad(*given: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from dqn_fused._backends import triton_backend
-
     batch, spec = boxed.unpack(*given)  # type: ignore[arg-type]
-    loss, grad_q, td_error, normaliser = triton_backend.loss_and_grad(batch, spec)
+    loss, grad_q, td_error, normaliser = triton_td_loss.loss_and_grad(batch, spec)
     return loss, grad_q, td_error, td_error.new_empty(0) if normaliser is None else normaliser
 
 
 def _backward(grad_loss: Tensor, *given: object) -> Tensor:
-    from dqn_fused._backends import triton_backend
-
     saved, spec = boxed.unpack_backward(*given)  # type: ignore[arg-type]
-    return triton_backend.backward(grad_loss, saved, spec)
+    return triton_td_loss.backward(grad_loss, saved, spec)
 
 
 def _sweep(
@@ -77,8 +71,6 @@ def _sweep(
     temperature: float,
     auto: bool,
 ) -> tuple[Tensor, Tensor]:
-    from dqn_fused._backends import triton_sweep
-
     run = triton_sweep.auto_sweep if auto else triton_sweep.sweep
     value, index = run(Sweep(hidden, weight, bias, mask, kind, temperature))
     return value, hidden.new_empty(0, dtype=torch.int64) if index is None else index

@@ -1,0 +1,186 @@
+"""The Triton kernels compiled for GPUs that are not here: the backend's own launches, caught by a stub driver."""
+
+import functools
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from dqn_fused._backends import triton_backend, triton_launch
+from dqn_fused.arguments import Batch, check_batch, check_loss
+from dqn_fused.autograd import Saved
+
+CUDA = [80, 90, 100, 120]
+HIP = ["gfx942", "gfx1100"]
+ALWAYS = {"sm_80", "sm_90"}  # every triton supported knows them
+SMS = 132  # multiprocessors that the launches are sized for: those of an H100 and an H200
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+
+class Target(NamedTuple):
+    name: str
+    target: Any
+
+
+def _targets(cuda: list[int], hip: list[str]) -> list[Target]:
+    return [Target(f"sm_{arch}", GPUTarget("cuda", arch, 32)) for arch in cuda] + [
+        Target(arch, GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)) for arch in hip
+    ]
+
+
+TARGETS = _targets(CUDA, HIP)
+MORE_TARGETS = _targets([86, 89], ["gfx90a", "gfx950", "gfx1201"])  # of which a sample is compiled
+
+
+class Launch(NamedTuple):
+    """What the backend would have launched."""
+
+    name: str
+    kernel: Any  # as compiled
+    programs: int
+    arguments: dict[str, Any]  # by name
+
+
+class StubDriver:
+    """As much of a driver as compiling needs. One device number a target, because kernels are cached by it."""
+
+    def __init__(self, index: int, target: Any) -> None:
+        self.index, self.target = index, target
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.index
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+@triton.jit
+def probe_kernel(x):  # type: ignore[no-untyped-def]
+    """As little as a target can be asked to compile."""
+    tl.store(x, 1.0)
+
+
+@contextmanager
+def targeting(index: int) -> Iterator[str | None]:
+    """Compile for one of TARGETS, and MORE_TARGETS behind them; yields why this triton cannot."""
+    driver.set_active(StubDriver(1000 + index, (TARGETS + MORE_TARGETS)[index].target))
+    try:
+        yield why_not(index)
+    finally:
+        if torch.cuda.is_available():  # without a device there is no driver to go back to
+            driver.reset_active()
+
+
+@functools.cache
+def why_not(index: int) -> str | None:
+    """Why this triton compiles nothing at all for a target: too new for it, or a linker is missing."""
+    try:
+        probe_kernel.warmup(torch.float32, grid=(1,), **triton_launch.OPTIONS)
+    except Exception as error:
+        return str(error)
+    return None
+
+
+@contextmanager
+def compiling() -> Iterator[list[Launch]]:
+    """Compile whatever the backend would launch meanwhile."""
+    found: list[Launch] = []
+    with (
+        patch.object(triton_launch, "run", compile_only(found)),
+        patch.object(triton_launch, "sms", lambda device: SMS),
+    ):
+        yield found
+
+
+def compile_only(found: list[Launch]) -> Callable[..., None]:
+    """What takes the place of triton_launch.run: compiles instead of launching."""
+
+    def run(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
+        compiled = kernel.warmup(*args, grid=(programs,), **triton_launch.OPTIONS, **meta)
+        named = dict(zip(kernel.arg_names, args, strict=False))
+        found.append(Launch(kernel.fn.__name__, compiled, programs, named))
+
+    return run
+
+
+def launch(arguments: dict[str, Any], **options: Any) -> None:
+    """Let the backend make its launches: forward, backward, and both in one."""
+    for call in calls(arguments, **options).values():
+        call()
+
+
+def calls(arguments: dict[str, Any], **options: Any) -> dict[str, Callable[[], object]]:
+    """The backend's three functions on a batch; forward must come before backward."""
+    spec = check_loss(**options)
+    batch = check_batch(Batch(**{"gamma": 0.99, **arguments}), spec)
+    outputs: list[Any] = []
+
+    def forward() -> None:
+        outputs[:] = triton_backend.forward(batch, spec)
+
+    def backward() -> None:
+        _, td_error, normaliser = outputs
+        grad_loss = torch.ones_like(td_error) if spec.reduction == "none" else torch.ones((), dtype=td_error.dtype)
+        triton_backend.backward(grad_loss, Saved.of(batch, spec, td_error, normaliser), spec)
+
+    return {
+        "forward": forward,
+        "backward": backward,
+        "loss_and_grad": lambda: triton_backend.loss_and_grad(batch, spec),
+    }
+
+
+def resource_usage(cubin: bytes) -> dict[str, int]:
+    """REG, STACK, SHARED, LOCAL as cuobjdump reads them off the machine code."""
+    found = re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", disassembled("cuobjdump", "--dump-resource-usage", cubin))
+    return {key: int(value) for key, value in found}
+
+
+def amd_usage(code: str) -> dict[str, int]:
+    """Vector registers, those spilled, and the private segment in bytes.
+
+    Scalar registers may spill into lanes of vector registers: no memory, hence the private segment is what counts.
+    """
+    found = re.findall(r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", code)
+    return {key: int(value) for key, value in found}
+
+
+def machine_code(kernel: Any) -> str:
+    return kernel.asm["amdgcn"] if "amdgcn" in kernel.asm else disassembled("nvdisasm", "-c", kernel.asm["cubin"])
+
+
+@functools.cache  # backward is compiled once and launched twice
+def disassembled(tool: str, option: str, cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(TOOLS / tool), option, file.name]
+        return subprocess.run(command, text=True, check=True, capture_output=True).stdout  # it warns of its own formats
+
+
+def loads_128_bits(kernel: Any) -> bool:
+    if "ptx" in kernel.asm:
+        return bool(re.search(r"ld\.global(\.\w+)*\.v(4\.b32|2\.b64)", kernel.asm["ptx"]))
+    return bool(re.search(r"(global|buffer)_load_(dwordx4|b128)", kernel.asm["amdgcn"]))
+
+
+def stores_128_bits(kernel: Any) -> bool:
+    if "ptx" in kernel.asm:
+        return bool(re.search(r"st\.global(\.\w+)*\.v(4\.b32|2\.b64)", kernel.asm["ptx"]))
+    return bool(re.search(r"(global|buffer)_store_(dwordx4|b128)", kernel.asm["amdgcn"]))
