@@ -21,13 +21,14 @@ class Categorical(NamedTuple):
     num_warps: int
 
 
-def categorical(n: int, A: int, K: int, itemsize: int, by_value: bool) -> Categorical:
+def categorical(n: int, A: int, K: int, itemsize: int, choice: str | None) -> Categorical:
     """A program a sample: one batch of Atari fills a device with a warp for each 512 of its logits."""
     atoms, actions = next_power_of_2(K), next_power_of_2(A)
     most = PER_THREAD * 32 * 4 // max(itemsize, 4)  # elements of a warp
-    work = max(actions if by_value else actions * atoms, atoms * atoms // 2)
+    row = 1 if choice == "value" else atoms  # elements of an action
+    work = atoms if choice is None else max(actions * row, atoms * atoms // 2)
     num_warps = max(1, min(4, work // (LEAST * 32)), min(MAX_WARPS, 2 * atoms // most))
-    actions = max(1, min(actions, num_warps * most // (1 if by_value else atoms)))
+    actions = max(1, min(actions, num_warps * most // row))
     chunk = max(1, min(atoms, num_warps * 32 * PAIRS * 4 // max(itemsize, 4) // atoms))
     tiles = next_power_of_2(cdiv(n, MAX_PROGRAMS))
     return Categorical(actions, atoms, chunk, tiles, cdiv(n, tiles), num_warps)
