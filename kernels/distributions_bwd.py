@@ -14,7 +14,8 @@ def row_taken(
     """Whether a row of K values is that of the action taken, and what its slopes are multiplied by."""
     inside = row < n
     taken = inside & (legal_action(tl.load(actions + row, mask=inside, other=-1), A) == action)
-    return taken, sample_scale(grad_loss, weights, row, taken, count, PER_ROW, ACC)
+    scale = sample_scale(grad_loss, weights, row, taken, count, PER_ROW, ACC)
+    return taken, tl.where(taken, scale, 0.0)
 
 
 @triton.jit(do_not_specialize=["n", "A", "count"])
