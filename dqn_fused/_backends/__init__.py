@@ -49,7 +49,7 @@ AUTO_WIDE = {**AUTO, "cuda": ("triton", "compiled", "torch")}
 AUTO_ELSEWHERE = ("torch",)
 # Device types on which a backend other than torch, which has all of them, has a distributional loss.
 DISTRIBUTIONAL: dict[str, dict[str, tuple[str, ...]]] = {
-    "quantile": {"compiled": ("cpu",)},
+    "quantile": {"compiled": ("cpu",), "triton": ("cpu", "cuda")},
     "categorical": {"compiled": ("cpu",)},
 }
 
@@ -156,7 +156,9 @@ def choose_distributional(family: str, name: str, device: torch.device) -> Modul
         return _choose_distributional(family, name, device)
     road = _CHOSEN_DISTRIBUTIONAL.get((family, name, device))
     if road is None:
-        road = _CHOSEN_DISTRIBUTIONAL[family, name, device] = _choose_distributional(family, name, device)
+        road = _choose_distributional(family, name, device)
+        if not capturing():
+            _CHOSEN_DISTRIBUTIONAL[family, name, device] = road
     return road
 
 

@@ -1,5 +1,7 @@
 """A batch and a loss as the flat arguments of an op, and an op's results as a backend gives them."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -8,6 +10,7 @@ from dqn_fused.arguments import Batch, LossSpec, looks_at_values
 from dqn_fused.autograd import Saved
 from dqn_fused.categorical_arguments import CategoricalSpec
 from dqn_fused.quantile_arguments import QuantileSpec
+from dqn_fused.row_loss import SavedRows
 
 _NAMES = [{code: name for name, code in codes.items()} for codes in (LOSSES, TARGETS, REDUCTIONS)]
 
@@ -143,6 +146,47 @@ def categorical_arguments(batch: Batch, spec: CategoricalSpec) -> tuple[object, 
         ends = spec.support
     look = looks_at_values(batch.q.device)
     return *distributional_arguments(batch), support, *ends, spec.sigma, REDUCTIONS[spec.reduction], look
+
+
+def unpack_distributions(
+    q: Tensor,
+    actions: Tensor,
+    rewards: Tensor,
+    next_q: Tensor | None,
+    terminated: Tensor | None,
+    non_final_mask: Tensor | None,
+    gammas: Tensor | None,
+    gamma: float,
+    next_q_online: Tensor | None,
+    next_action_mask: Tensor | None,
+    weights: Tensor | None,
+) -> Batch:
+    """Batch, of one leading dimension, of the arguments that the distributional ops share."""
+    return Batch(
+        q, actions, rewards, next_q, terminated, gamma if gammas is None else gammas, non_final_mask,
+        next_q_online, next_action_mask, weights, shape=actions.shape,
+    )  # fmt: skip
+
+
+def unpack_quantile(*given: Any) -> tuple[Batch, Tensor | None, QuantileSpec]:
+    """Batch, taus and options of the arguments of a quantile op."""
+    *shared, taus, kappa, mean, reduction, _ = given
+    spec = QuantileSpec(kappa, "mean" if mean else "sum", _NAMES[2][reduction])
+    return unpack_distributions(*shared), taus, spec
+
+
+def rows_arguments(saved: SavedRows) -> tuple[object, ...]:
+    """Arguments of a backward op of the distributional losses, but for the upstream gradient."""
+    slopes, actions, weights, shape, dtype, reduction = saved
+    return slopes, actions, weights, shape[-2], dtype, REDUCTIONS[reduction]
+
+
+def unpack_rows(
+    slopes: Tensor, actions: Tensor, weights: Tensor | None, A: int, dtype: torch.dtype, reduction: int
+) -> SavedRows:
+    """What a backward of a distributional loss needs, of the arguments of its op."""
+    shape = torch.Size((slopes.shape[0], A, slopes.shape[1]))
+    return SavedRows(slopes, actions, weights, shape, dtype, _NAMES[2][reduction])
 
 
 def shaped_values(loss: Tensor, values: Tensor, batch: Batch, reduction: str) -> tuple[Tensor, Tensor]:

@@ -159,6 +159,4 @@ def categorical_loss_and_grad(batch: Batch, spec: CategoricalSpec) -> tuple[Tens
 
 def rows_backward(grad_loss: Tensor, saved: SavedRows) -> Tensor:
     """Return the gradient of a distributional loss."""
-    slopes, actions, weights, shape, dtype, reduction = saved
-    code = REDUCTIONS[reduction]
-    return shaped(_distributional_ops.rows_backward(grad_loss, slopes, actions, weights, shape[-2], dtype, code), shape)
+    return shaped(_distributional_ops.rows_backward(grad_loss, *boxed.rows_arguments(saved)), saved.shape)

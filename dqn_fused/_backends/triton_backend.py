@@ -6,11 +6,21 @@ import torch
 import triton
 from torch import Tensor
 
-from dqn_fused._backends import capturing, triton_launch, triton_ops, triton_sweep, triton_td_loss
+from dqn_fused._backends import (
+    capturing,
+    triton_launch,
+    triton_ops,
+    triton_quantile,
+    triton_rows,
+    triton_sweep,
+    triton_td_loss,
+)
 from dqn_fused._backends.triton_program import OLDEST, VERSION
 from dqn_fused.arguments import Batch, LossSpec
 from dqn_fused.autograd import Saved
 from dqn_fused.head import Sweep
+from dqn_fused.quantile_arguments import QuantileSpec
+from dqn_fused.row_loss import SavedRows
 
 CHECKS_CPU = False
 COUNTS_MASK = True
@@ -86,3 +96,18 @@ def sweep(work: Sweep) -> tuple[Tensor, Tensor | None]:
 def auto_sweep(work: Sweep) -> tuple[Tensor, Tensor | None]:
     """As head.sweep, by the kernel where that pays."""
     return triton_ops.sweep(work, auto=True) if torch.compiler.is_compiling() else triton_sweep.auto_sweep(work)
+
+
+def quantile_loss(batch: Batch, taus: Tensor | None, spec: QuantileSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (loss, td_error, slopes)."""
+    return (triton_ops if torch.compiler.is_compiling() else triton_quantile).quantile_loss(batch, taus, spec)
+
+
+def quantile_loss_and_grad(batch: Batch, taus: Tensor | None, spec: QuantileSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (loss, gradient, td_error)."""
+    return (triton_ops if torch.compiler.is_compiling() else triton_quantile).quantile_loss_and_grad(batch, taus, spec)
+
+
+def rows_backward(grad_loss: Tensor, saved: SavedRows) -> Tensor:
+    """Return the gradient of a distributional loss."""
+    return (triton_ops if torch.compiler.is_compiling() else triton_rows).rows_backward(grad_loss, saved)

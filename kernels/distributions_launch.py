@@ -1,0 +1,71 @@
+"""Launch sizes of the losses of distributions: plain arithmetic on shapes, as launch.py. Reasoned, not yet measured.
+
+A program works on some predicted values of some samples. It chooses the next action of its samples by itself, so where
+several programs share a sample they read the same rows of next values; from the cache, as long as it holds them.
+"""
+
+from typing import NamedTuple
+
+from .launch import cdiv, next_power_of_2
+
+WARPS = 4
+TILE = 2048  # pairs that a program holds at once, 16 a thread; each has two sums
+READ = 4096  # elements that it reads at once: 32 a thread, in 8 loads of 16 bytes in float32
+LEAST_BLOCK = 32  # predicted quantiles of a program: fewer leave more of its time to what is done once a sample
+MOST_BLOCK = 256  # 2 a thread
+CHOICE_BYTES = 1 << 16  # that one program reads to choose: about as long as another launch takes
+CHOICE_AGAIN = 12 << 20  # bytes that are read more than once, in total: another launch at 5 TB/s
+SUM_ROWS, SUM_SPLITS = 32, 64  # a tile of sum_rows_kernel
+
+
+class Choice(NamedTuple):
+    """Tile of a choice among (rows, A, K) values, or with K = 1 among (rows, A)."""
+
+    actions: int
+    columns: int
+
+
+class Pairs(NamedTuple):
+    """Launch of quantile_fwd_kernel."""
+
+    rows: int  # samples of a program
+    block: int  # predicted quantiles of a program
+    targets: int  # quantiles of a tile
+    splits: int  # programs of a sample
+    programs: int
+
+
+def pairs(n: int, K: int, itemsize: int, sms: int) -> Pairs:
+    """A quarter of a thousand predicted quantiles a program; fewer where the programs do not fill the device."""
+    tile = TILE if itemsize <= 4 else TILE // 2
+    block = min(next_power_of_2(K), MOST_BLOCK)
+    rows = max(1, min(next_power_of_2(n), 32 * WARPS // block))
+    while 2 * cdiv(n, rows) * cdiv(K, block) <= sms:
+        if rows > 1:
+            rows //= 2
+        elif block > LEAST_BLOCK:
+            block //= 2
+        else:
+            break
+    splits = cdiv(K, block)
+    return Pairs(rows, block, max(1, tile // (rows * block)), splits, cdiv(n, rows) * splits)
+
+
+def choice(rows: int, A: int, K: int, itemsize: int) -> Choice:
+    """Whole rows where they fit."""
+    read = READ // rows if itemsize <= 4 else READ // 2 // rows
+    columns = min(next_power_of_2(K), read)
+    actions = min(next_power_of_2(A), max(1, read // columns))
+    return Choice(actions, columns)
+
+
+def rows_of(tile: Choice, m: int, itemsize: int) -> int:
+    """Rows of a program that does nothing but average."""
+    read = READ if itemsize <= 4 else READ // 2
+    return max(1, min(next_power_of_2(m), read // (tile.actions * tile.columns)))
+
+
+def chooses_first(m: int, A: int, K: int, itemsize: int, splits: int) -> bool:
+    """Whether the means that choose are worth a launch of their own."""
+    row = A * K * itemsize
+    return row > CHOICE_BYTES or (splits - 1) * m * row > CHOICE_AGAIN
