@@ -42,15 +42,26 @@ def ends_of(support, stride, v_min, v_max, K, ACC: tl.constexpr):
 
 
 @triton.jit
-def softmax_parts(x, ACC: tl.constexpr):
-    """Of rows of logits, in their last dimension: x - largest, the exponentials, and the sum of them.
+def softmax_parts(x):
+    """Of logits, [rows, atoms]: less the row's largest, the exponentials of that, and their sums.
 
-    The sum is NaN, as is then all that is made of it, where a logit is NaN or inf, and where all of them are -inf.
+    A sum is NaN, and so all that is made of it, where a logit is NaN or inf, or where all of them are -inf.
     """
-    axis: tl.constexpr = len(x.shape) - 1
-    gap = x - tl.expand_dims(tl.max(x, axis), axis)
+    gap = x - tl.max(x, 1)[:, None]
     power = tl.exp(gap)
-    return gap, power, tl.sum(power, axis)
+    return gap, power, tl.sum(power, 1)
+
+
+@triton.jit
+def expectation_of_rows(x, offset, stride, inside, z, K, VEC: tl.constexpr, ACC: tl.constexpr):
+    """Expectations of the softmax of rows of K logits, which begin at the offsets [rows, actions]."""
+    atom = tl.arange(0, z.shape[0])
+    # Compared by vector, not by element: a mask that is constant over 16 bytes keeps the load whole.
+    here = inside[:, :, None] & (atom // VEC < K // VEC)[None, None, :]
+    where = offset[:, :, None] + (atom.to(tl.int64) * stride)[None, None, :]
+    x = tl.load(x + where, mask=here, other=float("-inf")).to(ACC)  # [rows, actions, atoms]
+    power = tl.exp(x - tl.max(x, 2)[:, :, None])
+    return tl.sum(power * z[None, None, :], 2) / tl.sum(power, 2)
 
 
 @triton.jit
@@ -62,7 +73,7 @@ def position_of(value, low, high, per_unit, last):
 
 @triton.jit
 def shares(position, last):
-    """The atom below positions, at most the last but one, and how much of the next one's a probability there is.
+    """The atom below positions, at most the last but one, and the share of a probability there that the next one has.
 
     So a position on an atom, also on the last one, gives it everything. NaN reaches the share.
     """
@@ -72,20 +83,19 @@ def shares(position, last):
 
 
 @triton.jit
-def two_hot(position, atom, last, ACC: tl.constexpr):
-    """A scalar position shared between the two atoms beside it, [atoms]."""
-    lower, share = shares(position, last)
-    place = atom.to(ACC)
-    return tl.where(place == lower, 1 - share, tl.where(place == lower + 1, share, 0.0))
+def two_hot(position, atom, last):
+    """Positions, [rows], shared between the two atoms beside each, [rows, atoms]; atom is of the positions' dtype."""
+    lower, share = shares(position[:, None], last)
+    return tl.where(atom[None, :] == lower, 1 - share, tl.where(atom[None, :] == lower + 1, share, 0.0))
 
 
 @triton.jit
-def gauss(position, atom, scale, K, ACC: tl.constexpr):
-    """A normal distribution around a scalar position, cut into bins around the atoms, [atoms].
+def gauss(position, atom, scale, last):
+    """Normal distributions around positions, [rows], cut into bins around the atoms, [rows, atoms].
 
     scale is 1 / (sqrt(2) sigma). What falls outside of all bins is shared out among them.
     """
-    place = atom.to(ACC)
-    inside = tl.erf((place + 0.5 - position) * scale) - tl.erf((place - 0.5 - position) * scale)
-    whole = tl.erf((K.to(ACC) - 0.5 - position) * scale) - tl.erf((-0.5 - position) * scale)
-    return tl.where(atom < K, inside / whole, 0.0)
+    inside = tl.erf((atom[None, :] + 0.5 - position[:, None]) * scale)
+    inside -= tl.erf((atom[None, :] - 0.5 - position[:, None]) * scale)
+    whole = tl.erf((last + 0.5 - position) * scale) - tl.erf((-0.5 - position) * scale)
+    return tl.where(atom[None, :] <= last, inside / whole[:, None], 0.0)

@@ -15,6 +15,10 @@ LEAST_BLOCK = 32  # predicted quantiles of a program: fewer leave more of its ti
 MOST_BLOCK = 256  # 2 a thread
 CHOICE_BYTES = 1 << 16  # that one program reads to choose: about as long as another launch takes
 CHOICE_AGAIN = 12 << 20  # bytes that are read more than once, in total: another launch at 5 TB/s
+READ_SOFTMAX = 2048  # the same of logits, 16 a thread
+COLUMNS = 8  # of a thread, of each of which it has a logit, a power, a target and so on
+MOST_WARPS = 16
+SHARED = 32  # pairs of an atom and a probability that a thread has at once: each is added up where it is made
 SUM_ROWS, SUM_SPLITS = 32, 64  # a tile of sum_rows_kernel
 
 
@@ -51,21 +55,53 @@ def pairs(n: int, K: int, itemsize: int, sms: int) -> Pairs:
     return Pairs(rows, block, max(1, tile // (rows * block)), splits, cdiv(n, rows) * splits)
 
 
-def choice(rows: int, A: int, K: int, itemsize: int) -> Choice:
-    """Whole rows where they fit."""
-    read = READ // rows if itemsize <= 4 else READ // 2 // rows
-    columns = min(next_power_of_2(K), read)
+def choice(rows: int, A: int, K: int, itemsize: int, softmax: bool) -> Choice:
+    """Whole rows where they fit, and always where their softmax is taken."""
+    read = _read(itemsize, softmax) // rows
+    columns = next_power_of_2(K) if softmax else min(next_power_of_2(K), read)
     actions = min(next_power_of_2(A), max(1, read // columns))
     return Choice(actions, columns)
 
 
-def rows_of(tile: Choice, m: int, itemsize: int) -> int:
-    """Rows of a program that does nothing but average."""
-    read = READ if itemsize <= 4 else READ // 2
-    return max(1, min(next_power_of_2(m), read // (tile.actions * tile.columns)))
+def rows_of(tile: Choice, m: int, itemsize: int, softmax: bool) -> int:
+    """Rows of a program that does nothing but reduce them."""
+    return max(1, min(next_power_of_2(m), _read(itemsize, softmax) // (tile.actions * tile.columns)))
+
+
+def _read(itemsize: int, softmax: bool) -> int:
+    """Elements that a program reads at once."""
+    return (READ_SOFTMAX if softmax else READ) // (1 if itemsize <= 4 else 2)
+
+
+def warps(columns: int, itemsize: int) -> int:
+    """Warps of a program that keeps several values of each of its columns, a softmax among them."""
+    share = 1 if itemsize <= 4 else 2  # of the registers
+    return max(WARPS, min(MOST_WARPS, share * columns // (32 * COLUMNS)))
 
 
 def chooses_first(m: int, A: int, K: int, itemsize: int, splits: int) -> bool:
     """Whether the means that choose are worth a launch of their own."""
     row = A * K * itemsize
     return row > CHOICE_BYTES or (splits - 1) * m * row > CHOICE_AGAIN
+
+
+class Projection(NamedTuple):
+    """Launch of categorical_fwd_kernel."""
+
+    rows: int  # samples of a program
+    atoms: int
+    chunk: int  # probabilities that are shared at once
+    programs: int
+    num_warps: int
+
+
+def projection(n: int, K: int, itemsize: int, sms: int) -> Projection:
+    """A sample a program, or as many as give each thread an atom, if there are enough of them for the device."""
+    share = 1 if itemsize <= 4 else 2  # of the registers
+    atoms = next_power_of_2(K)
+    num_warps = warps(atoms, itemsize)
+    rows = max(1, min(next_power_of_2(n), 32 * WARPS // atoms))
+    while rows > 1 and 2 * cdiv(n, rows) <= sms:
+        rows //= 2
+    chunk = max(1, min(atoms, 32 * num_warps * SHARED // share // (rows * atoms)))
+    return Projection(rows, atoms, chunk, cdiv(n, rows), num_warps)

@@ -86,7 +86,7 @@ def quantile_fwd_kernel(
     choice_strides = (choice_stride_row, choice_stride_action, choice_stride_column)
     best, known = greedy(
         chooser, choice_strides, next_action_mask, (mask_stride_row, mask_stride_action), next_row, live, A, choice_K,
-        VALUES, ACTIONS, COLUMNS, VEC, CHOICE_ACC,
+        None, VALUES, ACTIONS, COLUMNS, VEC, CHOICE_ACC,
     )  # fmt: skip
     reward = tl.where(live & (known == 0), float("nan"), reward)
     next_offset = next_row.to(tl.int64) * next_stride_row + best.to(tl.int64) * next_stride_action
