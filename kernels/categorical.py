@@ -26,7 +26,7 @@ def project(
     place = tl.arange(0, ATOMS).to(ACC)[None, None, :]
     inverse = quotient(tl.full([1, 1], 1.0, ACC), total[None, :], ACC)
     target = tl.zeros([total.shape[0], ATOMS], ACC)
-    for first in range(0, K, CHUNK):
+    for first in tl.range(0, K, CHUNK, disable_licm=True):
         j = first + tl.arange(0, CHUNK)
         there = (j < K)[:, None] & live[None, :]  # [chunk, rows]
         here = offset[None, :] + (j.to(tl.int64) * stride)[:, None]

@@ -15,10 +15,10 @@ LEAST_BLOCK = 32  # predicted quantiles of a program: fewer leave more of its ti
 MOST_BLOCK = 256  # 2 a thread
 CHOICE_BYTES = 1 << 16  # that one program reads to choose: about as long as another launch takes
 CHOICE_AGAIN = 12 << 20  # bytes that are read more than once, in total: another launch at 5 TB/s
-READ_SOFTMAX = 2048  # the same of logits, 16 a thread
+READ_SOFTMAX = 1024  # the same of logits, 16 a thread
 COLUMNS = 8  # of a thread, of each of which it has a logit, a power, a target and so on
 MOST_WARPS = 16
-SHARED = 32  # pairs of an atom and a probability that a thread has at once: each is added up where it is made
+SHARED = 16  # pairs of an atom and a probability that a thread has at once: each is added up where it is made
 SUM_ROWS, SUM_SPLITS = 32, 64  # a tile of sum_rows_kernel
 
 
