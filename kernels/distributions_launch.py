@@ -9,8 +9,9 @@ from typing import NamedTuple
 from .launch import cdiv, next_power_of_2
 
 WARPS = 4
-TILE = 2048  # pairs that a program holds at once, 16 a thread; each has two sums
+TILE = 2048  # pairs that a program holds at once, 16 a thread, each with two sums; of float64 4 a thread
 READ = 4096  # elements that it reads at once: 32 a thread, in 8 loads of 16 bytes in float32
+READ_ONE_BY_ONE = 1024  # where each has a 64-bit address of its own, and half of it in float64: above, some spill
 LEAST_BLOCK = 32  # predicted quantiles of a program: fewer leave more of its time to what is done once a sample
 MOST_BLOCK = 256  # 2 a thread
 CHOICE_BYTES = 1 << 16  # that one program reads to choose: about as long as another launch takes
@@ -19,8 +20,9 @@ SUM_ROWS, SUM_SPLITS = 32, 64  # a tile of sum_rows_kernel
 
 
 class Choice(NamedTuple):
-    """Tile of a choice among (rows, A, K) values, or with K = 1 among (rows, A)."""
+    """Tile of a choice among (m, A, K) values, or with K = 1 among (m, A)."""
 
+    rows: int
     actions: int
     columns: int
 
@@ -37,7 +39,7 @@ class Pairs(NamedTuple):
 
 def pairs(n: int, K: int, itemsize: int, sms: int) -> Pairs:
     """A quarter of a thousand predicted quantiles a program; fewer where the programs do not fill the device."""
-    tile = TILE if itemsize <= 4 else TILE // 2
+    tile = TILE if itemsize <= 4 else TILE // 4
     block = min(next_power_of_2(K), MOST_BLOCK)
     rows = max(1, min(next_power_of_2(n), 32 * WARPS // block))
     while 2 * cdiv(n, rows) * cdiv(K, block) <= sms:
@@ -51,18 +53,12 @@ def pairs(n: int, K: int, itemsize: int, sms: int) -> Pairs:
     return Pairs(rows, block, max(1, tile // (rows * block)), splits, cdiv(n, rows) * splits)
 
 
-def choice(rows: int, A: int, K: int, itemsize: int) -> Choice:
-    """Whole rows where they fit."""
-    read = READ // rows if itemsize <= 4 else READ // 2 // rows
-    columns = min(next_power_of_2(K), read)
-    actions = min(next_power_of_2(A), max(1, read // columns))
-    return Choice(actions, columns)
-
-
-def rows_of(tile: Choice, m: int, itemsize: int) -> int:
-    """Rows of a program that does nothing but average."""
-    read = READ if itemsize <= 4 else READ // 2
-    return max(1, min(next_power_of_2(m), read // (tile.actions * tile.columns)))
+def choice(rows: int | None, m: int, A: int, K: int, itemsize: int, wide: bool) -> Choice:
+    """Whole rows of K where they fit; of a program that does nothing but average, whose rows are None, several."""
+    read = (READ if wide else READ_ONE_BY_ONE) * 4 // itemsize
+    columns = min(next_power_of_2(K), read // (rows or 1))
+    actions = min(next_power_of_2(A), read // (rows or 1) // columns)
+    return Choice(rows or min(next_power_of_2(m), read // (actions * columns)), actions, columns)
 
 
 def chooses_first(m: int, A: int, K: int, itemsize: int, splits: int) -> bool:

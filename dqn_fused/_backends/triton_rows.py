@@ -95,19 +95,19 @@ class Samples:
             vec = 1
         strides = x.stride(0) // vec, x.stride(1) // vec, x.stride(2) if x.dim() == 3 else 0
         if K > 1 and m and distributions_launch.chooses_first(m, A, K, itemsize, splits):
-            tile = distributions_launch.choice(1, A, K, dtype.itemsize)
-            tile_rows, tiles = distributions_launch.rows_of(tile, m, dtype.itemsize), launch.cdiv(A, tile.actions)
+            tile = distributions_launch.choice(None, m, A, K, dtype.itemsize, vec > 1)
+            tiles = launch.cdiv(A, tile.actions)
             values = self.program.empty("values", (m, A), dtype)
             self.program.launch(
-                values_kernel, launch.cdiv(m, tile_rows) * tiles,
+                values_kernel, launch.cdiv(m, tile.rows) * tiles,
                 values, name, self.names.terminated, m, A, K, tiles, *strides,
-                ROWS=tile_rows, ACTIONS=tile.actions, COLUMNS=tile.columns, VEC=vec, ACC=ACC[dtype],
+                ROWS=tile.rows, ACTIONS=tile.actions, COLUMNS=tile.columns, VEC=vec, ACC=ACC[dtype],
                 num_warps=distributions_launch.WARPS,
             )  # fmt: skip
             name, strides, K, vec = values, (A, 1, 0), 1, 1
         if K == 1:
             strides, vec = (strides[0] * vec, strides[1] * vec, 0), 1
-        tile = distributions_launch.choice(rows, A, K, dtype.itemsize)
+        tile = distributions_launch.choice(rows, m, A, K, dtype.itemsize, vec > 1)
         return Chooser(name, strides, dtype, K, tile.actions, tile.columns, vec)
 
     @property
