@@ -9,22 +9,24 @@ from typing import NamedTuple
 from .launch import cdiv, next_power_of_2
 
 WARPS = 4
-TILE = 2048  # pairs that a program holds at once, 16 a thread; each has two sums
+TILE = 2048  # pairs that a program holds at once, 16 a thread, each with two sums; of float64 4 a thread
 READ = 4096  # elements that it reads at once: 32 a thread, in 8 loads of 16 bytes in float32
+READ_ONE_BY_ONE = 1024  # where each has a 64-bit address of its own, and half of it in float64: above, some spill
 LEAST_BLOCK = 32  # predicted quantiles of a program: fewer leave more of its time to what is done once a sample
 MOST_BLOCK = 256  # 2 a thread
 CHOICE_BYTES = 1 << 16  # that one program reads to choose: about as long as another launch takes
 CHOICE_AGAIN = 12 << 20  # bytes that are read more than once, in total: another launch at 5 TB/s
-READ_SOFTMAX = 1024  # the same of logits, 16 a thread
-COLUMNS = 8  # of a thread, of each of which it has a logit, a power, a target and so on
-MOST_WARPS = 16
+LOGITS = 8  # of a thread, of those whose softmax is taken at once, and 4 in float64
+MOST_WARPS = 16  # for a long row
+CHOICE_WARPS = 8  # for many actions
 SHARED = 16  # pairs of an atom and a probability that a thread has at once: each is added up where it is made
 SUM_ROWS, SUM_SPLITS = 32, 64  # a tile of sum_rows_kernel
 
 
 class Choice(NamedTuple):
-    """Tile of a choice among (rows, A, K) values, or with K = 1 among (rows, A)."""
+    """Tile of a choice among (m, A, K) values, or with K = 1 among (m, A)."""
 
+    rows: int
     actions: int
     columns: int
 
@@ -41,7 +43,7 @@ class Pairs(NamedTuple):
 
 def pairs(n: int, K: int, itemsize: int, sms: int) -> Pairs:
     """A quarter of a thousand predicted quantiles a program; fewer where the programs do not fill the device."""
-    tile = TILE if itemsize <= 4 else TILE // 2
+    tile = TILE if itemsize <= 4 else TILE // 4
     block = min(next_power_of_2(K), MOST_BLOCK)
     rows = max(1, min(next_power_of_2(n), 32 * WARPS // block))
     while 2 * cdiv(n, rows) * cdiv(K, block) <= sms:
@@ -55,28 +57,21 @@ def pairs(n: int, K: int, itemsize: int, sms: int) -> Pairs:
     return Pairs(rows, block, max(1, tile // (rows * block)), splits, cdiv(n, rows) * splits)
 
 
-def choice(rows: int, A: int, K: int, itemsize: int, softmax: bool) -> Choice:
-    """Whole rows where they fit, and always where their softmax is taken."""
-    read = _read(itemsize, softmax) // rows
-    columns = next_power_of_2(K) if softmax else min(next_power_of_2(K), read)
-    actions = min(next_power_of_2(A), max(1, read // columns))
-    return Choice(actions, columns)
+def choice(rows: int | None, m: int, A: int, K: int, itemsize: int, wide: bool, softmax_warps: int = 0) -> Choice:
+    """Whole rows of K where they fit, and always by programs of softmax_warps, which take their softmax.
+
+    Several rows for a program that does nothing but reduce them, whose rows are None.
+    """
+    read = 32 * softmax_warps * LOGITS if softmax_warps else READ if wide else READ_ONE_BY_ONE
+    read = read * 4 // itemsize // (rows or 1)
+    columns = next_power_of_2(K) if softmax_warps else min(next_power_of_2(K), read)
+    actions = max(1, min(next_power_of_2(A), read // columns))
+    return Choice(rows or max(1, min(next_power_of_2(m), read // (actions * columns))), actions, columns)
 
 
-def rows_of(tile: Choice, m: int, itemsize: int, softmax: bool) -> int:
-    """Rows of a program that does nothing but reduce them."""
-    return max(1, min(next_power_of_2(m), _read(itemsize, softmax) // (tile.actions * tile.columns)))
-
-
-def _read(itemsize: int, softmax: bool) -> int:
-    """Elements that a program reads at once."""
-    return (READ_SOFTMAX if softmax else READ) // (1 if itemsize <= 4 else 2)
-
-
-def warps(columns: int, itemsize: int) -> int:
-    """Warps of a program that keeps several values of each of its columns, a softmax among them."""
-    share = 1 if itemsize <= 4 else 2  # of the registers
-    return max(WARPS, min(MOST_WARPS, share * columns // (32 * COLUMNS)))
+def warps(logits: int, itemsize: int, most: int) -> int:
+    """Warps of a program that takes the softmax of so many logits at once, at most a number of them."""
+    return max(WARPS, min(most, next_power_of_2(logits) * itemsize // (4 * 32 * LOGITS)))
 
 
 def chooses_first(m: int, A: int, K: int, itemsize: int, splits: int) -> bool:
@@ -95,13 +90,15 @@ class Projection(NamedTuple):
     num_warps: int
 
 
-def projection(n: int, K: int, itemsize: int, sms: int) -> Projection:
-    """A sample a program, or as many as give each thread an atom, if there are enough of them for the device."""
-    share = 1 if itemsize <= 4 else 2  # of the registers
+def projection(n: int, A: int, K: int, itemsize: int, sms: int) -> Projection:
+    """A sample a program, or as many as give each thread an atom, if there are enough of them for the device.
+
+    Few samples choose among A actions at once, if they can; it takes 0.7 us to load the next ones.
+    """
     atoms = next_power_of_2(K)
-    num_warps = warps(atoms, itemsize)
+    num_warps = max(warps(atoms, itemsize, MOST_WARPS), warps(next_power_of_2(A) * atoms, itemsize, CHOICE_WARPS))
     rows = max(1, min(next_power_of_2(n), 32 * WARPS // atoms))
     while rows > 1 and 2 * cdiv(n, rows) <= sms:
         rows //= 2
-    chunk = max(1, min(atoms, 32 * num_warps * SHARED // share // (rows * atoms)))
+    chunk = max(1, min(atoms, 32 * num_warps * SHARED * 4 // itemsize // (rows * atoms)))
     return Projection(rows, atoms, chunk, cdiv(n, rows), num_warps)

@@ -74,10 +74,12 @@ def _store_loss(program: Program, given: Sequence[Any], options: Options) -> tup
     batch, atoms = Batch(*given[:-1]), given[-1]
     q, next_q = batch.q, batch.next_q
     dtype, (n, A, K) = accumulation_dtype(q), q.shape
-    plan = distributions_launch.projection(n, K, dtype.itemsize, triton_launch.sms(q.device))
+    by_logits = next_q is not None and (batch.next_q_online is None or batch.next_q_online.dim() == 3)
+    sms = triton_launch.sms(q.device)
+    plan = distributions_launch.projection(n, A if by_logits else 1, K, dtype.itemsize, sms)
     support = _support(program, atoms, options.ends, K, dtype)
     samples = Samples(program, batch)
-    at, choice = samples.names, None if next_q is None else samples.choice(plan.rows, 1, support)
+    at, choice = samples.names, None if next_q is None else samples.choice(plan.rows, 1, support, plan.num_warps)
     values = program.empty("values", (2, *batch.shape), dtype)
     slopes = program.empty("slopes", (n, K), dtype)
     loss, partial = samples.loss(options.reduction, plan.programs, 1)
@@ -97,7 +99,7 @@ def _store_loss(program: Program, given: Sequence[Any], options: Options) -> tup
         GAMMA=samples.gamma_kind, PER_ROW=options.reduction == "none",
         ROWS=plan.rows, ATOMS=plan.atoms, CHUNK=plan.chunk,
         VALUES=choice and choice.K == 1, ACTIONS=choice and choice.actions, VEC=choice and choice.vec,
-        COUNTED=launch.COUNTED, COUNT_BLOCK=launch.COUNTED_A_WARP * distributions_launch.WARPS,
+        COUNTED=launch.COUNTED, COUNT_BLOCK=launch.COUNTED_A_WARP * plan.num_warps,
         ACC=ACC[dtype], CHOICE_ACC=ACC[choice.dtype if choice else dtype], num_warps=plan.num_warps,
     )  # fmt: skip
     samples.store_sum(loss, partial, options.reduction, plan.programs, 1)

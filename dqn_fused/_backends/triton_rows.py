@@ -94,11 +94,11 @@ class Samples:
         self.program, self.batch, self.names = program, batch, named(batch)
         self.dtype, self.n = accumulation_dtype(batch.q), batch.q.shape[0]
 
-    def choice(self, rows: int, splits: int, atoms: Support | None = None) -> Chooser:
+    def choice(self, rows: int, splits: int, atoms: Support | None = None, warps: int = 0) -> Chooser:
         """Choose by the means over K of next_q, or of next_q_online, or by Q-values there.
 
-        Where there are atoms, by the expectations of the softmax of K logits. Long rows are reduced in a launch of
-        their own: a program of a few samples would take long.
+        With atoms by the expectations of the softmax of K logits, which programs of so many warps take. Long rows are
+        reduced in a launch of their own: a program of a few samples would take long.
         """
         name = "next_q" if self.batch.next_q_online is None else "next_q_online"
         x = getattr(self.batch, name)
@@ -110,20 +110,20 @@ class Samples:
             vec = 1
         strides = x.stride(0) // vec, x.stride(1) // vec, x.stride(2) if x.dim() == 3 else 0
         if K > 1 and m and distributions_launch.chooses_first(m, A, K, itemsize, splits):
-            tile = distributions_launch.choice(1, A, K, dtype.itemsize, softmax)
-            tile_rows = distributions_launch.rows_of(tile, m, dtype.itemsize, softmax)
+            alone = distributions_launch.warps(K, dtype.itemsize, distributions_launch.MOST_WARPS)
+            tile = distributions_launch.choice(None, m, A, K, dtype.itemsize, vec > 1, alone if softmax else 0)
             tiles, support = launch.cdiv(A, tile.actions), atoms or NO_SUPPORT
             values = self.program.empty("next_values", (m, A), dtype)
             self.program.launch(
-                values_kernel, launch.cdiv(m, tile_rows) * tiles,
+                values_kernel, launch.cdiv(m, tile.rows) * tiles,
                 values, name, self.names.terminated, *support[:4], m, A, K, tiles, *strides, support.stride,
-                ROWS=tile_rows, ACTIONS=tile.actions, COLUMNS=tile.columns, VEC=vec, ACC=ACC[dtype],
-                num_warps=distributions_launch.warps(tile.columns if softmax else 1, dtype.itemsize),
+                ROWS=tile.rows, ACTIONS=tile.actions, COLUMNS=tile.columns, VEC=vec, ACC=ACC[dtype],
+                num_warps=alone if softmax else distributions_launch.WARPS,
             )  # fmt: skip
             name, strides, K, vec = values, (A, 1, 0), 1, 1
         if K == 1:
             strides, vec = (strides[0] * vec, strides[1] * vec, 0), 1
-        tile = distributions_launch.choice(rows, A, K, dtype.itemsize, softmax and K > 1)
+        tile = distributions_launch.choice(rows, m, A, K, dtype.itemsize, vec > 1, warps if K > 1 else 0)
         return Chooser(name, strides, dtype, K, tile.actions, tile.columns, vec)
 
     @property
