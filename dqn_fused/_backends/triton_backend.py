@@ -118,12 +118,12 @@ def quantile_loss_and_grad(batch: Batch, taus: Tensor | None, spec: QuantileSpec
 
 def categorical_loss(batch: Batch, spec: CategoricalSpec) -> tuple[Tensor, Tensor, Tensor]:
     """Return (loss, values, slopes)."""
-    return (triton_ops if torch.compiler.is_compiling() else triton_categorical).categorical_loss(batch, spec)
+    return (triton_ops if _without_values() else triton_categorical).categorical_loss(batch, spec)
 
 
 def categorical_loss_and_grad(batch: Batch, spec: CategoricalSpec) -> tuple[Tensor, Tensor, Tensor]:
     """Return (loss, gradient, values)."""
-    return (triton_ops if torch.compiler.is_compiling() else triton_categorical).categorical_loss_and_grad(batch, spec)
+    return (triton_ops if _without_values() else triton_categorical).categorical_loss_and_grad(batch, spec)
 
 
 def rows_backward(grad_loss: Tensor, saved: SavedRows) -> Tensor:
