@@ -11,7 +11,7 @@ from .launch import cdiv, next_power_of_2
 WARPS = 4
 TILE = 2048  # pairs that a program holds at once, 16 a thread, each with two sums; of float64 4 a thread
 READ = 4096  # elements that it reads at once: 32 a thread, in 8 loads of 16 bytes in float32
-READ_ONE_BY_ONE = 1024  # where each has a 64-bit address of its own, and half of it in float64: above, some spill
+READ_ONE_BY_ONE = 1024  # where each has a 64-bit address of its own; above, and above a quarter in float64, some spill
 LEAST_BLOCK = 32  # predicted quantiles of a program: fewer leave more of its time to what is done once a sample
 MOST_BLOCK = 256  # 2 a thread
 CHOICE_BYTES = 1 << 16  # that one program reads to choose: about as long as another launch takes
@@ -36,12 +36,13 @@ class Pairs(NamedTuple):
 
     rows: int  # samples of a program
     block: int  # predicted quantiles of a program
-    targets: int  # quantiles of a tile
+    targets: int  # target quantiles of a tile
+    averaged: int  # predicted quantiles that are averaged at once
     splits: int  # programs of a sample
     programs: int
 
 
-def pairs(n: int, K: int, itemsize: int, sms: int) -> Pairs:
+def pairs(n: int, K: int, next_K: int, itemsize: int, sms: int) -> Pairs:
     """A quarter of a thousand predicted quantiles a program; fewer where the programs do not fill the device."""
     tile = TILE if itemsize <= 4 else TILE // 4
     block = min(next_power_of_2(K), MOST_BLOCK)
@@ -53,8 +54,10 @@ def pairs(n: int, K: int, itemsize: int, sms: int) -> Pairs:
             block //= 2
         else:
             break
+    averaged = min(next_power_of_2(K), READ_ONE_BY_ONE // rows)
     splits = cdiv(K, block)
-    return Pairs(rows, block, max(1, tile // (rows * block)), splits, cdiv(n, rows) * splits)
+    targets = min(next_power_of_2(next_K), tile // (rows * block))
+    return Pairs(rows, block, targets, averaged, splits, cdiv(n, rows) * splits)
 
 
 def choice(rows: int | None, m: int, A: int, K: int, itemsize: int, wide: bool, softmax_warps: int = 0) -> Choice:
@@ -62,8 +65,10 @@ def choice(rows: int | None, m: int, A: int, K: int, itemsize: int, wide: bool, 
 
     Several rows for a program that does nothing but reduce them, whose rows are None.
     """
-    read = 32 * softmax_warps * LOGITS if softmax_warps else READ if wide else READ_ONE_BY_ONE
-    read = read * 4 // itemsize // (rows or 1)
+    read = 32 * softmax_warps * LOGITS * 4 // itemsize
+    if softmax_warps == 0:
+        read = (READ if wide else READ_ONE_BY_ONE) // (1 if itemsize <= 4 else 4)
+    read //= rows or 1
     columns = next_power_of_2(K) if softmax_warps else min(next_power_of_2(K), read)
     actions = max(1, min(next_power_of_2(A), read // columns))
     return Choice(rows or max(1, min(next_power_of_2(m), read // (actions * columns))), actions, columns)
@@ -100,5 +105,6 @@ def projection(n: int, A: int, K: int, itemsize: int, sms: int) -> Projection:
     rows = max(1, min(next_power_of_2(n), 32 * WARPS // atoms))
     while rows > 1 and 2 * cdiv(n, rows) <= sms:
         rows //= 2
-    chunk = max(1, min(atoms, 32 * num_warps * SHARED * 4 // itemsize // (rows * atoms)))
+    shared = 32 * num_warps * SHARED // (1 if itemsize <= 4 else 4)
+    chunk = max(1, min(atoms, shared // (rows * atoms)))
     return Projection(rows, atoms, chunk, cdiv(n, rows), num_warps)

@@ -13,7 +13,7 @@ from .rows import scalar
 
 @triton.jit
 def load_targets(next_q, offset, index, stride, inside, live, reward, discount, ACC: tl.constexpr):
-    """Target quantiles [rows, targets], or [targets, rows] where index is [targets, 1]; the reward without a next."""
+    """Target quantiles, [targets, rows]; the reward where there is no next state. The index is [targets, 1]."""
     value = tl.load(next_q + offset + index.to(tl.int64) * stride, mask=inside, other=0.0).to(ACC)
     # Selected, not multiplied: what stands in a terminated row never reaches the target.
     return tl.where(live, reward + discount * value, reward)
@@ -63,7 +63,7 @@ def quantile_fwd_kernel(
     count,  # the sum is divided by it: n for the mean
     GAMMA: tl.constexpr, PLAIN: tl.constexpr, PER_ROW: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, TARGETS: tl.constexpr, EVEN: tl.constexpr,  # EVEN: TARGETS divides K'
-    MEAN_BLOCK: tl.constexpr, NEXT_MEAN_BLOCK: tl.constexpr,  # quantiles that are averaged at once
+    MEAN_BLOCK: tl.constexpr,  # predicted quantiles that are averaged at once
     VALUES: tl.constexpr, ACTIONS: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr,  # of the choice
     COUNTED: tl.constexpr, COUNT_BLOCK: tl.constexpr,
     ACC: tl.constexpr, CHOICE_ACC: tl.constexpr,
@@ -92,38 +92,23 @@ def quantile_fwd_kernel(
     next_offset = next_row.to(tl.int64) * next_stride_row + best.to(tl.int64) * next_stride_action
     offset = row.to(tl.int64) * q_stride_row + action.to(tl.int64) * q_stride_action
 
-    # The means of all quantiles, which brings them near.
     total = tl.zeros([ROWS, MEAN_BLOCK], ACC)
     for first in range(0, K, MEAN_BLOCK):
         i = first + tl.arange(0, MEAN_BLOCK)
         here = legal[:, None] & (i < K)[None, :]
-        total += tl.load(q + offset[:, None] + (i.to(tl.int64) * q_stride_column)[None, :], mask=here, other=0.0).to(
-            ACC
-        )
-    td = tl.sum(total, 1) / K.to(ACC)
-    total = tl.zeros([ROWS, NEXT_MEAN_BLOCK], ACC)
-    for first in range(0, next_K, NEXT_MEAN_BLOCK):
-        j = first + tl.arange(0, NEXT_MEAN_BLOCK)[None, :]
-        target = load_targets(
-            next_q, next_offset[:, None], j, next_stride_column, live[:, None] & (j < next_K), live[:, None],
-            reward[:, None], discount[:, None], ACC,
-        )  # fmt: skip
-        total += tl.where(j < next_K, target, 0.0)
-    td = tl.where(legal, td - tl.sum(total, 1) / next_K.to(ACC), float("nan"))
-    tl.store(td_error + row, td, mask=row < tl.where(split == 0, n, 0))  # by the first split only
+        where = offset[:, None] + (i.to(tl.int64) * q_stride_column)[None, :]
+        total += tl.load(q + where, mask=here, other=0.0).to(ACC)
+    predicted_mean = tl.sum(total, 1) / K.to(ACC)
 
     i = split * BLOCK + tl.arange(0, BLOCK)
     here = inside[:, None] & (i < K)[None, :]  # [rows, predicted]
-    predicted = tl.load(
-        q + offset[:, None] + (i.to(tl.int64) * q_stride_column)[None, :],
-        mask=here & legal[:, None],
-        other=float("nan"),
-    ).to(ACC)
+    where = offset[:, None] + (i.to(tl.int64) * q_stride_column)[None, :]
+    predicted = tl.load(q + where, mask=here & legal[:, None], other=float("nan")).to(ACC)
     if taus is None:
         tau = midpoint(i, K, ACC)[None, :] + tl.zeros([ROWS, BLOCK], ACC)
     else:
-        tau = (row.to(tl.int64) * tau_stride_row)[:, None] + (i.to(tl.int64) * tau_stride_column)[None, :]
-        tau = tl.load(taus + tau, mask=here, other=0.0).to(ACC)
+        where = (row.to(tl.int64) * tau_stride_row)[:, None] + (i.to(tl.int64) * tau_stride_column)[None, :]
+        tau = tl.load(taus + where, mask=here, other=0.0).to(ACC)
     above = tl.abs(tau - 1)
     below = -tl.abs(tau)
     if PLAIN:
@@ -134,6 +119,7 @@ def quantile_fwd_kernel(
         half = scalar(half_kappa, ACC)
     losses = tl.zeros([TARGETS, ROWS, BLOCK], ACC)
     steps = tl.zeros([TARGETS, ROWS, BLOCK], ACC)
+    total = tl.zeros([TARGETS, ROWS], ACC)
     body = next_K // TARGETS * TARGETS
     for first in range(0, body, TARGETS):
         j = first + tl.arange(0, TARGETS)[:, None]
@@ -142,6 +128,7 @@ def quantile_fwd_kernel(
             reward[None, :], discount[None, :], ACC,
         )  # fmt: skip
         losses, steps = add_pairs(losses, steps, predicted, above, below, target, None, inverse, half, PLAIN)
+        total += target
     if not EVEN:
         j = body + tl.arange(0, TARGETS)
         target = load_targets(
@@ -149,6 +136,10 @@ def quantile_fwd_kernel(
             live[None, :], reward[None, :], discount[None, :], ACC,
         )  # fmt: skip
         losses, steps = add_pairs(losses, steps, predicted, above, below, target, j < next_K, inverse, half, PLAIN)
+        total += tl.where((j < next_K)[:, None], target, 0.0)
+    td = predicted_mean - tl.sum(total, 0) / next_K.to(ACC)
+    td = tl.where(legal, td, float("nan"))
+    tl.store(td_error + row, td, mask=row < tl.where(split == 0, n, 0))  # by the first split only
     each = tl.sum(losses, 0)  # [rows, predicted]
     slope = tl.sum(steps, 0)
     part = scalar(share, ACC)

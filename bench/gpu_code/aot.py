@@ -19,6 +19,8 @@ from triton.runtime import driver
 from dqn_fused._backends import triton_backend, triton_launch
 from dqn_fused.arguments import Batch, check_batch, check_loss
 from dqn_fused.autograd import Saved
+from dqn_fused.quantile_arguments import check_quantile_options, check_quantiles
+from dqn_fused.row_loss import SavedRows
 
 CUDA = [80, 90, 100, 120]
 HIP = ["gfx942", "gfx1100"]
@@ -143,6 +145,29 @@ def calls(arguments: dict[str, Any], **options: Any) -> dict[str, Callable[[], o
         "forward": forward,
         "backward": backward,
         "loss_and_grad": lambda: triton_backend.loss_and_grad(batch, spec),
+    }
+
+
+def quantile_calls(arguments: dict[str, Any], **options: Any) -> dict[str, Callable[[], object]]:
+    """The same of the quantile loss."""
+    given = {"gamma": 0.99, **arguments}
+    taus, online = given.pop("taus", None), given.pop("next_quantiles_online", None)
+    q, next_q = given.pop("quantiles"), given.pop("next_quantiles")
+    batch, taus = check_quantiles(Batch(q=q, next_q=next_q, next_q_online=online, **given), taus)
+    spec = check_quantile_options(**{"kappa": 1.0, "quantile_reduction": "sum", "reduction": "mean", **options})
+    outputs: list[Any] = []
+
+    def forward() -> None:
+        outputs[:] = triton_backend.quantile_loss(batch, taus, spec)
+
+    def backward() -> None:
+        loss, _, slopes = outputs
+        triton_backend.rows_backward(torch.ones_like(loss), SavedRows.of(batch, slopes, spec.reduction))
+
+    return {
+        "forward": forward,
+        "backward": backward,
+        "loss_and_grad": lambda: triton_backend.quantile_loss_and_grad(batch, taus, spec),
     }
 
 

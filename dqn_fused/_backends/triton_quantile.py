@@ -62,7 +62,7 @@ def _store_loss(program: Program, given: Sequence[Any], spec: QuantileSpec) -> t
     q, next_q = batch.q, batch.next_q
     assert next_q is not None
     dtype, (n, A, K), next_K = accumulation_dtype(q), q.shape, next_q.shape[2]
-    plan = distributions_launch.pairs(n, K, dtype.itemsize, triton_launch.sms(q.device))
+    plan = distributions_launch.pairs(n, K, next_K, dtype.itemsize, triton_launch.sms(q.device))
     samples = Samples(program, batch)
     at, choice = samples.names, samples.choice(plan.rows, plan.splits)
     td_error = program.empty("td_error", batch.shape, dtype)
@@ -74,7 +74,6 @@ def _store_loss(program: Program, given: Sequence[Any], spec: QuantileSpec) -> t
         largest = torch.finfo(dtype).max
         numbers = program.number(min(1 / kappa, largest), dtype), program.number(kappa / 2, dtype)
     parts = next_K * (K if spec.quantile_reduction == "mean" else 1)
-    mean, next_mean = (min(launch.next_power_of_2(x), 2048 // plan.rows) for x in (K, next_K))
     program.launch(
         quantile_fwd_kernel, plan.programs,
         partial, td_error, slopes, at.q, at.actions, at.rewards, at.weights,
@@ -86,7 +85,7 @@ def _store_loss(program: Program, given: Sequence[Any], spec: QuantileSpec) -> t
         n if spec.reduction == "mean" else 1,
         GAMMA=samples.gamma_kind, PLAIN=kappa == 0, PER_ROW=spec.reduction == "none",
         ROWS=plan.rows, BLOCK=plan.block, TARGETS=plan.targets, EVEN=next_K % plan.targets == 0,
-        MEAN_BLOCK=mean, NEXT_MEAN_BLOCK=next_mean,
+        MEAN_BLOCK=plan.averaged,
         VALUES=choice.K == 1, ACTIONS=choice.actions, COLUMNS=choice.columns, VEC=choice.vec,
         COUNTED=launch.COUNTED, COUNT_BLOCK=launch.COUNTED_A_WARP * distributions_launch.WARPS,
         ACC=ACC[dtype], CHOICE_ACC=ACC[choice.dtype], num_warps=distributions_launch.WARPS,
