@@ -16,6 +16,7 @@ LEAST_BLOCK = 32  # predicted quantiles of a program: fewer leave more of its ti
 MOST_BLOCK = 256  # 2 a thread
 CHOICE_BYTES = 1 << 16  # that one program reads to choose: about as long as another launch takes
 CHOICE_AGAIN = 12 << 20  # bytes that are read more than once, in total: another launch at 5 TB/s
+CHOICE_TILES = 4  # of logits, each of which takes as long as a load and the softmax of it
 LOGITS = 8  # of a thread, of those whose softmax is taken at once, and 4 in float64
 MOST_WARPS = 16  # for a long row
 CHOICE_WARPS = 8  # for many actions
@@ -79,10 +80,10 @@ def warps(logits: int, itemsize: int, most: int) -> int:
     return max(WARPS, min(most, next_power_of_2(logits) * itemsize // (4 * 32 * LOGITS)))
 
 
-def chooses_first(m: int, A: int, K: int, itemsize: int, splits: int) -> bool:
-    """Whether the means that choose are worth a launch of their own."""
+def chooses_first(m: int, A: int, K: int, itemsize: int, splits: int, tiles: int) -> bool:
+    """Whether what chooses is worth a launch of its own, where a program would work through so many tiles."""
     row = A * K * itemsize
-    return row > CHOICE_BYTES or (splits - 1) * m * row > CHOICE_AGAIN
+    return row > CHOICE_BYTES or tiles > CHOICE_TILES or (splits - 1) * m * row > CHOICE_AGAIN
 
 
 class Projection(NamedTuple):

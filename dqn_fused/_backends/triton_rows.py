@@ -109,22 +109,32 @@ class Samples:
         if K % vec or x.stride(-1) != 1 or any(stride % vec for stride in x.stride()[:2]):
             vec = 1
         strides = x.stride(0) // vec, x.stride(1) // vec, x.stride(2) if x.dim() == 3 else 0
-        if K > 1 and m and distributions_launch.chooses_first(m, A, K, itemsize, splits):
-            alone = distributions_launch.warps(K, dtype.itemsize, distributions_launch.MOST_WARPS)
-            tile = distributions_launch.choice(None, m, A, K, dtype.itemsize, vec > 1, alone if softmax else 0)
-            tiles, support = launch.cdiv(A, tile.actions), atoms or NO_SUPPORT
-            values = self.program.empty("next_values", (m, A), dtype)
-            self.program.launch(
-                values_kernel, launch.cdiv(m, tile.rows) * tiles,
-                values, name, self.names.terminated, *support[:4], m, A, K, tiles, *strides, support.stride,
-                ROWS=tile.rows, ACTIONS=tile.actions, COLUMNS=tile.columns, VEC=vec, ACC=ACC[dtype],
-                num_warps=alone if softmax else distributions_launch.WARPS,
-            )  # fmt: skip
-            name, strides, K, vec = values, (A, 1, 0), 1, 1
+        tile = distributions_launch.choice(rows, m, A, K, dtype.itemsize, vec > 1, warps if K > 1 else 0)
+        tiles = launch.cdiv(A, tile.actions) if softmax else 1
+        if K > 1 and m and distributions_launch.chooses_first(m, A, K, itemsize, splits, tiles):
+            name = self._values(name, (m, A, K), strides, vec, dtype, atoms)
+            strides, K, vec = (A, 1, 0), 1, 1
+            tile = distributions_launch.choice(rows, m, A, K, dtype.itemsize, wide=False)
         if K == 1:
             strides, vec = (strides[0] * vec, strides[1] * vec, 0), 1
-        tile = distributions_launch.choice(rows, m, A, K, dtype.itemsize, vec > 1, warps if K > 1 else 0)
         return Chooser(name, strides, dtype, K, tile.actions, tile.columns, vec)
+
+    def _values(
+        self, name: str, shape: tuple[int, int, int], strides: tuple[int, int, int], vec: int, dtype: torch.dtype,
+        atoms: Support | None,
+    ) -> str:  # fmt: skip
+        """Reduce each row of (m, A, K) to what chooses, (m, A)."""
+        (m, A, K), support = shape, atoms or NO_SUPPORT
+        warps = distributions_launch.warps(K, dtype.itemsize, distributions_launch.MOST_WARPS) if atoms else 0
+        tile = distributions_launch.choice(None, m, A, K, dtype.itemsize, vec > 1, warps)
+        values, tiles = self.program.empty("next_values", (m, A), dtype), launch.cdiv(A, tile.actions)
+        self.program.launch(
+            values_kernel, launch.cdiv(m, tile.rows) * tiles,
+            values, name, self.names.terminated, *support[:4], m, A, K, tiles, *strides, support.stride,
+            ROWS=tile.rows, ACTIONS=tile.actions, COLUMNS=tile.columns, VEC=vec, ACC=ACC[dtype],
+            num_warps=warps or distributions_launch.WARPS,
+        )  # fmt: skip
+        return values
 
     @property
     def mask_strides(self) -> tuple[int | None, int | None]:
