@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from dqn_fused._backends import triton_backend, triton_launch
-from dqn_fused.arguments import Batch, check_batch, check_loss
+from dqn_fused.arguments import Batch, accumulation_dtype, check_batch, check_loss
 from dqn_fused.autograd import Saved
 from dqn_fused.categorical_arguments import check_categorical_options, check_logits
 from dqn_fused.quantile_arguments import check_quantile_options, check_quantiles
@@ -156,14 +156,14 @@ def quantile_calls(arguments: dict[str, Any], **options: Any) -> dict[str, Calla
     q, next_q = given.pop("quantiles"), given.pop("next_quantiles")
     batch, taus = check_quantiles(Batch(q=q, next_q=next_q, next_q_online=online, **given), taus)
     spec = check_quantile_options(**{"kappa": 1.0, "quantile_reduction": "sum", "reduction": "mean", **options})
+    grad_loss = torch.ones(batch.shape if spec.reduction == "none" else (), dtype=accumulation_dtype(batch.q))
     outputs: list[Any] = []
 
     def forward() -> None:
         outputs[:] = triton_backend.quantile_loss(batch, taus, spec)
 
     def backward() -> None:
-        loss, _, slopes = outputs
-        triton_backend.rows_backward(torch.ones_like(loss), SavedRows.of(batch, slopes, spec.reduction))
+        triton_backend.rows_backward(grad_loss, SavedRows.of(batch, outputs[2], spec.reduction))
 
     return {
         "forward": forward,
