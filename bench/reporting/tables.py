@@ -45,11 +45,7 @@ def linear(rows: Sequence[Row], providers: Sequence[str] | None = None) -> str:
 
 def distributional(rows: Sequence[Row], providers: Sequence[str] | None = None) -> str:
     """A line a loss and size."""
-
-    def label(row: Row) -> str:
-        return f"{row['variant']}, {row['n']} x {row['A']} x {row['K']}{dtype_of(row)}"
-
-    return grid("loss, n x A x K", rows, label, providers or seen(rows), lambda row: cell(row, True))
+    return grid("loss, n x A x K", rows, distribution_of, providers or seen(rows), lambda row: cell(row, True))
 
 
 def update(rows: Sequence[Row]) -> str:
@@ -160,6 +156,10 @@ def grid(
 
 def size_of(row: Row) -> str:
     return f"{row['n']} x {row['A']}{dtype_of(row)}"
+
+
+def distribution_of(row: Row) -> str:
+    return f"{row['variant']}, {row['n']} x {row['A']} x {row['K']}{dtype_of(row)}"
 
 
 def head_of(row: Row) -> str:
