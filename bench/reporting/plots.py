@@ -157,14 +157,14 @@ def distributions(rows: Sequence[Row], path: Path) -> bool:
     if not rows:
         return False
     names = shown(tables.seen(rows))
-    figure = Figure(figsize=(10, 1.6 + 0.4 * len(set(map(tables.distribution_of, rows)))), layout="constrained")
+    figure = Figure(figsize=(10, 1.6 + 0.4 * len(set(map(tables.of_variant, rows)))), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    _bars(left, rows, names, tables.distribution_of, lambda row: row["speedup"])
+    _bars(left, rows, names, tables.of_variant, lambda row: row["speedup"])
     _bars(
         right,
         rows,
         ["eager", *names],
-        tables.distribution_of,
+        tables.of_variant,
         lambda row: row["peak_bytes"] / (4 * row["n"] * row["A"] * row["K"]),
     )
     for axes, label in ((left, "times as fast as eager"), (right, "peak memory of a call, in gradients (n x A x K)")):
