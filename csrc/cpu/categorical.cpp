@@ -14,7 +14,7 @@ struct Worker {
   const Distributions& d;
   const CategoricalOptions& options;
   const Support<T>& support;
-  const CategoricalOutputs<T>& out;
+  const Outputs<T>& out;
   const Matrix& chooser;
   AtomFunctions<T> functions = atom_functions<T>();
   Exponentials<T> taken, next;
@@ -22,8 +22,7 @@ struct Worker {
   std::vector<double> found;
   std::vector<T> scratch;
 
-  Worker(const Distributions& d, const CategoricalOptions& options, const Support<T>& support,
-         const CategoricalOutputs<T>& out)
+  Worker(const Distributions& d, const CategoricalOptions& options, const Support<T>& support, const Outputs<T>& out)
       : d(d),
         options(options),
         support(support),
@@ -85,15 +84,15 @@ struct Worker {
 
 template <class T>
 bool categorical(const Distributions& d, const CategoricalOptions& options, const std::vector<T>& atoms,
-                 const CategoricalOutputs<T>& out) {
+                 const Outputs<T>& out) {
   const Support<T> support{atoms.data(), d.K, static_cast<int64_t>(atoms.size())};
   const int64_t cost = d.A * d.K * (d.batch.next_q ? COST : 1);
   return reduce_samples(d, options.reduction, cost, out.loss, [&] { return Worker<T>(d, options, support, out); });
 }
 
 template bool categorical(const Distributions&, const CategoricalOptions&, const std::vector<float>&,
-                          const CategoricalOutputs<float>&);
+                          const Outputs<float>&);
 template bool categorical(const Distributions&, const CategoricalOptions&, const std::vector<double>&,
-                          const CategoricalOutputs<double>&);
+                          const Outputs<double>&);
 
 }  // namespace dqn_fused::cpu
