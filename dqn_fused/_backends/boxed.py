@@ -6,13 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dqn_fused._ops import REDUCTIONS
 from dqn_fused.arguments import Batch, LossSpec, looks_at_values
 from dqn_fused.autograd import Saved
 from dqn_fused.categorical_arguments import CategoricalSpec
-from dqn_fused.options import packed, unpacked
+from dqn_fused.options import REDUCTIONS, packed, unpacked
 from dqn_fused.quantile_arguments import QuantileSpec
 from dqn_fused.row_loss import SavedRows
+
+REDUCTION_OF = {code: name for name, code in REDUCTIONS.items()}
 
 
 def arguments(batch: Batch, spec: LossSpec) -> tuple[object, ...]:
@@ -152,14 +153,14 @@ def unpack_distributions(
 def unpack_quantile(*given: Any) -> tuple[Batch, Tensor | None, QuantileSpec]:
     """Batch, taus and options of the arguments of a quantile op."""
     *shared, taus, kappa, mean, reduction, _ = given
-    spec = QuantileSpec(kappa, "mean" if mean else "sum", _NAMES[2][reduction])
+    spec = QuantileSpec(kappa, "mean" if mean else "sum", REDUCTION_OF[reduction])
     return unpack_distributions(*shared), taus, spec
 
 
 def unpack_categorical(*given: Any) -> tuple[Batch, CategoricalSpec]:
     """Batch and options of the arguments of a categorical op."""
     *shared, support, v_min, v_max, sigma, reduction, _ = given
-    spec = CategoricalSpec((v_min, v_max) if support is None else support, sigma, _NAMES[2][reduction])
+    spec = CategoricalSpec((v_min, v_max) if support is None else support, sigma, REDUCTION_OF[reduction])
     return unpack_distributions(*shared), spec
 
 
@@ -174,7 +175,7 @@ def unpack_rows(
 ) -> SavedRows:
     """What a backward of a distributional loss needs, of the arguments of its op."""
     shape = torch.Size((slopes.shape[0], A, slopes.shape[1]))
-    return SavedRows(slopes, actions, weights, shape, dtype, _NAMES[2][reduction])
+    return SavedRows(slopes, actions, weights, shape, dtype, REDUCTION_OF[reduction])
 
 
 def shaped_values(loss: Tensor, values: Tensor, batch: Batch, reduction: str) -> tuple[Tensor, Tensor]:

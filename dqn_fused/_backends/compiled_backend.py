@@ -10,11 +10,11 @@ from torch import Tensor
 from dqn_fused import _distributional_ops, _ops, arguments, node
 from dqn_fused._backends import boxed
 from dqn_fused._backends.boxed import backward_arguments, shaped, shaped_forward
-from dqn_fused._ops import REDUCTIONS
 from dqn_fused.arguments import Batch, LossSpec
 from dqn_fused.autograd import Saved
 from dqn_fused.categorical_arguments import CategoricalSpec
 from dqn_fused.head import sweep
+from dqn_fused.options import REDUCTIONS
 from dqn_fused.quantile_arguments import QuantileSpec
 from dqn_fused.row_loss import SavedRows
 
