@@ -15,7 +15,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from setuptools import Extension, setup
+from setuptools import Extension, __version__, setup
+
+if int(__version__.split(".")[0]) < 77:  # pip looks at build-system.requires in an isolated build only
+    raise SystemExit(f"dqn_fused: expected setuptools 77 or later, got {__version__}; pip install --upgrade setuptools")
+
 from setuptools.command.bdist_wheel import bdist_wheel
 
 SOURCES = {

@@ -110,6 +110,13 @@ def test_what_is_asked_for_by_name_elsewhere(monkeypatch: pytest.MonkeyPatch) ->
     assert [extension.name for extension in setup(monkeypatch, "darwin", "cpu")] == ["dqn_fused._C_cpu"]
 
 
+def test_an_old_setuptools_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new environment of Python 3.11 has 65.5, which knows neither the metadata nor the wheel's command."""
+    monkeypatch.setattr(setuptools, "__version__", "65.5.0")
+    with pytest.raises(SystemExit, match=r"expected setuptools 77 or later, got 65\.5\.0; pip install --upgrade"):
+        setup(monkeypatch, sys.platform, "0")
+
+
 def test_the_version_is_written_once() -> None:
     release = re.sub(r"\.dev\d+$", "", dqn_fused.__version__)
     headings = re.findall(r"^## (\S+) - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
