@@ -1,7 +1,7 @@
 """The one place that checks arguments: user's tensors in, a flat and immutable description of the batch out."""
 
 import os
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -66,6 +66,19 @@ class Batch(NamedTuple):
     def next_count(self) -> int:
         """Number of next states, where non_final_mask leaves some out."""
         return 0 if self.next_q is None else self.next_q.shape[0]
+
+
+class Reduced(Protocol):
+    """What is computed from a batch, of any family: one of its options is the reduction."""
+
+    @property
+    def reduction(self) -> str:
+        """One of REDUCTIONS."""
+
+    def _replace(self: "SpecT", *, reduction: str) -> "SpecT": ...
+
+
+SpecT = TypeVar("SpecT", bound=Reduced)
 
 
 def accumulation_dtype(q: Tensor) -> torch.dtype:
@@ -167,7 +180,7 @@ def check_compacted(name: str, x: Tensor, columns: int, non_final_mask: Tensor) 
         )
 
 
-def check_group(process_group: "dist.ProcessGroup", spec: LossSpec) -> None:
+def check_group(process_group: "dist.ProcessGroup", spec: Reduced) -> None:
     """Check that a process group is one, and has something to sum."""
     if not isinstance(process_group, dist.ProcessGroup):
         raise TypeError(
@@ -181,8 +194,8 @@ def check_group(process_group: "dist.ProcessGroup", spec: LossSpec) -> None:
 
 
 def normalise_weights(
-    batch: Batch, spec: LossSpec, process_group: "dist.ProcessGroup | None" = None
-) -> tuple[Batch, LossSpec]:
+    batch: Batch, spec: SpecT, process_group: "dist.ProcessGroup | None" = None
+) -> tuple[Batch, SpecT]:
     """Turn the weighted mean into a sum with weights that add up to one, so that no backend need know of it.
 
     In a process group they add up to one on average over its ranks, as gradients are averaged over them.

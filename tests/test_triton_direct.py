@@ -6,7 +6,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from categorical_data import compact as compact_logits
+from categorical_data import make as make_logits
+from categorical_data import ready
 from conftest import INTERPRETED
+from quantile_data import compact as compact_quantiles
+from quantile_data import make as make_quantiles
 from test_family import VARIANTS, compacted, variant
 from test_loss import compact, dtype_id, make
 from torch import Tensor
@@ -22,6 +27,7 @@ from dqn_fused.arguments import Batch, LossSpec  # noqa: E402
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter replaces the compiler")
 
+F32 = torch.float32
 Calls = dict[str, Callable[[], object]]
 
 
@@ -211,6 +217,46 @@ def test_sizes_about_2_31(stub: Stub) -> None:
 @pytest.mark.parametrize("stub", ["sm_80", "gfx942"], indirect=True)
 def test_on_other_targets(stub: Stub) -> None:
     check_each(stub, [host.calls(make((32, 18))), host.calls(make((16, 512)))])
+
+
+@pytest.mark.parametrize("variant", ["plain", "float64", "everything", "mask", "none", "long rows"])
+def test_the_quantile_loss(stub: Stub, variant: str) -> None:
+    several = []
+    for n in (32, 33):
+        arguments, options = make_quantiles((n, 6, 40), dtype=torch.float64 if variant == "float64" else F32), {}
+        if variant in ("everything", "mask"):
+            arguments |= {"weights": torch.rand(n), "gamma": torch.rand(n), "taus": torch.rand(n, 40)}
+            arguments["next_quantiles_online"] = torch.randn(n, 6, 7)
+            arguments["next_action_mask"] = torch.ones(n, 6, dtype=torch.bool)
+        if variant == "mask":
+            arguments = compact_quantiles(arguments)
+        elif variant == "none":
+            options["reduction"] = "none"
+        elif variant == "long rows":
+            arguments["next_quantiles"] = torch.randn(n, 6, 4000)
+        several.append(aot.quantile_calls(arguments, **options))
+    check_each(stub, several)
+
+
+@pytest.mark.parametrize("variant", ["plain", "float64", "everything", "mask", "none", "many actions", "hl_gauss"])
+def test_the_categorical_losses(stub: Stub, variant: str) -> None:
+    several = []
+    for n in (32, 33):
+        arguments, options = make_logits((n, 6, 40), torch.float64 if variant == "float64" else F32), {}
+        if variant in ("everything", "mask"):
+            arguments |= {"weights": torch.rand(n), "gamma": torch.rand(n), "support": torch.linspace(-1, 1, 40)}
+            arguments["next_logits_online"] = torch.randn(n, 6, 40)
+            arguments["next_action_mask"] = torch.ones(n, 6, dtype=torch.bool)
+        if variant == "mask":
+            arguments = compact_logits(arguments)
+        elif variant == "none":
+            options["reduction"] = "none"
+        elif variant == "many actions":
+            arguments = make_logits((n, 400, 40))
+        elif variant == "hl_gauss":
+            arguments, options = ready((n, 6, 40)), {"projection": "hl_gauss"}
+        several.append(aot.categorical_calls(arguments, **options))
+    check_each(stub, several)
 
 
 def test_a_storage_beyond_2_gib_on_rocm(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,12 +6,25 @@ import torch
 import triton
 from torch import Tensor
 
-from dqn_fused._backends import capturing, triton_launch, triton_ops, triton_sweep, triton_td_loss
+from dqn_fused._backends import (
+    capturing,
+    triton_categorical,
+    triton_launch,
+    triton_ops,
+    triton_quantile,
+    triton_rows,
+    triton_sweep,
+    triton_td_loss,
+)
 from dqn_fused._backends.triton_program import OLDEST, VERSION
 from dqn_fused.arguments import Batch, LossSpec
 from dqn_fused.autograd import Saved
+from dqn_fused.categorical_arguments import CategoricalSpec
 from dqn_fused.head import Sweep
+from dqn_fused.quantile_arguments import QuantileSpec
+from dqn_fused.row_loss import SavedRows
 
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
 CHECKS_CPU = False
 COUNTS_MASK = True
 NODE = False
@@ -63,26 +76,56 @@ def _probe(device: torch.device) -> str | None:
     return None
 
 
+def _without_values() -> bool:
+    """Whether there is nothing to launch on: torch.compile traces, or the tensors are fakes. Then an op is called."""
+    return torch.compiler.is_compiling() or torch._C._get_dispatch_mode(_FAKE) is not None
+
+
 def forward(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return (loss, td_error, normaliser)."""
-    return (triton_ops if torch.compiler.is_compiling() else triton_td_loss).forward(batch, spec)
+    return (triton_ops if _without_values() else triton_td_loss).forward(batch, spec)
 
 
 def backward(grad_loss: Tensor, saved: Saved, spec: LossSpec) -> Tensor:
     """Return grad_q."""
-    return (triton_ops if torch.compiler.is_compiling() else triton_td_loss).backward(grad_loss, saved, spec)
+    return (triton_ops if _without_values() else triton_td_loss).backward(grad_loss, saved, spec)
 
 
 def loss_and_grad(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return (loss, grad_q, td_error, normaliser)."""
-    return (triton_ops if torch.compiler.is_compiling() else triton_td_loss).loss_and_grad(batch, spec)
+    return (triton_ops if _without_values() else triton_td_loss).loss_and_grad(batch, spec)
 
 
 def sweep(work: Sweep) -> tuple[Tensor, Tensor | None]:
     """As head.sweep."""
-    return triton_ops.sweep(work, auto=False) if torch.compiler.is_compiling() else triton_sweep.sweep(work)
+    return triton_ops.sweep(work, auto=False) if _without_values() else triton_sweep.sweep(work)
 
 
 def auto_sweep(work: Sweep) -> tuple[Tensor, Tensor | None]:
     """As head.sweep, by the kernel where that pays."""
-    return triton_ops.sweep(work, auto=True) if torch.compiler.is_compiling() else triton_sweep.auto_sweep(work)
+    return triton_ops.sweep(work, auto=True) if _without_values() else triton_sweep.auto_sweep(work)
+
+
+def quantile_loss(batch: Batch, taus: Tensor | None, spec: QuantileSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (loss, td_error, slopes)."""
+    return (triton_ops if _without_values() else triton_quantile).quantile_loss(batch, taus, spec)
+
+
+def quantile_loss_and_grad(batch: Batch, taus: Tensor | None, spec: QuantileSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (loss, gradient, td_error)."""
+    return (triton_ops if _without_values() else triton_quantile).quantile_loss_and_grad(batch, taus, spec)
+
+
+def categorical_loss(batch: Batch, spec: CategoricalSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (loss, values, slopes)."""
+    return (triton_ops if _without_values() else triton_categorical).categorical_loss(batch, spec)
+
+
+def categorical_loss_and_grad(batch: Batch, spec: CategoricalSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (loss, gradient, values)."""
+    return (triton_ops if _without_values() else triton_categorical).categorical_loss_and_grad(batch, spec)
+
+
+def rows_backward(grad_loss: Tensor, saved: SavedRows) -> Tensor:
+    """Return the gradient of a distributional loss."""
+    return (triton_ops if _without_values() else triton_rows).rows_backward(grad_loss, saved)

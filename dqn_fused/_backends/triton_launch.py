@@ -58,9 +58,9 @@ def launch_sum(run: Run, loss: Tensor | str, partial: Tensor | str, count: int, 
     run(sum_kernel, 1, loss, partial, count, BLOCK=launch.MAX_PROGRAMS, ACC=ACC[dtype], num_warps=launch.SUM_WARPS)
 
 
-def count_mask(program: Program, n: int, plan: launch.Forward) -> str | None:
+def count_mask(program: Program, n: int, num_warps: int) -> str | None:
     """True entries of each part of a mask, where the launch that follows does not count all of them itself."""
-    programs = launch.counts(n, plan)
+    programs = launch.counts(n, num_warps)
     if programs == 0:
         return None
     counts = program.empty("counts", (programs,), torch.int32)
@@ -69,6 +69,11 @@ def count_mask(program: Program, n: int, plan: launch.Forward) -> str | None:
         COUNTED=launch.COUNTED, BLOCK=launch.COUNTED_A_WARP * 4, num_warps=4,
     )  # fmt: skip
     return counts
+
+
+def named(given: Any) -> Any:
+    """A Batch, or what is saved of one, with names for tensors."""
+    return given._make(name if isinstance(x, Tensor) else x for name, x in zip(given._fields, given, strict=True))
 
 
 Strides = tuple[int | None, int | None, int | None, int | None]

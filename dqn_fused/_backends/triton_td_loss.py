@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from dqn_fused._backends import triton_launch
-from dqn_fused._backends.triton_launch import ACC, count_mask, launch_sum, row_strides, run_program, strides_unless_flat
+from dqn_fused._backends.triton_launch import (
+    ACC,
+    count_mask,
+    launch_sum,
+    named,
+    row_strides,
+    run_program,
+    strides_unless_flat,
+)
 from dqn_fused._backends.triton_program import Program
 from dqn_fused.arguments import Batch, LossSpec, accumulation_dtype
 from dqn_fused.autograd import Saved, loss_gradient
@@ -98,7 +106,7 @@ def _loss_and_grad(program: Program, batch: Batch, spec: LossSpec) -> None:
     grad_q = program.empty("grad_q", (*batch.shape, q.shape[-1]), q.dtype)
     loss, td_error, normaliser = _store_loss(program, batch, spec, grad_q if narrow else None)
     if not narrow:
-        at = _named(batch)
+        at = named(batch)
         _store_gradient(
             program, spec, grad_q, None, td_error, at.saved_actions, at.weights, normaliser, q, batch.action_mask,
             (batch.actions.numel(), q.shape[-1]), q.dtype,
@@ -110,7 +118,7 @@ def _backward(program: Program, given: Sequence[Any], spec: LossSpec) -> None:
     """Build what backward launches."""
     saved = Saved(*given[1:])
     _, actions, _, _, q, mask, q_shape, dtype = saved
-    at = _named(saved)
+    at = named(saved)
     grad_q = program.empty("grad_q", q_shape, dtype)
     _store_gradient(
         program, spec, grad_q, "grad_loss", at.td_error, at.actions, at.weights, at.normaliser, q, mask,
@@ -122,15 +130,10 @@ def _backward(program: Program, given: Sequence[Any], spec: LossSpec) -> None:
 _SAVED = ("grad_loss", *Saved._fields)
 
 
-def _named(given: Any) -> Any:
-    """A Batch or Saved with names for tensors."""
-    return given._make(name if isinstance(x, Tensor) else x for name, x in zip(given._fields, given, strict=True))
-
-
 def _store_loss(program: Program, batch: Batch, spec: LossSpec, grad_q: str | None) -> tuple[str, str, str | None]:
     """Loss, TD errors and normaliser of the conservative term; grad_q is filled if given."""
     q, next_q, online, target_q = batch.q, batch.next_q, batch.next_q_online, batch.target_q
-    next_mask, mask, at = batch.next_action_mask, batch.action_mask, _named(batch)
+    next_mask, mask, at = batch.next_action_mask, batch.action_mask, named(batch)
     dtype, n, A = accumulation_dtype(q), batch.actions.numel(), q.shape[-1]
     m = 0 if next_q is None else next_q.shape[:-1].numel()
     td_error = program.empty("td_error", batch.shape, dtype)
@@ -172,7 +175,7 @@ def _store_loss(program: Program, batch: Batch, spec: LossSpec, grad_q: str | No
     doubles = any(x is not None and x.element_size() > 4 for x in (q, chosen, target_q))
     more = grad_q is not None or value != "max" or spec.cql or next_mask is not None
     plan = launch.forward(n, A if narrow else max(splits), (2 if doubles else 1) * (2 if more else 1), not per_row)
-    counts = None if batch.non_final_mask is None else count_mask(program, n, plan)
+    counts = None if batch.non_final_mask is None else count_mask(program, n, plan.num_warps)
     loss = program.empty("loss", batch.shape if per_row else (), dtype)
     summed = not per_row and plan.programs > 1
     program.launch(

@@ -149,7 +149,8 @@ def executing(target: str, **options: Any) -> Iterator[Executor]:
             (torch, "empty_strided", executor.empty(torch.empty_strided)),
         ):
             stack.enter_context(patch.object(owner, name, value))
-        stack.enter_context(patch.dict(_backends._CHOSEN, clear=True))
+        for chosen in (_backends._CHOSEN, _backends._CHOSEN_DISTRIBUTIONAL):
+            stack.enter_context(patch.dict(chosen, clear=True))
         yield executor
 
 
