@@ -6,6 +6,7 @@ Shapes in the comments: n samples, m next states, A actions.
 import triton
 import triton.language as tl
 
+from .atoms import atom_values, expectation_of_rows
 from .rows import NO_COLUMN, combine, reduce_columns
 
 
@@ -24,13 +25,14 @@ def mean_of_rows(x, offset, stride, inside, K, COLUMNS: tl.constexpr, VEC: tl.co
 
 @triton.jit
 def greedy(
-    x, strides, mask, mask_strides, row, live, A, K,
+    x, strides, mask, mask_strides, row, live, A, K, z,
     VALUES: tl.constexpr, ACTIONS: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """First largest legal action of each row, [rows], and whether it is known.
 
-    x: (m, A, K), whose means over K choose, or with VALUES (m, A). It is not known where no action is legal, as which
-    -inf counts beside a mask, or where a legal one is NaN.
+    x: (m, A, K), whose means over K choose, or, where there are atoms z, [columns], the expectations of their softmax;
+    or with VALUES (m, A). It is not known where no action is legal, as which -inf counts beside a mask, or where a
+    legal one is NaN.
     """
     best = tl.full([row.shape[0]], float("-inf"), ACC)
     index = tl.full([row.shape[0]], NO_COLUMN, tl.int32)
@@ -45,6 +47,8 @@ def greedy(
         offset = start[:, None] + (wide * strides[1] * VEC)[None, :]
         if VALUES:
             value = tl.load(x + offset, mask=legal, other=0.0).to(ACC)
+        elif z is not None:
+            value = expectation_of_rows(x, offset, strides[2], legal, z, K, VEC, ACC)
         else:
             value = mean_of_rows(x, offset, strides[2], legal, K, COLUMNS, VEC, ACC)
         value = tl.where(legal, value, float("-inf"))
@@ -60,11 +64,12 @@ def greedy(
 def values_kernel(
     values,  # (m, A)
     x, final,  # (m, A, K), (m,) or None: rows that are not read
+    support, v_min, v_max, step,  # as atom_values has them, or None for means
     m, A, K, action_tiles,
-    stride_row, stride_action, stride_column,
+    stride_row, stride_action, stride_column, support_stride,
     ROWS: tl.constexpr, ACTIONS: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Means over K: what chooses, where a row is too long for the program of each sample to read all of it."""
+    """Means or expectations: what chooses, where a row is too long for the program of a sample to read all of it."""
     row = tl.program_id(0) // action_tiles * ROWS + tl.arange(0, ROWS)
     action = tl.program_id(0) % action_tiles * ACTIONS + tl.arange(0, ACTIONS)
     live = row < m
@@ -72,9 +77,13 @@ def values_kernel(
         live = live & (tl.load(final + row, mask=live, other=1) == 0)
     inside = live[:, None] & (action < A)[None, :]
     offset = (row.to(tl.int64) * stride_row * VEC)[:, None] + (action.to(tl.int64) * stride_action * VEC)[None, :]
-    mean = mean_of_rows(x, offset, stride_column, inside, K, COLUMNS, VEC, ACC)
+    if support is None and v_min is None:
+        value = mean_of_rows(x, offset, stride_column, inside, K, COLUMNS, VEC, ACC)
+    else:
+        z = atom_values(tl.arange(0, COLUMNS), support, support_stride, v_min, v_max, step, K, ACC)
+        value = expectation_of_rows(x, offset, stride_column, inside, z, K, VEC, ACC)
     here = row.to(tl.int64)[:, None] * A + action[None, :]
-    tl.store(values + here, mean, mask=(row < m)[:, None] & (action < A)[None, :])
+    tl.store(values + here, value, mask=(row < m)[:, None] & (action < A)[None, :])
 
 
 @triton.jit(do_not_specialize=["n", "splits"])

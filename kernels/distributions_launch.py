@@ -16,6 +16,11 @@ LEAST_BLOCK = 32  # predicted quantiles of a program: fewer leave more of its ti
 MOST_BLOCK = 256  # 2 a thread
 CHOICE_BYTES = 1 << 16  # that one program reads to choose: about as long as another launch takes
 CHOICE_AGAIN = 12 << 20  # bytes that are read more than once, in total: another launch at 5 TB/s
+CHOICE_TILES = 4  # of logits, each of which takes as long as a load and the softmax of it
+LOGITS = 8  # of a thread, of those whose softmax is taken at once, and 4 in float64
+MOST_WARPS = 16  # for a long row
+CHOICE_WARPS = 8  # for many actions
+SHARED = 16  # pairs of an atom and a probability that a thread has at once: each is added up where it is made
 SUM_ROWS, SUM_SPLITS = 32, 64  # a tile of sum_rows_kernel
 
 
@@ -56,15 +61,51 @@ def pairs(n: int, K: int, next_K: int, itemsize: int, sms: int) -> Pairs:
     return Pairs(rows, block, targets, averaged, splits, cdiv(n, rows) * splits)
 
 
-def choice(rows: int | None, m: int, A: int, K: int, itemsize: int, wide: bool) -> Choice:
-    """Whole rows of K where they fit; of a program that does nothing but average, whose rows are None, several."""
-    read = (READ if wide else READ_ONE_BY_ONE) // (1 if itemsize <= 4 else 8)
-    columns = min(next_power_of_2(K), read // (rows or 1))
-    actions = min(next_power_of_2(A), read // (rows or 1) // columns)
-    return Choice(rows or min(next_power_of_2(m), read // (actions * columns)), actions, columns)
+def choice(rows: int | None, m: int, A: int, K: int, itemsize: int, wide: bool, softmax_warps: int = 0) -> Choice:
+    """Whole rows of K where they fit, and always by programs of softmax_warps, which take their softmax.
+
+    Several rows for a program that does nothing but reduce them, whose rows are None.
+    """
+    read = 32 * softmax_warps * LOGITS * 4 // itemsize
+    if softmax_warps == 0:
+        read = (READ if wide else READ_ONE_BY_ONE) // (1 if itemsize <= 4 else 8)
+    read //= rows or 1
+    columns = next_power_of_2(K) if softmax_warps else min(next_power_of_2(K), read)
+    actions = max(1, min(next_power_of_2(A), read // columns))
+    return Choice(rows or max(1, min(next_power_of_2(m), read // (actions * columns))), actions, columns)
 
 
-def chooses_first(m: int, A: int, K: int, itemsize: int, splits: int) -> bool:
-    """Whether the means that choose are worth a launch of their own."""
+def warps(logits: int, itemsize: int, most: int) -> int:
+    """Warps of a program that takes the softmax of so many logits at once, at most a number of them."""
+    return max(WARPS, min(most, next_power_of_2(logits) * itemsize // (4 * 32 * LOGITS)))
+
+
+def chooses_first(m: int, A: int, K: int, itemsize: int, splits: int, tiles: int) -> bool:
+    """Whether what chooses is worth a launch of its own, where a program would work through so many tiles."""
     row = A * K * itemsize
-    return row > CHOICE_BYTES or (splits - 1) * m * row > CHOICE_AGAIN
+    return row > CHOICE_BYTES or tiles > CHOICE_TILES or (splits - 1) * m * row > CHOICE_AGAIN
+
+
+class Projection(NamedTuple):
+    """Launch of categorical_fwd_kernel."""
+
+    rows: int  # samples of a program
+    atoms: int
+    chunk: int  # probabilities that are shared at once
+    programs: int
+    num_warps: int
+
+
+def projection(n: int, A: int, K: int, itemsize: int, sms: int) -> Projection:
+    """A sample a program, or as many as give each thread an atom, if there are enough of them for the device.
+
+    Few samples choose among A actions at once, if they can; it takes 0.7 us to load the next ones.
+    """
+    atoms = next_power_of_2(K)
+    num_warps = max(warps(atoms, itemsize, MOST_WARPS), warps(next_power_of_2(A) * atoms, itemsize, CHOICE_WARPS))
+    rows = max(1, min(next_power_of_2(n), 32 * WARPS // atoms))
+    while rows > 1 and 2 * cdiv(n, rows) <= sms:
+        rows //= 2
+    shared = 32 * num_warps * SHARED // (1 if itemsize <= 4 else 4)
+    chunk = max(1, min(atoms, shared // (rows * atoms)))
+    return Projection(rows, atoms, chunk, cdiv(n, rows), num_warps)

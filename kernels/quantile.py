@@ -6,6 +6,7 @@ Shapes in the comments: n samples, m next states, A actions, K predicted quantil
 import triton
 import triton.language as tl
 
+from .atoms import quotient
 from .distributions import greedy
 from .mask import count_before
 from .rows import scalar
@@ -36,13 +37,6 @@ def add_pairs(
     part = tl.where(size != 0, 1.0, 0.0) if PLAIN else tl.minimum(size * inverse_kappa, 1.0)
     step = tl.where(d > 0, above[None, :, :], below[None, :, :]) * part  # with the sign of d
     return loss + tl.abs(step) * (size - half_kappa * part), slope + step
-
-
-@triton.jit
-def midpoint(i, K, ACC: tl.constexpr):
-    """(i + 1/2) / K, correctly rounded."""
-    i = i.to(ACC) + 0.5
-    return i / K.to(ACC) if tl.float64 == ACC else tl.div_rn(i, K.to(ACC))
 
 
 @triton.jit(do_not_specialize=["n", "m", "A", "K", "next_K", "choice_K", "splits", "count"])
@@ -89,7 +83,7 @@ def quantile_fwd_kernel(
     choice_strides = (choice_stride_row, choice_stride_action, choice_stride_column)
     best, known = greedy(
         chooser, choice_strides, next_action_mask, (mask_stride_row, mask_stride_action), next_row, live, A, choice_K,
-        VALUES, ACTIONS, COLUMNS, VEC, CHOICE_ACC,
+        None, VALUES, ACTIONS, COLUMNS, VEC, CHOICE_ACC,
     )  # fmt: skip
     reward = tl.where(live & (known == 0), float("nan"), reward)
     next_offset = next_row.to(tl.int64) * next_stride_row + best.to(tl.int64) * next_stride_action
@@ -108,7 +102,7 @@ def quantile_fwd_kernel(
     where = offset[:, None] + (i.to(tl.int64) * q_stride_column)[None, :]
     predicted = tl.load(q + where, mask=here & legal[:, None], other=float("nan")).to(ACC)
     if taus is None:
-        tau = midpoint(i, K, ACC)[None, :] + tl.zeros([ROWS, BLOCK], ACC)
+        tau = quotient(i.to(ACC) + 0.5, K.to(ACC), ACC)[None, :] + tl.zeros([ROWS, BLOCK], ACC)
     else:
         where = (row.to(tl.int64) * tau_stride_row)[:, None] + (i.to(tl.int64) * tau_stride_column)[None, :]
         tau = tl.load(taus + where, mask=here, other=0.0).to(ACC)

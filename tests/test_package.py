@@ -190,20 +190,23 @@ def test_the_choice_on_cuda(monkeypatch: pytest.MonkeyPatch, works: tuple[str, .
 
 
 @pytest.mark.parametrize("serves", [True, False])
-def test_the_choice_of_a_quantile_loss_on_cuda(monkeypatch: pytest.MonkeyPatch, serves: bool) -> None:
-    """Triton, else PyTorch's operations: the compiled ops of this loss are the CPU's."""
+@pytest.mark.parametrize("family", ["quantile", "categorical"])
+def test_the_choice_of_a_distributional_loss_on_cuda(
+    monkeypatch: pytest.MonkeyPatch, family: str, serves: bool
+) -> None:
+    """Triton, else PyTorch's operations: the compiled ops of these losses are the CPU's."""
     reasons = {"compiled": None, "triton": None if serves else "it does not", "torch": None}
     fakes = {name: SimpleNamespace(refuses=lambda device, name=name: reasons[name]) for name in _backends.MODULES}
     monkeypatch.setattr(_backends, "_missing", lambda name: None)
     monkeypatch.setattr(_backends, "_LOADED", fakes)
     monkeypatch.setattr(_backends, "_CHOSEN_DISTRIBUTIONAL", {})
     device = torch.device("cuda", 0)
-    assert _backends.choose_distributional("quantile", "auto", device) is fakes["triton" if serves else "torch"]
-    with pytest.raises(BackendUnavailableError, match="it has no quantile loss for tensors on cuda"):
-        _backends.choose_distributional("quantile", "compiled", device)
+    assert _backends.choose_distributional(family, "auto", device) is fakes["triton" if serves else "torch"]
+    with pytest.raises(BackendUnavailableError, match=f"it has no {family} loss for tensors on cuda"):
+        _backends.choose_distributional(family, "compiled", device)
     if not serves:
         with pytest.raises(BackendUnavailableError, match="it does not"):
-            _backends.choose_distributional("quantile", "triton", device)
+            _backends.choose_distributional(family, "triton", device)
 
 
 def test_a_choice_within_a_capture_is_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from conftest import INTERPRETED
+from categorical_data import compact as compact_logits
+from categorical_data import make as make_logits
+from categorical_data import ready
 from quantile_data import compact as compact_quantiles
 from quantile_data import make as make_quantiles
 from test_family import VARIANTS, compacted, variant
@@ -232,6 +235,27 @@ def test_the_quantile_loss(stub: Stub, variant: str) -> None:
         elif variant == "long rows":
             arguments["next_quantiles"] = torch.randn(n, 6, 4000)
         several.append(aot.quantile_calls(arguments, **options))
+    check_each(stub, several)
+
+
+@pytest.mark.parametrize("variant", ["plain", "float64", "everything", "mask", "none", "many actions", "hl_gauss"])
+def test_the_categorical_losses(stub: Stub, variant: str) -> None:
+    several = []
+    for n in (32, 33):
+        arguments, options = make_logits((n, 6, 40), torch.float64 if variant == "float64" else F32), {}
+        if variant in ("everything", "mask"):
+            arguments |= {"weights": torch.rand(n), "gamma": torch.rand(n), "support": torch.linspace(-1, 1, 40)}
+            arguments["next_logits_online"] = torch.randn(n, 6, 40)
+            arguments["next_action_mask"] = torch.ones(n, 6, dtype=torch.bool)
+        if variant == "mask":
+            arguments = compact_logits(arguments)
+        elif variant == "none":
+            options["reduction"] = "none"
+        elif variant == "many actions":
+            arguments = make_logits((n, 400, 40))
+        elif variant == "hl_gauss":
+            arguments, options = ready((n, 6, 40)), {"projection": "hl_gauss"}
+        several.append(aot.categorical_calls(arguments, **options))
     check_each(stub, several)
 
 

@@ -19,6 +19,7 @@ from triton.runtime import driver
 from dqn_fused._backends import triton_backend, triton_launch
 from dqn_fused.arguments import Batch, accumulation_dtype, check_batch, check_loss
 from dqn_fused.autograd import Saved
+from dqn_fused.categorical_arguments import check_categorical_options, check_logits
 from dqn_fused.quantile_arguments import check_quantile_options, check_quantiles
 from dqn_fused.row_loss import SavedRows
 
@@ -168,6 +169,30 @@ def quantile_calls(arguments: dict[str, Any], **options: Any) -> dict[str, Calla
         "forward": forward,
         "backward": backward,
         "loss_and_grad": lambda: triton_backend.quantile_loss_and_grad(batch, taus, spec),
+    }
+
+
+def categorical_calls(arguments: dict[str, Any], **options: Any) -> dict[str, Callable[[], object]]:
+    """The same of the categorical losses; without next_logits of the one for a ready target."""
+    given, options = {"gamma": 0.99, "next_logits": None, **arguments}, {"reduction": "mean", **options}
+    spec = check_categorical_options(given.pop("support"), **options)
+    if "target" in given:
+        given["rewards"] = given.pop("target")
+    q, next_q, online = (given.pop(name, None) for name in ("logits", "next_logits", "next_logits_online"))
+    batch = check_logits(Batch(q=q, next_q=next_q, next_q_online=online, **given), spec)
+    outputs: list[Any] = []
+
+    def forward() -> None:
+        outputs[:] = triton_backend.categorical_loss(batch, spec)
+
+    def backward() -> None:
+        loss, _, slopes = outputs
+        triton_backend.rows_backward(torch.ones_like(loss), SavedRows.of(batch, slopes, spec.reduction))
+
+    return {
+        "forward": forward,
+        "backward": backward,
+        "loss_and_grad": lambda: triton_backend.categorical_loss_and_grad(batch, spec),
     }
 
 

@@ -28,8 +28,8 @@ F32, BF16 = torch.float32, torch.bfloat16
 
 
 class Case(NamedTuple):
-    """A loss, "quantile", whose sizes are samples, actions and quantiles, or "sweep" of the linear head, of rows,
-    actions and features."""
+    """A loss, "quantile" or "categorical", whose sizes are samples, actions and quantiles or atoms, or "sweep" of the
+    linear head, of rows, actions and features."""
 
     name: str
     variant: str
@@ -57,6 +57,10 @@ CASES = [
     Case("QR-DQN", "quantile", (32, 18, 200), F32),
     Case("QR-DQN", "quantile", (512, 18, 200), F32),
     Case("IQN", "quantile", (32, 18, 64), BF16),
+    Case("C51", "categorical", (128, 2, 51), F32),
+    Case("C51", "categorical", (32, 18, 51), F32),
+    Case("C51", "categorical", (512, 18, 51), F32),
+    Case("C51", "categorical", (512, 18, 51), BF16),
     Case("head max", "sweep", (256, 50257, 1024), BF16),
     Case("head argmax", "sweep", (256, 50257, 1024), BF16),
     Case("head max", "sweep", (256, 50257, 1024), F32),
@@ -68,6 +72,7 @@ MATRICES = {
     "row_fwd_kernel": ("x", "mask"),
     "td_loss_bwd_kernel": ("grad_q", "q", "action_mask"),
     "quantile_fwd_kernel": ("chooser",),
+    "categorical_fwd_kernel": ("chooser",),
     "values_kernel": ("x",),
     "rows_bwd_kernel": ("grad",),
     "sweep_fwd_kernel": ("hidden", "weight", "mask"),
@@ -109,13 +114,15 @@ def of_target(index: int, cases: list[Case] = CASES) -> Iterator[Row]:
 
 
 def launches(case: Case) -> dict[str, Callable[[], object]]:
-    if case.variant == "quantile":
+    if case.variant in ("quantile", "categorical"):
         n, A, _ = case.shape
-        quantiles = torch.zeros(case.shape, dtype=case.dtype)
-        actions = torch.arange(n) % A
-        return aot.quantile_calls(
-            {"quantiles": quantiles, "actions": actions, "rewards": torch.zeros(n), "next_quantiles": quantiles}
+        x, samples = (
+            torch.zeros(case.shape, dtype=case.dtype),
+            {"actions": torch.arange(n) % A, "rewards": torch.zeros(n)},
         )
+        if case.variant == "quantile":
+            return aot.quantile_calls({"quantiles": x, "next_quantiles": x, **samples})
+        return aot.categorical_calls({"logits": x, "next_logits": x, "support": (-10.0, 10.0), **samples})
     if case.variant != "sweep":
         variant = VARIANTS[case.variant]
         n, A = case.shape

@@ -50,7 +50,7 @@ AUTO_ELSEWHERE = ("torch",)
 # Device types on which a backend other than torch, which has all of them, has a distributional loss.
 DISTRIBUTIONAL: dict[str, dict[str, tuple[str, ...]]] = {
     "quantile": {"compiled": ("cpu",), "triton": ("cpu", "cuda")},
-    "categorical": {"compiled": ("cpu",)},
+    "categorical": {"compiled": ("cpu",), "triton": ("cpu", "cuda")},
 }
 
 # In a graph of torch.compile an op is a call that Inductor cannot fuse with anything. Up to NARROW actions that is its

@@ -175,6 +175,13 @@ def unpack_quantile(*given: Any) -> tuple[Batch, Tensor | None, QuantileSpec]:
     return unpack_distributions(*shared), taus, spec
 
 
+def unpack_categorical(*given: Any) -> tuple[Batch, CategoricalSpec]:
+    """Batch and options of the arguments of a categorical op."""
+    *shared, support, v_min, v_max, sigma, reduction, _ = given
+    spec = CategoricalSpec((v_min, v_max) if support is None else support, sigma, _NAMES[2][reduction])
+    return unpack_distributions(*shared), spec
+
+
 def rows_arguments(saved: SavedRows) -> tuple[object, ...]:
     """Arguments of a backward op of the distributional losses, but for the upstream gradient."""
     slopes, actions, weights, shape, dtype, reduction = saved

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dqn_fused._backends import (
     capturing,
+    triton_categorical,
     triton_launch,
     triton_ops,
     triton_quantile,
@@ -18,6 +19,7 @@ from dqn_fused._backends import (
 from dqn_fused._backends.triton_program import OLDEST, VERSION
 from dqn_fused.arguments import Batch, LossSpec
 from dqn_fused.autograd import Saved
+from dqn_fused.categorical_arguments import CategoricalSpec
 from dqn_fused.head import Sweep
 from dqn_fused.quantile_arguments import QuantileSpec
 from dqn_fused.row_loss import SavedRows
@@ -112,6 +114,16 @@ def quantile_loss(batch: Batch, taus: Tensor | None, spec: QuantileSpec) -> tupl
 def quantile_loss_and_grad(batch: Batch, taus: Tensor | None, spec: QuantileSpec) -> tuple[Tensor, Tensor, Tensor]:
     """Return (loss, gradient, td_error)."""
     return (triton_ops if _without_values() else triton_quantile).quantile_loss_and_grad(batch, taus, spec)
+
+
+def categorical_loss(batch: Batch, spec: CategoricalSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (loss, values, slopes)."""
+    return (triton_ops if _without_values() else triton_categorical).categorical_loss(batch, spec)
+
+
+def categorical_loss_and_grad(batch: Batch, spec: CategoricalSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (loss, gradient, values)."""
+    return (triton_ops if _without_values() else triton_categorical).categorical_loss_and_grad(batch, spec)
 
 
 def rows_backward(grad_loss: Tensor, saved: SavedRows) -> Tensor:

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.library import Library
 
 from dqn_fused import _distributional_ops, _ops
-from dqn_fused._backends import boxed, triton_quantile, triton_rows, triton_sweep, triton_td_loss
+from dqn_fused._backends import boxed, triton_categorical, triton_quantile, triton_rows, triton_sweep, triton_td_loss
 from dqn_fused.arguments import Batch, LossSpec
 from dqn_fused.autograd import Saved
+from dqn_fused.categorical_arguments import CategoricalSpec
 from dqn_fused.head import Sweep
 from dqn_fused.quantile_arguments import QuantileSpec
 from dqn_fused.row_loss import SavedRows
@@ -59,6 +60,20 @@ def quantile_loss_and_grad(batch: Batch, taus: Tensor | None, spec: QuantileSpec
     loss, gradient, td_error = _distributional_ops.triton_quantile_loss_and_grad(*given)
     loss, td_error = boxed.shaped_values(loss, td_error, batch, spec.reduction)
     return loss, boxed.shaped(gradient, (*batch.shape, *gradient.shape[1:])), td_error
+
+
+def categorical_loss(batch: Batch, spec: CategoricalSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (loss, values, slopes)."""
+    loss, values, slopes = _distributional_ops.triton_categorical_loss(*boxed.categorical_arguments(batch, spec))
+    return *boxed.shaped_values(loss, values, batch, spec.reduction), slopes
+
+
+def categorical_loss_and_grad(batch: Batch, spec: CategoricalSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (loss, gradient, values)."""
+    given = boxed.categorical_arguments(batch, spec)
+    loss, gradient, values = _distributional_ops.triton_categorical_loss_and_grad(*given)
+    loss, values = boxed.shaped_values(loss, values, batch, spec.reduction)
+    return loss, boxed.shaped(gradient, (*batch.shape, *gradient.shape[1:])), values
 
 
 def rows_backward(grad_loss: Tensor, saved: SavedRows) -> Tensor:
@@ -105,6 +120,14 @@ def _quantile_loss_and_grad(*given: object) -> tuple[Tensor, Tensor, Tensor]:
     return triton_quantile.quantile_loss_and_grad(*boxed.unpack_quantile(*given))
 
 
+def _categorical_loss(*given: object) -> tuple[Tensor, Tensor, Tensor]:
+    return triton_categorical.categorical_loss(*boxed.unpack_categorical(*given))
+
+
+def _categorical_loss_and_grad(*given: object) -> tuple[Tensor, Tensor, Tensor]:
+    return triton_categorical.categorical_loss_and_grad(*boxed.unpack_categorical(*given))
+
+
 def _rows_backward(grad_loss: Tensor, *given: object) -> Tensor:
     return triton_rows.rows_backward(grad_loss, boxed.unpack_rows(*given))  # type: ignore[arg-type]
 
@@ -116,6 +139,8 @@ for _name, _call in {
     "triton_sweep": _sweep,
     "triton_quantile_loss": _quantile_loss,
     "triton_quantile_loss_and_grad": _quantile_loss_and_grad,
+    "triton_categorical_loss": _categorical_loss,
+    "triton_categorical_loss_and_grad": _categorical_loss_and_grad,
     "triton_rows_backward": _rows_backward,
 }.items():
     _library.impl(_name, _call, "CompositeExplicitAutograd")

@@ -74,6 +74,19 @@ class Chooser(NamedTuple):
     vec: int
 
 
+class Support(NamedTuple):
+    """Atoms as atom_values takes them."""
+
+    atoms: str | None
+    low: float | str | None
+    high: float | str | None
+    step: float | str | None
+    stride: int | None
+
+
+NO_SUPPORT = Support(None, None, None, None, None)
+
+
 class Samples:
     """What the launches of a loss of distributions take of a batch."""
 
@@ -81,34 +94,47 @@ class Samples:
         self.program, self.batch, self.names = program, batch, named(batch)
         self.dtype, self.n = accumulation_dtype(batch.q), batch.q.shape[0]
 
-    def choice(self, rows: int, splits: int) -> Chooser:
+    def choice(self, rows: int, splits: int, atoms: Support | None = None, warps: int = 0) -> Chooser:
         """Choose by the means over K of next_q, or of next_q_online, or by Q-values there.
 
-        Long rows are averaged in a launch of their own: a program of a few samples would take long.
+        With atoms by the expectations of the softmax of K logits, which programs of so many warps take. Long rows are
+        reduced in a launch of their own: a program of a few samples would take long.
         """
         name = "next_q" if self.batch.next_q_online is None else "next_q_online"
         x = getattr(self.batch, name)
-        dtype, itemsize = accumulation_dtype(x), x.element_size()
         m, A, K = (*x.shape, 1)[:3]
+        dtype, itemsize = accumulation_dtype(x if atoms is None or x.dim() == 2 else self.batch.q), x.element_size()
+        softmax = atoms is not None and K > 1
         vec = 16 // itemsize
         if K % vec or x.stride(-1) != 1 or any(stride % vec for stride in x.stride()[:2]):
             vec = 1
         strides = x.stride(0) // vec, x.stride(1) // vec, x.stride(2) if x.dim() == 3 else 0
-        if K > 1 and m and distributions_launch.chooses_first(m, A, K, itemsize, splits):
-            tile = distributions_launch.choice(None, m, A, K, dtype.itemsize, vec > 1)
-            tiles = launch.cdiv(A, tile.actions)
-            values = self.program.empty("values", (m, A), dtype)
-            self.program.launch(
-                values_kernel, launch.cdiv(m, tile.rows) * tiles,
-                values, name, self.names.terminated, m, A, K, tiles, *strides,
-                ROWS=tile.rows, ACTIONS=tile.actions, COLUMNS=tile.columns, VEC=vec, ACC=ACC[dtype],
-                num_warps=distributions_launch.WARPS,
-            )  # fmt: skip
-            name, strides, K, vec = values, (A, 1, 0), 1, 1
+        tile = distributions_launch.choice(rows, m, A, K, dtype.itemsize, vec > 1, warps if K > 1 else 0)
+        tiles = launch.cdiv(A, tile.actions) if softmax else 1
+        if K > 1 and m and distributions_launch.chooses_first(m, A, K, itemsize, splits, tiles):
+            name = self._values(name, (m, A, K), strides, vec, dtype, atoms)
+            strides, K, vec = (A, 1, 0), 1, 1
+            tile = distributions_launch.choice(rows, m, A, K, dtype.itemsize, wide=False)
         if K == 1:
             strides, vec = (strides[0] * vec, strides[1] * vec, 0), 1
-        tile = distributions_launch.choice(rows, m, A, K, dtype.itemsize, vec > 1)
         return Chooser(name, strides, dtype, K, tile.actions, tile.columns, vec)
+
+    def _values(
+        self, name: str, shape: tuple[int, int, int], strides: tuple[int, int, int], vec: int, dtype: torch.dtype,
+        atoms: Support | None,
+    ) -> str:  # fmt: skip
+        """Reduce each row of (m, A, K) to what chooses, (m, A)."""
+        (m, A, K), support = shape, atoms or NO_SUPPORT
+        warps = distributions_launch.warps(K, dtype.itemsize, distributions_launch.MOST_WARPS) if atoms else 0
+        tile = distributions_launch.choice(None, m, A, K, dtype.itemsize, vec > 1, warps)
+        values, tiles = self.program.empty("next_values", (m, A), dtype), launch.cdiv(A, tile.actions)
+        self.program.launch(
+            values_kernel, launch.cdiv(m, tile.rows) * tiles,
+            values, name, self.names.terminated, *support[:4], m, A, K, tiles, *strides, support.stride,
+            ROWS=tile.rows, ACTIONS=tile.actions, COLUMNS=tile.columns, VEC=vec, ACC=ACC[dtype],
+            num_warps=warps or distributions_launch.WARPS,
+        )  # fmt: skip
+        return values
 
     @property
     def mask_strides(self) -> tuple[int | None, int | None]:
