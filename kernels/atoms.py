@@ -9,11 +9,7 @@ from .rows import scalar
 @triton.jit
 def quotient(a, b, ACC: tl.constexpr):
     """a / b rounded once, which `/` is not in float32."""
-    if tl.float64 == ACC:
-        result = a / b
-    else:
-        result = tl.div_rn(a, b)
-    return result
+    return a / b if tl.float64 == ACC else tl.div_rn(a, b)
 
 
 @triton.jit

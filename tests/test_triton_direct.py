@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import INTERPRETED
 from categorical_data import compact as compact_logits
 from categorical_data import make as make_logits
 from categorical_data import ready
+from conftest import INTERPRETED
 from quantile_data import compact as compact_quantiles
 from quantile_data import make as make_quantiles
 from test_family import VARIANTS, compacted, variant

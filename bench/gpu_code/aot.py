@@ -180,14 +180,14 @@ def categorical_calls(arguments: dict[str, Any], **options: Any) -> dict[str, Ca
         given["rewards"] = given.pop("target")
     q, next_q, online = (given.pop(name, None) for name in ("logits", "next_logits", "next_logits_online"))
     batch = check_logits(Batch(q=q, next_q=next_q, next_q_online=online, **given), spec)
+    grad_loss = torch.ones(batch.shape if spec.reduction == "none" else (), dtype=accumulation_dtype(batch.q))
     outputs: list[Any] = []
 
     def forward() -> None:
         outputs[:] = triton_backend.categorical_loss(batch, spec)
 
     def backward() -> None:
-        loss, _, slopes = outputs
-        triton_backend.rows_backward(torch.ones_like(loss), SavedRows.of(batch, slopes, spec.reduction))
+        triton_backend.rows_backward(grad_loss, SavedRows.of(batch, outputs[2], spec.reduction))
 
     return {
         "forward": forward,

@@ -116,10 +116,8 @@ def of_target(index: int, cases: list[Case] = CASES) -> Iterator[Row]:
 def launches(case: Case) -> dict[str, Callable[[], object]]:
     if case.variant in ("quantile", "categorical"):
         n, A, _ = case.shape
-        x, samples = (
-            torch.zeros(case.shape, dtype=case.dtype),
-            {"actions": torch.arange(n) % A, "rewards": torch.zeros(n)},
-        )
+        x = torch.zeros(case.shape, dtype=case.dtype)
+        samples = {"actions": torch.arange(n) % A, "rewards": torch.zeros(n)}
         if case.variant == "quantile":
             return aot.quantile_calls({"quantiles": x, "next_quantiles": x, **samples})
         return aot.categorical_calls({"logits": x, "next_logits": x, "support": (-10.0, 10.0), **samples})

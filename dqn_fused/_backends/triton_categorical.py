@@ -93,8 +93,8 @@ def _store_loss(program: Program, given: Sequence[Any], options: Options) -> tup
         at.terminated, at.non_final_mask, samples.counts(), at.checked,
         *support[:4], None if next_q is None else samples.gamma, scale,
         n, 0 if next_q is None else next_q.shape[0], A, K,
-        *q.stride(), *(_NO_STRIDES if next_q is None else next_q.stride()), *(choice.strides if choice else _NO_STRIDES),
-        *samples.mask_strides, support.stride,
+        *q.stride(), *(_NO_STRIDES if next_q is None else next_q.stride()),
+        *(choice.strides if choice else _NO_STRIDES), *samples.mask_strides, support.stride,
         n if options.reduction == "mean" else 1,
         GAMMA=samples.gamma_kind, PER_ROW=options.reduction == "none",
         ROWS=plan.rows, ATOMS=plan.atoms, CHUNK=plan.chunk,
@@ -116,5 +116,5 @@ def _support(
     if ends is None:
         assert atoms is not None
         return Support("support", None, None, None, atoms.stride(0))
-    low, high = ends
-    return Support(None, *(program.number(x, dtype) for x in (low, high, (high - low) / (K - 1))), None)
+    low, high, step = (program.number(x, dtype) for x in (*ends, (ends[1] - ends[0]) / (K - 1)))
+    return Support(None, low, high, step, None)
