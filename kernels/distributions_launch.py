@@ -11,7 +11,7 @@ from .launch import PROGRAMS_PER_SM, cdiv, next_power_of_2
 WARPS = 4
 TILE = 2048  # pairs that a program holds at once, 16 a thread, each with two sums; of float64 4 a thread
 READ = 4096  # elements that it reads at once: 32 a thread, in 8 loads of 16 bytes in float32
-READ_ONE_BY_ONE = 1024  # where each has a 64-bit address of its own; above, and above a quarter in float64, some spill
+READ_ONE_BY_ONE = 1024  # where each has a 64-bit address of its own: above, and above an eighth in float64, some spill
 LEAST_BLOCK = 32  # predicted quantiles of a program: fewer leave more of its time to what is done once a sample
 MOST_BLOCK = 256  # 2 a thread
 CHOICE_BYTES = 1 << 16  # that one program reads to choose: about as long as another launch takes
@@ -68,7 +68,7 @@ def choice(rows: int | None, m: int, A: int, K: int, itemsize: int, wide: bool, 
     """
     read = 32 * softmax_warps * LOGITS * 4 // itemsize
     if softmax_warps == 0:
-        read = (READ if wide else READ_ONE_BY_ONE) // (1 if itemsize <= 4 else 4)
+        read = (READ if wide else READ_ONE_BY_ONE) // (1 if itemsize <= 4 else 8)
     read //= rows or 1
     columns = next_power_of_2(K) if softmax_warps else min(next_power_of_2(K), read)
     actions = max(1, min(next_power_of_2(A), read // columns))
