@@ -2,11 +2,13 @@
 
 import doctest
 import importlib
+import json
 import os
 import subprocess
 import sys
 import zipfile
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -15,6 +17,7 @@ import torch
 
 import dqn_fused
 from dqn_fused import BackendUnavailableError, _backends, backends, fused_dqn_loss
+from dqn_fused.__main__ import facts, report
 from dqn_fused.head import Sweep
 
 ROOT = Path(__file__).parent.parent
@@ -252,6 +255,27 @@ def test_report() -> None:
     assert f"torch      {torch.__version__}" in out
     for name in backends():
         assert f"backend    {name}: " in out
+
+
+def test_report_as_json() -> None:
+    """The same facts, for a program."""
+    command, environment = [sys.executable, "-m", "dqn_fused"], {**os.environ, "DQN_FUSED_CHECK": "1"}
+    run = partial(subprocess.run, cwd="/", capture_output=True, text=True, check=True, env=environment)
+    found = json.loads(run([*command, "--json"]).stdout)
+    assert found["dqn_fused"] == dqn_fused.__version__
+    assert found["torch"]["version"] == torch.__version__
+    assert found["backends"] == {name: status._asdict() for name, status in backends().items()}
+    assert found["environment"]["DQN_FUSED_CHECK"] == "1"
+    assert run(command).stdout.strip() == report(found)
+
+
+def test_report_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    found = facts()
+    assert found["devices"] == [{"device": "cuda:0", "name": "a GPU", "compute_capability": "9.0"}]
+    assert "cuda:0     a GPU, compute capability 9.0" in report(found)
 
 
 @pytest.fixture(scope="module")

@@ -100,6 +100,8 @@ def family(variant: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[di
         options["cql_alpha"], arguments["action_mask"] = 0.5, legal
     if "weights" in variant:
         options["loss"], arguments["weights"] = "huber", torch.rand(shape[:-1])
+    if "transform" in variant:
+        options["value_transform"] = "signed_hyperbolic"
     return arguments, options
 
 
@@ -122,6 +124,10 @@ FAMILY = [
     ("double_cql_weights", "many_rows", torch.bfloat16),
     ("munchausen_cql_weights", "atari", torch.float64),
     ("munchausen_cql_weights", "hundreds", torch.bfloat16),
+    ("double_transform", "atari", torch.float32),
+    ("transform", "many_rows", torch.bfloat16),
+    ("munchausen_cql_weights_transform", "atari", torch.float64),
+    ("double_transform", "split", torch.float32),
 ]
 
 

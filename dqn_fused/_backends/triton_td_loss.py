@@ -191,7 +191,7 @@ def _store_loss(program: Program, batch: Batch, spec: LossSpec, grad_q: str | No
         *row_strides(target_q), *row_strides(mask),
         _count(n, spec),
         LOSS=spec.loss, VALUE=None if next_q is None else value, GAMMA=gamma_kind,
-        PER_ROW=per_row, NARROW=narrow,
+        TRANSFORM=spec.value_transform, PER_ROW=per_row, NARROW=narrow,
         TILES=plan.tiles, ROWS=plan.rows, BLOCK=plan.block,
         COUNTED=launch.COUNTED, COUNT_BLOCK=launch.COUNTED_A_WARP * plan.num_warps,
         ACC=ACC[dtype], CHOICE_ACC=ACC[choice_dtype], num_warps=plan.num_warps,
