@@ -20,6 +20,7 @@ from bench.reporting import report, tables
 from bench.reporting.results import Row, Table
 from dqn_fused._backends import (
     triton_backend,
+    triton_categorical,
     triton_launch,
     triton_program,
     triton_quantile,
@@ -85,7 +86,7 @@ def launching(target: str, launched: Launched) -> Iterator[Driver]:
 
 def kernels() -> list[Any]:
     """Every kernel of the backend."""
-    modules = (triton_launch, triton_td_loss, triton_rows, triton_quantile)
+    modules = (triton_launch, triton_td_loss, triton_rows, triton_quantile, triton_categorical)
     return [x for module in modules for name, x in vars(module).items() if name.endswith("_kernel")]
 
 
