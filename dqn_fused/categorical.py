@@ -272,6 +272,6 @@ def _run(what: Run, given: Batch, spec: CategoricalSpec, backend: str) -> tuple[
         pass
     batch = check_logits(given, spec)
     road = choose_distributional("categorical", backend, batch.q.device)
-    batch = check_values(batch, batch.q.shape[1], batch.next_count, "next_logits")
+    batch = check_values(batch, batch.q.shape[1], batch.next_count(), "next_logits")
     batch, reduction = without_weighted_mean(batch, spec.reduction)
     return what(given.q, batch, spec._replace(reduction=reduction), road)

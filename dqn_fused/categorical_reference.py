@@ -88,7 +88,7 @@ def _differentiable(given: Batch, spec: CategoricalSpec, backend: str) -> tuple[
     if backend not in ("auto", "torch"):
         raise ValueError(f"backend: the reference is PyTorch, expected 'auto' or 'torch', got {backend!r}")
     batch = check_logits(given, spec)
-    batch = check_values(batch, batch.q.shape[1], batch.next_count, "next_logits")
+    batch = check_values(batch, batch.q.shape[1], batch.next_count(), "next_logits")
     batch, reduction = without_weighted_mean(batch, spec.reduction)
     batch = constants(batch)
     logits, support = taken(batch), atoms(batch, spec)

@@ -181,7 +181,7 @@ def _run(
         pass
     batch, taus = check_quantiles(given, taus)
     road = choose_distributional("quantile", backend, batch.q.device)
-    batch = check_values(batch, batch.q.shape[1], batch.next_count, "next_quantiles")
+    batch = check_values(batch, batch.q.shape[1], batch.next_count(), "next_quantiles")
     batch, reduction = without_weighted_mean(batch, spec.reduction)
     return what(given.q, batch, taus, spec._replace(reduction=reduction), road)
 

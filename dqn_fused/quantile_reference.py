@@ -47,7 +47,7 @@ def quantile_loss(
         next_quantiles_online, next_action_mask, weights,
     )  # fmt: skip
     batch, taus = check_quantiles(samples, taus)
-    batch = check_values(batch, batch.q.shape[1], batch.next_count, "next_quantiles")
+    batch = check_values(batch, batch.q.shape[1], batch.next_count(), "next_quantiles")
     batch, reduction = without_weighted_mean(batch, spec.reduction)
     batch = constants(batch)
     predicted = taken(batch)
