@@ -53,6 +53,19 @@ def test_version_is_the_packages() -> None:
     assert dqn_fused.__version__ == version("dqn_fused")
 
 
+@pytest.mark.parametrize(
+    "name", ["arguments", "options", "quantile_arguments", "categorical_arguments", "autograd", "row_loss", "head"]
+)
+def test_what_dynamo_traces_has_no_properties(name: str) -> None:
+    """Those of a named tuple it does not trace in torch 2.10: the graph breaks, or with fullgraph=True raises."""
+    module = importlib.import_module(f"dqn_fused.{name}")
+    classes = [x for x in vars(module).values() if isinstance(x, type)]
+    tuples = [x for x in classes if issubclass(x, tuple) and hasattr(x, "_fields")]
+    assert tuples
+    for each in tuples:
+        assert not [field for field, value in vars(each).items() if isinstance(value, property)], each
+
+
 def test_triton_stays_away_from_a_cpu_tensors_way() -> None:
     code = """
 import sys, torch
@@ -104,7 +117,7 @@ def test_a_named_backend_does_not_fall_back() -> None:
 def test_triton_refuses_a_device_that_is_not_its_own() -> None:
     module = pytest.importorskip("dqn_fused._backends.triton_backend")
     assert "got meta" in module.refuses(torch.device("meta"))
-    assert module.refuses(torch.device("cpu" if module.INTERPRETED else "cuda")) is None
+    assert module.refuses(torch.device("cpu" if module.triton_launch.INTERPRETED else "cuda")) is None
 
 
 def test_a_triton_whose_driver_does_not_start_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +129,7 @@ def test_a_triton_whose_driver_does_not_start_is_not_chosen(monkeypatch: pytest.
         def active(self) -> None:
             raise RuntimeError("Failed to find C compiler")
 
-    monkeypatch.setattr(module, "INTERPRETED", False)
+    monkeypatch.setattr(module.triton_launch, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(module.triton.runtime, "driver", Driver())
     assert module.unavailable() == "triton's driver does not start: Failed to find C compiler"
@@ -126,9 +139,9 @@ def test_a_triton_whose_driver_does_not_start_is_not_chosen(monkeypatch: pytest.
 def triton_on_cuda(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The Triton backend as on a machine with a GPU, whose launches do nothing."""
     module: ModuleType = pytest.importorskip("dqn_fused._backends.triton_backend")
-    monkeypatch.setattr(module, "INTERPRETED", False)
-    monkeypatch.setattr(module, "_on", lambda device: nullcontext())
-    monkeypatch.setattr(module, "run", lambda *args, **meta: None)
+    monkeypatch.setattr(module.triton_launch, "INTERPRETED", False)
+    monkeypatch.setattr(module.triton_launch, "on", lambda device: nullcontext())
+    monkeypatch.setattr(module.triton_launch, "run", lambda *args, **meta: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -152,7 +165,7 @@ def test_a_triton_that_cannot_compile_is_not_chosen(
     device = torch.device("cuda", 0)
     assert triton_on_cuda.refuses(device) is None
     triton_on_cuda._probe.cache_clear()
-    monkeypatch.setattr(triton_on_cuda, "run", run)
+    monkeypatch.setattr(triton_on_cuda.triton_launch, "run", run)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert triton_on_cuda.refuses(device) is None
     assert not launches
@@ -190,6 +203,26 @@ def test_the_choice_on_cuda(monkeypatch: pytest.MonkeyPatch, works: tuple[str, .
                 else:
                     with pytest.raises(BackendUnavailableError, match="it does not"):
                         _backends.choose(name, device, actions)
+
+
+@pytest.mark.parametrize("serves", [True, False])
+@pytest.mark.parametrize("family", ["quantile", "categorical"])
+def test_the_choice_of_a_distributional_loss_on_cuda(
+    monkeypatch: pytest.MonkeyPatch, family: str, serves: bool
+) -> None:
+    """Triton, else PyTorch's operations: the compiled ops of these losses are the CPU's."""
+    reasons = {"compiled": None, "triton": None if serves else "it does not", "torch": None}
+    fakes = {name: SimpleNamespace(refuses=lambda device, name=name: reasons[name]) for name in _backends.MODULES}
+    monkeypatch.setattr(_backends, "_missing", lambda name: None)
+    monkeypatch.setattr(_backends, "_LOADED", fakes)
+    monkeypatch.setattr(_backends, "_CHOSEN_DISTRIBUTIONAL", {})
+    device = torch.device("cuda", 0)
+    assert _backends.choose_distributional(family, "auto", device) is fakes["triton" if serves else "torch"]
+    with pytest.raises(BackendUnavailableError, match=f"it has no {family} loss for tensors on cuda"):
+        _backends.choose_distributional(family, "compiled", device)
+    if not serves:
+        with pytest.raises(BackendUnavailableError, match="it does not"):
+            _backends.choose_distributional(family, "triton", device)
 
 
 def test_a_choice_within_a_capture_is_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
