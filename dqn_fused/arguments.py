@@ -34,7 +34,8 @@ UNCHECKED = torch.Size((-1,))  # shape of a batch before the checks: one dimensi
 class Batch(NamedTuple):
     """A batch of n = prod(N) transitions, as the user gave it and, checked and flattened, as a backend takes it.
 
-    The shapes are those of a checked one, whose per-sample tensors are contiguous and one-dimensional.
+    The shapes are those of a checked one, whose per-sample tensors are contiguous and one-dimensional. It has methods
+    and no properties: those of a named tuple Dynamo does not trace in torch 2.10.
     """
 
     q: Tensor  # (n, A), or (outer, inner, A) where the leading dimensions do not merge
@@ -52,17 +53,14 @@ class Batch(NamedTuple):
     shape: torch.Size = UNCHECKED  # N
     checked: Tensor | None = None  # (n,), to be filled with the actions, -1 if non_final_mask has not m true entries
 
-    @property
     def action_count(self) -> int:
         """Number of actions."""
         return self.q.shape[-1]
 
-    @property
     def saved_actions(self) -> Tensor:
         """What the backward takes for actions once the forward has run."""
         return self.actions if self.checked is None else self.checked
 
-    @property
     def next_count(self) -> int:
         """Number of next states, where non_final_mask leaves some out."""
         return 0 if self.next_q is None else self.next_q.shape[0]

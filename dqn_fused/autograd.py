@@ -34,9 +34,9 @@ class Saved(NamedTuple):
     def of(cls, batch: Batch, spec: LossSpec, td_error: Tensor, normaliser: Tensor | None) -> "Saved":
         """What a backward needs right after the forward of a batch."""
         q, shape = batch.q, torch.Size((*td_error.shape, batch.q.shape[-1]))
-        if not spec.dense_gradient:
-            return cls(td_error, batch.saved_actions, batch.weights, None, None, None, shape, q.dtype)
-        return cls(td_error, batch.saved_actions, batch.weights, normaliser, q, batch.action_mask, shape, q.dtype)
+        if not spec.dense_gradient():
+            return cls(td_error, batch.saved_actions(), batch.weights, None, None, None, shape, q.dtype)
+        return cls(td_error, batch.saved_actions(), batch.weights, normaliser, q, batch.action_mask, shape, q.dtype)
 
 
 def td_loss(batch: Batch, spec: LossSpec, backend: ModuleType, q: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -92,7 +92,7 @@ class TDLoss(torch.autograd.Function):
         grad_loss, grad_td_error, *_ = grads
         q_shape, q_dtype, spec, backend = ctx.about
         normaliser = q = mask = None
-        if spec.dense_gradient:
+        if spec.dense_gradient():
             td_error, actions, weights, normaliser, q, mask = ctx.saved_tensors
         else:
             td_error, actions, *given = ctx.saved_tensors
@@ -115,12 +115,12 @@ def save(
     """Keep (n,) values for the backward, and with the conservative term a reference to q."""
     ctx.set_materialize_grads(False)
     ctx.about = q.shape, q.dtype, spec, backend
-    if spec.dense_gradient:
-        ctx.save_for_backward(td_error, batch.saved_actions, batch.weights, normaliser, q, batch.action_mask)
+    if spec.dense_gradient():
+        ctx.save_for_backward(td_error, batch.saved_actions(), batch.weights, normaliser, q, batch.action_mask)
     elif batch.weights is None:
-        ctx.save_for_backward(td_error, batch.saved_actions)
+        ctx.save_for_backward(td_error, batch.saved_actions())
     else:
-        ctx.save_for_backward(td_error, batch.saved_actions, batch.weights)
+        ctx.save_for_backward(td_error, batch.saved_actions(), batch.weights)
     if normaliser is not None:
         ctx.mark_non_differentiable(normaliser)
 

@@ -265,7 +265,7 @@ def _returned(
 
 @torch.no_grad()
 def _cql(normaliser: Tensor, batch: Batch) -> Tensor:
-    return conservative_term(normaliser, batch._replace(actions=batch.saved_actions))
+    return conservative_term(normaliser, batch._replace(actions=batch.saved_actions()))
 
 
 def _loss_and_grad(batch: Batch, spec: LossSpec, road: ModuleType, q: Tensor) -> tuple[Tensor, ...]:
@@ -310,10 +310,10 @@ def _run(
     except (RuntimeError, AttributeError, TypeError):
         pass
     batch = check_batch(given, spec)
-    road = choose(backend, batch.q.device, batch.action_count)
+    road = choose(backend, batch.q.device, batch.action_count())
     if not transformed or torch.compiler.is_compiling():
         counts_mask = road.COUNTS_MASK and not transformed
-        batch = check_values(batch, batch.action_count, batch.next_count, counts_mask=counts_mask)
+        batch = check_values(batch, batch.action_count(), batch.next_count(), counts_mask=counts_mask)
     if spec.reduction == "weighted_mean":
         batch, spec = normalise_weights(batch, spec, process_group)
     return batch, what(batch, spec, road, q)

@@ -36,12 +36,10 @@ class LossSpec(NamedTuple):
     cql_alpha: float = 0.0
     value_transform: str = "identity"
 
-    @property
     def plain(self) -> bool:
         """Whether an op of the plain loss will do, which has fewer arguments."""
         return self.loss == "mse" and self.target == "max" and not self.cql and self.value_transform == "identity"
 
-    @property
     def dense_gradient(self) -> bool:
         """Whether every action gets a gradient, not only the one taken."""
         return self.cql_alpha != 0

@@ -55,7 +55,7 @@ def quantile_loss(
         next_quantiles_online, next_action_mask, weights,
     )  # fmt: skip
     batch, taus = check_quantiles(samples, taus)
-    batch = check_values(batch, batch.q.shape[1], batch.next_count, "next_quantiles")
+    batch = check_values(batch, batch.q.shape[1], batch.next_count(), "next_quantiles")
     if spec.reduction == "weighted_mean":
         batch, spec = normalise_weights(batch, spec, process_group)
     batch = constants(batch)

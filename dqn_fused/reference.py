@@ -85,7 +85,7 @@ def dqn_loss(
         next_q_online, next_action_mask, weights, target_q, action_mask,
     )  # fmt: skip
     batch = check_batch(batch, spec)
-    batch = check_values(batch, batch.action_count, batch.next_count)
+    batch = check_values(batch, batch.action_count(), batch.next_count())
     if spec.reduction == "weighted_mean":
         batch, spec = normalise_weights(batch, spec, process_group)
     batch = constants(batch)

@@ -27,7 +27,7 @@ class SavedRows(NamedTuple):
     def of(cls, batch: Batch, slopes: Tensor, reduction: str) -> "SavedRows":
         """What a backward needs right after the forward of a batch."""
         shape = torch.Size((*batch.shape, *batch.q.shape[1:]))
-        return cls(slopes, batch.saved_actions, batch.weights, shape, batch.q.dtype, reduction)
+        return cls(slopes, batch.saved_actions(), batch.weights, shape, batch.q.dtype, reduction)
 
 
 # A backend's forward: (loss, td_error, slopes) of a checked batch.
@@ -62,7 +62,7 @@ class RowLoss(torch.autograd.Function):
         ctx.mark_non_differentiable(td_error)
         ctx.about = x.shape, x.dtype, reduction, backend
         given = () if batch.weights is None else (batch.weights,)
-        ctx.save_for_backward(slopes, batch.saved_actions, *given)
+        ctx.save_for_backward(slopes, batch.saved_actions(), *given)
         return loss, td_error, slopes
 
     @staticmethod

@@ -45,7 +45,7 @@ def transformed_td_loss(
             refuse_forward_mode()
         return backend.forward(constants(batch), spec)
     if not looks_at_values(q.device):
-        batch = check_values(batch, batch.action_count, batch.next_count)
+        batch = check_values(batch, batch.action_count(), batch.next_count())
     loss, td_error, *normaliser = TransformedTDLoss.apply(q, batch, spec, backend)
     return loss, td_error, normaliser[0] if normaliser else None
 
@@ -57,7 +57,7 @@ class TransformedTDLoss(torch.autograd.Function):
     def forward(q: Tensor, batch: Batch, spec: LossSpec, backend: ModuleType) -> tuple[Tensor, ...]:
         """Run the backend's forward, below all transforms."""
         if looks_at_values(q.device):
-            batch = check_values(batch, batch.action_count, batch.next_count)
+            batch = check_values(batch, batch.action_count(), batch.next_count())
         loss, td_error, normaliser = backend.forward(batch, spec)
         return (loss, td_error) if normaliser is None else (loss, td_error, normaliser)
 
@@ -88,7 +88,7 @@ class TransformedTDLoss(torch.autograd.Function):
 def _checked_td_loss(
     batch: Batch, spec: LossSpec, backend: ModuleType, q: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    batch = check_values(batch, batch.action_count, batch.next_count)
+    batch = check_values(batch, batch.action_count(), batch.next_count())
     return td_loss(batch, spec, backend, q)
 
 

@@ -53,6 +53,19 @@ def test_version_is_the_packages() -> None:
     assert dqn_fused.__version__ == version("dqn_fused")
 
 
+@pytest.mark.parametrize(
+    "name", ["arguments", "options", "quantile_arguments", "categorical_arguments", "autograd", "row_loss", "head"]
+)
+def test_what_dynamo_traces_has_no_properties(name: str) -> None:
+    """Those of a named tuple it does not trace in torch 2.10: the graph breaks, or with fullgraph=True raises."""
+    module = importlib.import_module(f"dqn_fused.{name}")
+    classes = [x for x in vars(module).values() if isinstance(x, type)]
+    tuples = [x for x in classes if issubclass(x, tuple) and hasattr(x, "_fields")]
+    assert tuples
+    for each in tuples:
+        assert not [field for field, value in vars(each).items() if isinstance(value, property)], each
+
+
 def test_triton_stays_away_from_a_cpu_tensors_way() -> None:
     code = """
 import sys, torch

@@ -206,7 +206,7 @@ def test_non_final_mask_is_counted_in_the_launch(
         spec = arguments.check_loss()
         batch = arguments.check_batch(arguments.Batch(**compact(make(shape)), gamma=0.99), spec)
         with Operations() as operations:
-            batch = arguments.check_values(batch, 18, batch.next_count, counts_mask=triton_backend.COUNTS_MASK)
+            batch = arguments.check_values(batch, 18, batch.next_count(), counts_mask=triton_backend.COUNTS_MASK)
             triton_backend.forward(batch, spec)
         assert {x for x in operations.names if not x.startswith("empty")} <= {"fill_"}  # of the tests' own
         assert [name.removesuffix("_kernel") for name, *_ in compiled] == kernels

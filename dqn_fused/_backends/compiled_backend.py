@@ -111,7 +111,7 @@ def _plain_arguments(batch: Batch, spec: LossSpec) -> tuple[object, ...] | None:
         q, actions, rewards, next_q, terminated, gamma, non_final_mask,
         next_q_online, next_action_mask, weights, target_q, action_mask, *_,
     ) = batch  # fmt: skip
-    if not spec.plain or next_q is None:
+    if not spec.plain() or next_q is None:
         return None
     if not next_q_online is next_action_mask is weights is target_q is action_mask is None:
         return None

@@ -65,7 +65,7 @@ def _loss_and_grad(program: Program, given: Sequence[Any], options: Options) -> 
     q, at = batch.q, named(batch)
     n, A, K = q.shape
     gradient = program.empty("gradient", (*batch.shape, A, K), q.dtype)
-    store_rows(program, gradient, None, slopes, at.saved_actions, at.weights, (n, A, K), q.dtype, options.reduction)
+    store_rows(program, gradient, None, slopes, at.saved_actions(), at.weights, (n, A, K), q.dtype, options.reduction)
     program.returns(loss, gradient, values)
 
 

@@ -52,7 +52,7 @@ def _loss_and_grad(program: Program, given: Sequence[Any], spec: QuantileSpec) -
     q, at = batch.q, named(batch)
     n, A, K = q.shape
     gradient = program.empty("gradient", (*batch.shape, *q.shape[1:]), q.dtype)
-    store_rows(program, gradient, None, slopes, at.saved_actions, at.weights, (n, A, K), q.dtype, spec.reduction)
+    store_rows(program, gradient, None, slopes, at.saved_actions(), at.weights, (n, A, K), q.dtype, spec.reduction)
     program.returns(loss, gradient, td_error)
 
 

@@ -108,7 +108,7 @@ def _loss_and_grad(program: Program, batch: Batch, spec: LossSpec) -> None:
     if not narrow:
         at = named(batch)
         _store_gradient(
-            program, spec, grad_q, None, td_error, at.saved_actions, at.weights, normaliser, q, batch.action_mask,
+            program, spec, grad_q, None, td_error, at.saved_actions(), at.weights, normaliser, q, batch.action_mask,
             (batch.actions.numel(), q.shape[-1]), q.dtype,
         )  # fmt: skip
     program.returns(loss, grad_q, td_error, normaliser)
@@ -208,7 +208,7 @@ def _store_gradient(
 ) -> None:  # fmt: skip
     """Write grad_q, of (n, A) elements; grad_loss None stands for ones."""
     n, A = shape
-    if not spec.dense_gradient:
+    if not spec.dense_gradient():
         normaliser = q = mask = None
     block, run_length = launch.backward(A, dtype.itemsize, dense=q is not None)
     program.launch(
@@ -229,7 +229,7 @@ def _count(n: int, spec: LossSpec) -> int:
 def _numbers(program: Program, spec: LossSpec, dtype: torch.dtype) -> tuple[float | str | None, float | str | None]:
     """(delta, cql_alpha), None where they mean nothing."""
     delta = None if spec.loss == "mse" else program.number(spec.delta, dtype)
-    return delta, program.number(spec.cql_alpha, dtype) if spec.dense_gradient else None
+    return delta, program.number(spec.cql_alpha, dtype) if spec.dense_gradient() else None
 
 
 def _reduce_rows(
