@@ -20,7 +20,7 @@ from bench.ptx.triton import Executor
 from bench.results import Row, Table
 from bench.variants import VARIANTS, dtype_name, random_arguments
 from dqn_fused._backends import triton_backend
-from dqn_fused.head import Sweep
+from dqn_fused.head.sweep import Sweep
 
 F32, BF16 = torch.float32, torch.bfloat16
 
