@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from bench.suite import KINDS, run
-from bench.variants import VARIANTS
+from bench.measure.suite import KINDS, run
+from bench.measure.variants import VARIANTS
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -34,25 +34,25 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     args = parse()
     if args.what == "demo":
-        from bench.demo import run as run_demo
+        from bench.measure.demo import run as run_demo
 
         run_demo(args.plot, args.seed)
         return 0
     if args.what == "report":
-        from bench.report import result_folders
-        from bench.report import run as run_report
+        from bench.reporting.report import result_folders
+        from bench.reporting.report import run as run_report
 
         run_report([args.results] if args.results else result_folders())
         return 0
     if args.what == "kernels":
-        from bench.host import run as run_host
-        from bench.kernels import run as run_kernels
+        from bench.gpu_code.host import run as run_host
+        from bench.gpu_code.kernels import run as run_kernels
 
         run_kernels()
         run_host()
         return 0
     if args.what == "gpu":
-        from bench.gpu import run as run_gpu
+        from bench.measure.gpu import run as run_gpu
 
         return run_gpu(args.out, args.seconds or 0.5, args.variants, args.only, args.limit)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -25,7 +25,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; their thread
 sys.path.append(str(Path(__file__).parents[1]))
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
-# PTX executed on the CPU (bench/ptx) by an engine that g++ builds.
+# PTX executed on the CPU (bench/gpu_code/ptx) by an engine that g++ builds.
 EXECUTED = not INTERPRETED and shutil.which("g++") is not None
 CUDA_SOURCES = shutil.which("nvcc") is not None and (Path(__file__).parents[1] / "csrc/cuda").is_dir()
 PTX_TARGETS = ("sm_75", "sm_80", "sm_90", "sm_120")
@@ -161,13 +161,13 @@ def execute_ptx(request: pytest.FixtureRequest, poison: None) -> Iterator[None]:
     number = _number(request.node)
     target = request.config.getoption("--ptx-target") or PTX_TARGETS[number // SAMPLE["ptx"] % len(PTX_TARGETS)]
     if marker.args == ("cuda",):
-        from bench.ptx import cuda
+        from bench.gpu_code.ptx import cuda
 
         target = request.config.getoption("--ptx-target") or "sm_90"  # 20 s of nvcc for each
         with cuda.executing(target, seed=number):
             yield
     else:
-        from bench.ptx import triton
+        from bench.gpu_code.ptx import triton
 
         with triton.executing(target, seed=number, keep=False):
             yield

@@ -8,7 +8,7 @@ import torch
 from test_loss import make
 from torch import Tensor
 
-from bench.ptx import cuda
+from bench.gpu_code.ptx import cuda
 from dqn_fused import Munchausen, fused_dqn_loss, fused_dqn_loss_and_grad
 
 pytestmark = pytest.mark.skipif(cuda.why_not() is not None, reason="csrc/cuda cannot be compiled here")

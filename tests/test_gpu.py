@@ -8,7 +8,7 @@ import torch
 from test_loss import compact, dtype_id, make
 
 import dqn_fused
-from bench.cuda import captured
+from bench.measure.cuda import captured
 from dqn_fused import backends, fused_dqn_loss, fused_dqn_loss_and_grad, fused_linear_dqn_loss, warmup
 from dqn_fused._backends import serving
 

@@ -14,7 +14,7 @@ from torch import Tensor
 if not EXECUTED:
     pytest.skip("needs g++", allow_module_level=True)
 
-from bench.ptx.executor import Counts, Kernel, Memory, PtxError
+from bench.gpu_code.ptx.executor import Counts, Kernel, Memory, PtxError
 
 HEAD = """
 .version 8.0

@@ -16,7 +16,7 @@ from torch import Tensor
 if not EXECUTED:
     pytest.skip("needs g++, and the compiler in place of the interpreter", allow_module_level=True)
 
-from bench.ptx.executor import Kernel, PtxError
+from bench.gpu_code.ptx.executor import Kernel, PtxError
 from dqn_fused import fused_dqn_loss
 
 TARGET = "sm_90"
@@ -28,9 +28,9 @@ def executor(request: pytest.FixtureRequest) -> Iterator[tuple[str, Any]]:
     """Name of a backend that is executed, and its executor."""
     if request.param == "triton":
         pytest.importorskip("triton")
-        from bench.ptx import triton as backend
+        from bench.gpu_code.ptx import triton as backend
     else:
-        from bench.ptx import cuda as backend  # type: ignore[no-redef]
+        from bench.gpu_code.ptx import cuda as backend  # type: ignore[no-redef]
     with backend.executing(TARGET) as found:
         yield request.param, found
 
@@ -105,7 +105,7 @@ def test_the_same_bits_in_any_order(executor: tuple[str, Any], shape: tuple[int,
 
 @pytest.mark.skipif(not CUDA_SOURCES, reason="no nvcc, or no csrc")
 def test_a_barrier_removed_from_the_cuda_kernels() -> None:
-    from bench.ptx import cuda
+    from bench.gpu_code.ptx import cuda
 
     arguments, removed = make((2000, 18)), 0
     with cuda.executing(TARGET) as executor:

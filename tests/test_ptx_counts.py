@@ -1,4 +1,4 @@
-"""What the executor counts: bytes of global memory against the model of bench/traffic.py, exactly, and conflicts."""
+"""What the executor counts: bytes of global memory against bench/measure/traffic.py, exactly, and conflicts."""
 
 import pytest
 import torch
@@ -9,10 +9,10 @@ pytest.importorskip("triton")
 if not EXECUTED:
     pytest.skip("needs g++, and the compiler in place of the interpreter", allow_module_level=True)
 
-from bench import aot
-from bench.ptx.triton import executing
-from bench.traffic import least_bytes
-from bench.variants import VARIANTS, random_arguments
+from bench.gpu_code import aot
+from bench.gpu_code.ptx.triton import executing
+from bench.measure.traffic import least_bytes
+from bench.measure.variants import VARIANTS, random_arguments
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)

@@ -17,8 +17,8 @@ pytest.importorskip("triton")
 if not EXECUTED:
     pytest.skip("needs g++, and the compiler in place of the interpreter", allow_module_level=True)
 
-from bench.ptx.executor import PtxError, Trace
-from bench.ptx.triton import Executed, NotExecutedError, executing
+from bench.gpu_code.ptx.executor import PtxError, Trace
+from bench.gpu_code.ptx.triton import Executed, NotExecutedError, executing
 from dqn_fused import fused_dqn_loss
 from dqn_fused.head.sweep import Sweep
 

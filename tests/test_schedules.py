@@ -18,7 +18,7 @@ def test_lanes_that_hold_the_same_row_store_the_same(target: str) -> None:
 
     `mul; shfl; add` had become `mul; shfl; fma` in them, and the losses of 25 of 1,000 rows changed with the schedule.
     """
-    from bench.ptx import triton
+    from bench.gpu_code.ptx import triton
 
     if (reason := triton.why_not()) is not None:
         pytest.skip(reason)

@@ -16,8 +16,8 @@ from test_loss import compact, dtype_id, make
 
 triton = pytest.importorskip("triton")
 
-from bench import aot  # noqa: E402
-from bench.aot import (  # noqa: E402
+from bench.gpu_code import aot  # noqa: E402
+from bench.gpu_code.aot import (  # noqa: E402
     ALWAYS,
     TARGETS,
     Target,
@@ -28,7 +28,7 @@ from bench.aot import (  # noqa: E402
     resource_usage,
     stores_128_bits,
 )
-from bench.machine_code import instructions  # noqa: E402
+from bench.gpu_code.machine_code import instructions  # noqa: E402
 from dqn_fused import arguments  # noqa: E402
 from dqn_fused._backends import triton_backend  # noqa: E402
 from dqn_fused.targets import Munchausen, Soft  # noqa: E402

@@ -16,7 +16,7 @@ triton = pytest.importorskip("triton")
 from triton import knobs  # noqa: E402
 from triton.runtime import JITFunction  # noqa: E402
 
-from bench import aot, host  # noqa: E402
+from bench.gpu_code import aot, host  # noqa: E402
 from dqn_fused._backends import triton_backend, triton_program  # noqa: E402
 from dqn_fused.arguments import Batch, LossSpec  # noqa: E402
 
@@ -343,7 +343,7 @@ def test_no_more_descriptions_are_kept_than_said(stub: Stub, monkeypatch: pytest
 
 
 def test_the_table_of_launches(stub: Stub) -> None:
-    from bench.results import COLUMNS
+    from bench.reporting.results import COLUMNS
 
     rows = list(host.rows(host.CASES[:1], seconds=0.01))
     assert {name for row in rows for name in row} <= set(COLUMNS["host"])

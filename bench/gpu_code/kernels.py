@@ -1,0 +1,187 @@
+"""What the compiled GPU kernels take, read off the machine code: no GPU is needed. In bench/results/kernels.csv.
+
+Triton's for every target that it compiles for, and those of csrc/cuda where nvcc is. For NVIDIA's the losses are also
+executed (bench/gpu_code/ptx), and what they load, store and issue is counted.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+
+from bench.gpu_code import aot, nvcc
+from bench.gpu_code.machine_code import widest
+from bench.gpu_code.occupancy import occupancy
+from bench.gpu_code.ptx import build
+from bench.gpu_code.ptx.executor import Counts
+from bench.gpu_code.ptx.triton import Executor
+from bench.measure import machine
+from bench.measure.progress import track
+from bench.measure.variants import VARIANTS, dtype_name, random_arguments
+from bench.reporting import report, tables
+from bench.reporting.results import Row, Table
+from dqn_fused._backends import triton_backend
+from dqn_fused.head.sweep import Sweep
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+class Case(NamedTuple):
+    """A loss, or "sweep" of the linear head, whose sizes are rows, actions and features."""
+
+    name: str
+    variant: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{self.name} {' x '.join(map(str, self.shape))}"
+
+
+CASES = [
+    Case("small", "dqn", (128, 2), F32),
+    Case("Atari", "dqn", (32, 18), F32),
+    Case("Atari", "dqn", (512, 18), F32),
+    Case("many rows", "dqn", (16384, 18), F32),
+    Case("many rows", "dqn", (16384, 18), BF16),
+    Case("hundreds", "dqn", (1024, 512), F32),
+    Case("hundreds", "dqn", (1024, 512), BF16),
+    Case("split", "dqn", (64, 128256), F32),
+    Case("split", "dqn", (64, 128256), BF16),
+    Case("masked double", "masked double", (1024, 512), F32),
+    Case("munchausen", "munchausen", (1024, 512), F32),
+    Case("cql", "cql", (1024, 512), F32),
+    Case("head max", "sweep", (256, 50257, 1024), BF16),
+    Case("head argmax", "sweep", (256, 50257, 1024), BF16),
+    Case("head max", "sweep", (256, 50257, 1024), F32),
+]
+# What every element of is read or written, by kernel: the matrices among its arguments. The next action is chosen in
+# next_q_online where that is given, and q is read as a whole for the sum of exponentials only.
+MATRICES = {
+    "td_loss_fwd_kernel": ("grad_q", "next_q", "next_q_online", "next_action_mask", "target_q", "action_mask", "q"),
+    "row_fwd_kernel": ("x", "mask"),
+    "td_loss_bwd_kernel": ("grad_q", "q", "action_mask"),
+    "sweep_fwd_kernel": ("hidden", "weight", "mask"),
+}
+
+
+def run() -> None:
+    machine.commit()  # before a file of it changes
+    table = Table(report.RESULTS, "kernels")
+    targets = [(i, target.name) for i, target in enumerate(aot.TARGETS)]
+    for i, _ in track(targets, len(targets), "Triton", lambda item: item[1]):
+        table.add(of_target(i))
+    table.add(machine.about("kernels", "cpu") | row for row in nvcc.rows())
+    print(tables.kernels(table.rows, lambda row: f"{row['kernel']} {row['case']} {row['shape']} {row['dtype']}"))
+    print(f"\nregisters of a thread, bytes spilled, occupancy; more in {table.path.relative_to(machine.ROOT)}")
+
+
+def of_target(index: int, cases: list[Case] = CASES) -> Iterator[Row]:
+    """One row a kernel that the backend would launch; none where this triton cannot compile for the target."""
+    target, about = aot.TARGETS[index], machine.about("kernels", "cpu")
+    with aot.targeting(index) as reason:
+        if reason is not None:
+            print(f"{target.name}: {reason}")
+            return
+        for case in cases:
+            for call, make in launches(case).items():
+                with aot.compiling() as found:
+                    make()
+                executed = counted(make) if target.name.startswith("sm_") and case.variant != "sweep" else []
+                for i, launch in enumerate(found):
+                    about_case = {"call": call, "case": case.name, "shape": " x ".join(map(str, case.shape))}
+                    about_case["dtype"] = dtype_name(case.dtype)
+                    yield (
+                        about
+                        | about_case
+                        | measured(launch, target, case)
+                        | (counts_of(executed[i]) if executed else {})
+                    )
+
+
+def launches(case: Case) -> dict[str, Callable[[], object]]:
+    if case.variant != "sweep":
+        variant = VARIANTS[case.variant]
+        n, A = case.shape
+        arguments = random_arguments(variant, n, A, case.dtype, "cpu")
+        arguments["terminated"].zero_()  # whose rows would not be read
+        options = {name: x for name, x in variant.options.items() if name != "return_td_error"}
+        return aot.calls(arguments, **options)
+    n, A, D = case.shape
+    hidden, weight, bias = (torch.zeros(size, dtype=case.dtype) for size in ((n, D), (A, D), (A,)))
+    kind = case.name.removeprefix("head ")
+
+    def sweep() -> object:
+        from dqn_fused._backends.triton_sweep import sweep
+
+        return sweep(Sweep(hidden, weight, bias, None, kind, 1.0))
+
+    return {"sweep": sweep}
+
+
+def counted(make: Callable[[], object]) -> list[Counts]:
+    """What each launch did when executed, on the target that is being compiled for; none without a C++ compiler."""
+    try:
+        build.engine()
+    except build.CannotBuildError:
+        return []
+    executor = Executor(races=False)
+    with (
+        patch.object(triton_backend, "run", executor.run),
+        patch.object(triton_backend, "_sms", lambda device: aot.SMS),
+    ):
+        make()
+    return [launch.counts for launch in executor.launches]
+
+
+def counts_of(counts: Counts) -> Row:
+    """Of the launch what it moves, of a warp what it issues."""
+    a_warp = {name: counts[name] for name in ("instructions", "integer", "float", "special", "shuffle", "barrier")}
+    a_warp["shared_access"] = counts["shared_load"] + counts["shared_store"]
+    return {
+        "loaded_bytes": counts["load_bytes"],
+        "stored_bytes": counts["store_bytes"],
+        "sectors": counts["load_sectors"] + counts["store_sectors"],
+        "bank_conflicts": counts["conflicts"],
+        **{name: round(x / counts["warps"], 1) for name, x in a_warp.items()},
+    }
+
+
+def measured(launch: aot.Launch, target: aot.Target, case: Case) -> Row:
+    kernel, name = launch.kernel, target.name
+    code = aot.machine_code(kernel)
+    threads = kernel.metadata.num_warps * target.target.warp_size
+    if "cubin" in kernel.asm:
+        usage = aot.resource_usage(kernel.asm["cubin"])
+        registers, spilled = usage["REG"], usage["STACK"] + usage["LOCAL"]
+    else:
+        usage = aot.amd_usage(kernel.asm["amdgcn"])
+        registers, spilled = usage["vgpr_count"], usage["private_segment_fixed_size"]
+    share = occupancy(name, registers, threads, kernel.metadata.shared)
+    return {
+        "target": name,
+        "language": "triton",
+        "kernel": launch.name,
+        "registers": registers,
+        "spill_bytes": spilled,
+        "shared_bytes": kernel.metadata.shared,
+        "load_bits": widest(code, "load"),
+        "store_bits": widest(code, "store"),
+        "block_threads": threads,
+        "programs": launch.programs,
+        "occupancy": "" if share is None else share,
+        "bytes": matrix_bytes(launch),
+    }
+
+
+def matrix_bytes(launch: aot.Launch) -> int:
+    """Of the matrices that the launch reads or writes as a whole, as traffic.py counts them; the rest is O(n)."""
+    given = {name: x for name, x in launch.arguments.items() if isinstance(x, torch.Tensor)}
+    names = MATRICES.get(launch.name, ())
+    if launch.name == "td_loss_fwd_kernel":
+        reduced = any(name in given for name in ("next_best", "policy_best", "q_best"))  # by row_fwd_kernel before
+        unread = {"next_q"} if "next_q_online" in given else set[Any]()
+        unread |= set() if "normaliser" in given else {"q"}
+        names = ("grad_q",) if reduced else tuple(name for name in names if name not in unread)
+    return sum(given[name].numel() * given[name].element_size() for name in names if name in given)

@@ -1,0 +1,76 @@
+"""Compile C++ into a folder keyed by the sources, once."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+from bench.measure.machine import ROOT
+
+ENGINE = Path(__file__).parent / "engine"
+FLAGS = ("-std=c++20", "-O2", "-fPIC", "-ffp-contract=off")  # a fused multiply-add only where the PTX says so
+
+
+class CannotBuildError(RuntimeError):
+    """A compiler is missing, or it fails."""
+
+
+def folder() -> Path:
+    """Where libraries are kept."""
+    given = os.environ.get("DQN_FUSED_PTX_CACHE")
+    return Path(given) if given else ROOT / "build" / "ptx"
+
+
+def once(name: str, key: Sequence[bytes], make: Callable[[Path], None]) -> Path:
+    """The folder that make has filled for this key, now or before. Processes may race for it."""
+    digest = hashlib.sha256(b"\0".join(key)).hexdigest()[:16]
+    target = folder() / f"{name}-{digest}"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            make(Path(scratch))
+            Path(scratch).chmod(0o755)
+            try:
+                Path(scratch).rename(target)
+                Path(scratch).mkdir()
+            except OSError:  # another process was first
+                if not target.exists():
+                    raise
+    return target
+
+
+def run(command: Sequence[str]) -> str:
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise CannotBuildError(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
+    return result.stdout
+
+
+def compiler() -> str:
+    found = shutil.which(os.environ.get("CXX", "g++"))
+    if found is None:
+        raise CannotBuildError("no C++ compiler")
+    return found
+
+
+@cache
+def engine() -> Path:
+    """The library of engine/."""
+    cxx, files = compiler(), sorted(ENGINE.iterdir())
+    key = [run([cxx, "--version"]).encode(), *(item.encode() for item in FLAGS), *(f.read_bytes() for f in files)]
+
+    def make(into: Path) -> None:
+        def translate(source: Path) -> str:
+            run([cxx, *FLAGS, "-c", str(source), "-o", str(into / f"{source.stem}.o")])
+            return str(into / f"{source.stem}.o")
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(translate, (f for f in files if f.suffix == ".cpp")))
+        run([cxx, "-shared", *objects, "-o", str(into / "engine.so")])
+
+    return once("engine", key, make) / "engine.so"

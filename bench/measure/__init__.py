@@ -1,0 +1,1 @@
+"""Loss, head and whole updates, timed against the lines people write."""

@@ -1,0 +1,1 @@
+"""CSV, and the tables and pictures made from it."""
