@@ -276,7 +276,9 @@ def test_ddp_is_one_process_on_the_joined_batch(weighted: bool, tmp_path: Path) 
     torch.testing.assert_close(first, alone, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["sb3_dqn", "torchrl_dqn", "cleanrl_dqn", "ddp", "cartpole", "large_actions"])
+@pytest.mark.parametrize(
+    "name", ["sb3_dqn", "torchrl_dqn", "cleanrl_dqn", "ddp", "cartpole", "large_actions", "token_q_learning"]
+)
 def test_help(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Every example says what it takes."""
     import runpy
