@@ -130,6 +130,6 @@ class SecondOrderGradients(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
         """Refuse."""
         raise NotImplementedError(
-            "the third derivative of the conservative term of a linear head is not implemented; dqn_fused.reference.dqn_loss "
-            "of the Q matrix has it"
+            "the third derivative of the conservative term of a linear head is not implemented; "
+            "dqn_fused.reference.dqn_loss of the Q matrix has it"
         )
