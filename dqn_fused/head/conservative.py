@@ -7,18 +7,23 @@ import torch
 from torch import Tensor
 
 from dqn_fused.head.second_order import SecondOrder, second_order
-from dqn_fused.head.sweep import Sweep, Sweeper, log_total
-from dqn_fused.head.sweep_backward import Gradients, SweepBackward, without_autocast
+from dqn_fused.head.sweep import Statistics, Sweep, log_total
+from dqn_fused.head.sweep_backward import Gradients, SweepBackward
 from dqn_fused.head.taken import taken_values
 from dqn_fused.reference import legal_actions
 
 
-def conservative_term(taken: Tensor, largest: Tensor, rest: Tensor) -> Tensor:
-    """logsumexp_a q[i, a] - q[i, a_i], (n,), the term of CQL(H) (Kumar et al., 2020); NaN where no action is legal.
+def statistics(sweep: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None) -> Statistics:
+    """Largest Q-value and sum of exponentials below it, of the legal actions; NaN where none is legal."""
+    found: Statistics = sweep(Sweep(hidden, weight, bias, mask, "soft", 1.0))
+    if mask is None:
+        return found
+    return found._replace(largest=torch.where(found.largest == -torch.inf, torch.nan, found.largest))
 
-    The log-sum-exp is in two parts, the largest Q-value and the log of the sum of exponentials below it.
-    """
-    return (torch.where(largest == -torch.inf, torch.nan, largest) - taken) + rest
+
+def conservative_term(taken: Tensor, found: Statistics) -> Tensor:
+    """logsumexp_a q[i, a] - q[i, a_i], (n,), the term of CQL(H) (Kumar et al., 2020)."""
+    return (found.largest - taken) + log_total(found, 1.0)
 
 
 class ConservativeValues(torch.autograd.Function):
@@ -41,8 +46,7 @@ class ConservativeValues(torch.autograd.Function):
         auto: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One sweep over the actions."""
-        sweep: Sweeper = backend.auto_sweep if auto else backend.sweep
-        found = sweep(Sweep(hidden, weight, bias, mask, "soft", 1.0))
+        found = statistics(backend.auto_sweep if auto else backend.sweep, hidden, weight, bias, mask)
         index, legal = legal_actions(actions, weight.shape[0])
         taken, rest = taken_values(hidden, weight, bias, index), log_total(found, 1.0)
         if legal is not None:
@@ -120,8 +124,7 @@ class SecondOrderGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *given: Any) -> tuple[Tensor, ...]:
         """Sweep twice."""
-        with without_autocast(given[0].device):
-            return second_order(SecondOrder(*given))
+        return second_order(SecondOrder(*given))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> NoReturn:

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from dqn_fused.arguments import Batch, LossSpec, accumulation_dtype, normalise_weights
 from dqn_fused.head.arguments import Head
-from dqn_fused.head.conservative import ConservativeValues, conservative_term
-from dqn_fused.head.sweep import Sweep, Sweeper, log_total
+from dqn_fused.head.conservative import ConservativeValues, conservative_term, statistics
 from dqn_fused.head.taken import TakenValues
 from dqn_fused.head.targets import bonus, next_values
 from dqn_fused.node import td_loss
@@ -26,16 +25,11 @@ class Options(NamedTuple):
     sparse_grad: bool = False
     process_group: "ProcessGroup | None" = None
 
-    @property
-    def sweep(self) -> Sweeper:
-        """The backend's sweep."""
-        found: Sweeper = self.backend.auto_sweep if self.auto else self.backend.sweep
-        return found
-
 
 def head_loss(head: Head, samples: Batch, spec: LossSpec, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
     """(loss, td_error, cql) of checked arguments; cql, N, if it is asked for."""
-    backend, sweep = options.backend, options.sweep
+    backend = options.backend
+    sweep = backend.auto_sweep if options.auto else backend.sweep
     with torch.no_grad():
         rewards, next_q = samples.rewards, next_values(head, spec, sweep)
         if spec.target == "munchausen":
@@ -65,13 +59,13 @@ def _values_of_state(head: Head, actions: Tensor, spec: LossSpec, options: Optio
     if spec.dense_gradient:
         given = (hidden, weight, bias, actions, mask, options.backend, options.auto)
         taken, rest, largest = ConservativeValues.apply(*given)
-        return taken, conservative_term(taken, largest, rest)
+        return taken, (largest - taken) + rest
     taken = TakenValues.apply(hidden, weight, bias, actions, options.sparse_grad)
     if not spec.cql:
         return taken, None
     with torch.no_grad():
-        found = options.sweep(Sweep(hidden, weight, bias, mask, "soft", 1.0))
-        return taken, conservative_term(taken, found.largest, log_total(found, 1.0))
+        sweep = options.backend.auto_sweep if options.auto else options.backend.sweep
+        return taken, conservative_term(taken, statistics(sweep, hidden, weight, bias, mask))
 
 
 def _reduced(each: Tensor, weights: Tensor | None, reduction: str) -> Tensor:

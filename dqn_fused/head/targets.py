@@ -1,13 +1,17 @@
 """What a target network's linear head says: the value of the next states, and Munchausen's bonus of the state."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from dqn_fused.arguments import LossSpec, accumulation_dtype
 from dqn_fused.head.arguments import Head
-from dqn_fused.head.sweep import Sweep, Sweeper, log_total
+from dqn_fused.head.sweep import Statistics, Sweep, log_total
 from dqn_fused.head.taken import taken_values
 from dqn_fused.reference import legal_actions
+
+Sweeper = Callable[[Sweep], Statistics]
 
 
 def next_values(head: Head, spec: LossSpec, sweep: Sweeper) -> Tensor | None:
