@@ -44,16 +44,23 @@ for _kind, _check in (("general", ", bool check"), ("triton", "")):
         "Tensor? normaliser, Tensor? q, Tensor? action_mask, int A, ScalarType dtype, "
         "float[] options) -> Tensor grad_q"
     )
-# index is empty, (0,), but for the argmax.
+# first is empty, (0,), but for "argmax", and total but for "soft".
 for _kind, _more in (("", ""), ("triton_", ", bool auto")):
     _library.define(
         f"{_kind}sweep(Tensor hidden, Tensor weight, Tensor? bias, Tensor? mask, str kind, float temperature{_more}) "
-        "-> (Tensor value, Tensor index)"
+        "-> (Tensor largest, Tensor first, Tensor total)"
+    )
+# taken and policy are coefficients; a gradient that needs says no of is empty, (0,).
+for _kind, _more in (("", ""), ("triton_", ", bool auto")):
+    _library.define(
+        f"{_kind}sweep_backward(Tensor hidden, Tensor weight, Tensor? bias, Tensor? mask, Tensor largest, "
+        f"Tensor policy, Tensor actions, Tensor taken, bool[] needs{_more}) "
+        "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
     )
 # Of torch.compile alone, whose own code for a sum by index adds by atomics on a GPU.
 _library.define("add_rows(Tensor values, Tensor index, int A, ScalarType dtype) -> Tensor")
 NAMES = tuple(f"{kind}td_loss{what}" for kind in ("", "general_", "triton_") for what in ("", "_and_grad", "_backward"))
-for _name in (*NAMES, "sweep", "triton_sweep", "add_rows"):
+for _name in (*NAMES, "sweep", "triton_sweep", "sweep_backward", "triton_sweep_backward", "add_rows"):
     # Autograd stops here: TDLoss has the derivative, and loss_and_grad gives it.
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
@@ -112,11 +119,37 @@ def _general_td_loss_backward(grad_loss: Tensor, td_error: Tensor, actions: Tens
 @torch.library.register_fake("dqn_fused::triton_sweep", lib=_library)
 def _sweep(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, kind: str, *rest: object
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     on_one_device(hidden, weight, bias, mask)
-    m = hidden.shape[0]
-    index = hidden.new_empty((m if kind == "argmax" else 0,), dtype=torch.int64)
-    return hidden.new_empty((m,), dtype=accumulation_dtype(hidden)), index
+    m, dtype = hidden.shape[0], accumulation_dtype(hidden)
+    return (
+        hidden.new_empty((m,), dtype=dtype),
+        hidden.new_empty((m if kind == "argmax" else 0,), dtype=torch.int64),
+        hidden.new_empty((m if kind == "soft" else 0,), dtype=dtype),
+    )
+
+
+@torch.library.register_fake("dqn_fused::sweep_backward", lib=_library)
+@torch.library.register_fake("dqn_fused::triton_sweep_backward", lib=_library)
+def _sweep_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    largest: Tensor,
+    policy: Tensor,
+    actions: Tensor,
+    taken: Tensor,
+    needs: list[bool],
+    auto: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    on_one_device(hidden, weight, bias, mask, largest, policy, actions, taken)
+    given = zip((hidden, weight, bias), needs, strict=True)
+    a, b, c = (
+        hidden.new_empty(0) if x is None or not need else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        for x, need in given
+    )
+    return a, b, c
 
 
 @torch.library.register_fake("dqn_fused::add_rows", lib=_library)
@@ -151,4 +184,6 @@ triton_td_loss_and_grad = torch.ops.dqn_fused.triton_td_loss_and_grad.default
 triton_td_loss_backward = torch.ops.dqn_fused.triton_td_loss_backward.default
 sweep = torch.ops.dqn_fused.sweep.default
 triton_sweep = torch.ops.dqn_fused.triton_sweep.default
+sweep_backward = torch.ops.dqn_fused.sweep_backward.default
+triton_sweep_backward = torch.ops.dqn_fused.triton_sweep_backward.default
 add_rows = torch.ops.dqn_fused.add_rows.default

@@ -21,15 +21,17 @@ OF_THE_NEXT_STATE = {
     "rewards", "next_q", "terminated", "gamma", "non_final_mask", "next_q_online", "next_action_mask", "target_q",
     "target", "value_transform", "ensemble",
 }  # fmt: skip
-OF_THE_Q_MATRIX = {"q", "next_q", "ensemble", "next_q_online", "target_q", "cql_alpha", "action_mask", "return_cql"}
-OF_THE_HEAD = {"hidden", "weight", "bias", "next_hidden", "next_weight", "next_bias", "next_hidden_online"}
+OF_THE_Q_MATRIX = {"q", "next_q", "ensemble", "next_q_online", "target_q"}
+OF_A_LAYER = {"hidden", "weight", "bias", "sparse_grad"}
+OF_THE_HEAD = OF_A_LAYER | {"next_hidden", "next_weight", "next_bias", "next_hidden_online", "target_hidden"}
 # More or less than fused_dqn_loss takes.
 FUNCTIONS: dict[Callable[..., Any], tuple[set[str], set[str]]] = {
     dqn_fused.fused_dqn_loss: (set(), set()),
     dqn_fused.fused_dqn_loss_and_grad: (set(), set()),
     reference.dqn_loss: (set(), set()),
     dqn_fused.fused_td_loss: ({"target"}, OF_THE_NEXT_STATE),
-    dqn_fused.fused_linear_dqn_loss: (OF_THE_HEAD | {"sparse_grad"}, OF_THE_Q_MATRIX),
+    dqn_fused.fused_linear_dqn_loss: (OF_THE_HEAD, OF_THE_Q_MATRIX),
+    dqn_fused.fused_linear_td_loss: (OF_A_LAYER | {"target"}, OF_THE_NEXT_STATE | {"q"}),
 }
 
 

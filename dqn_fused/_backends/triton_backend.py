@@ -14,13 +14,15 @@ from dqn_fused._backends import (
     triton_quantile,
     triton_rows,
     triton_sweep,
+    triton_sweep_backward,
     triton_td_loss,
 )
 from dqn_fused._backends.triton_program import OLDEST, VERSION
 from dqn_fused.arguments import Batch, LossSpec
 from dqn_fused.autograd import Saved
 from dqn_fused.categorical_arguments import CategoricalSpec
-from dqn_fused.head import Sweep
+from dqn_fused.head.sweep import Statistics, Sweep
+from dqn_fused.head.sweep_backward import Gradients, SweepBackward
 from dqn_fused.quantile_arguments import QuantileSpec
 from dqn_fused.row_loss import SavedRows
 
@@ -96,14 +98,28 @@ def loss_and_grad(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor,
     return (triton_ops if _without_values() else triton_td_loss).loss_and_grad(batch, spec)
 
 
-def sweep(work: Sweep) -> tuple[Tensor, Tensor | None]:
-    """As head.sweep."""
+def sweep(work: Sweep) -> Statistics:
+    """As head.sweep.sweep."""
     return triton_ops.sweep(work, auto=False) if _without_values() else triton_sweep.sweep(work)
 
 
-def auto_sweep(work: Sweep) -> tuple[Tensor, Tensor | None]:
-    """As head.sweep, by the kernel where that pays."""
+def auto_sweep(work: Sweep) -> Statistics:
+    """As head.sweep.sweep, by the kernel where that pays."""
     return triton_ops.sweep(work, auto=True) if _without_values() else triton_sweep.auto_sweep(work)
+
+
+def sweep_backward(work: SweepBackward) -> Gradients:
+    """As head.sweep_backward.sweep_backward."""
+    if _without_values():
+        return triton_ops.sweep_backward(work, auto=False)
+    return triton_sweep_backward.sweep_backward(work)
+
+
+def auto_sweep_backward(work: SweepBackward) -> Gradients:
+    """As head.sweep_backward.sweep_backward, by the kernel where the sweep was."""
+    if _without_values():
+        return triton_ops.sweep_backward(work, auto=True)
+    return triton_sweep_backward.auto_sweep_backward(work)
 
 
 def quantile_loss(batch: Batch, taus: Tensor | None, spec: QuantileSpec) -> tuple[Tensor, Tensor, Tensor]:

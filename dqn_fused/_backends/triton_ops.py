@@ -8,16 +8,25 @@ power of two of the batch. A small problem, where a call of Python would cost, i
 (see _backends.TRACED).
 """
 
-import torch
 from torch import Tensor
 from torch.library import Library
 
 from dqn_fused import _distributional_ops, _ops
-from dqn_fused._backends import boxed, triton_categorical, triton_quantile, triton_rows, triton_sweep, triton_td_loss
+from dqn_fused._backends import (
+    boxed,
+    triton_categorical,
+    triton_quantile,
+    triton_rows,
+    triton_sweep,
+    triton_sweep_backward,
+    triton_td_loss,
+)
 from dqn_fused.arguments import Batch, LossSpec
 from dqn_fused.autograd import Saved
 from dqn_fused.categorical_arguments import CategoricalSpec
-from dqn_fused.head import Sweep
+from dqn_fused.head import sweep_backward as backwards
+from dqn_fused.head.sweep import Statistics, Sweep, pack, unpack
+from dqn_fused.head.sweep_backward import Gradients, SweepBackward
 from dqn_fused.quantile_arguments import QuantileSpec
 from dqn_fused.row_loss import SavedRows
 
@@ -42,10 +51,14 @@ def loss_and_grad(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor,
     return loss, boxed.shaped(grad_q, (*batch.shape, grad_q.shape[-1])), td_error, normaliser
 
 
-def sweep(work: Sweep, auto: bool) -> tuple[Tensor, Tensor | None]:
-    """Return (value, index)."""
-    value, index = _ops.triton_sweep(*work, auto)
-    return value, index if work.kind == "argmax" else None
+def sweep(work: Sweep, auto: bool) -> Statistics:
+    """Return statistics of all actions."""
+    return unpack(work.kind, *_ops.triton_sweep(*work, auto))
+
+
+def sweep_backward(work: SweepBackward, auto: bool) -> Gradients:
+    """Return gradients of hidden, weight and bias."""
+    return backwards.unpack(work.needs, *_ops.triton_sweep_backward(*backwards.pack(work), auto))
 
 
 def quantile_loss(batch: Batch, taus: Tensor | None, spec: QuantileSpec) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,10 +119,15 @@ def _sweep(
     kind: str,
     temperature: float,
     auto: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     run = triton_sweep.auto_sweep if auto else triton_sweep.sweep
-    value, index = run(Sweep(hidden, weight, bias, mask, kind, temperature))
-    return value, hidden.new_empty(0, dtype=torch.int64) if index is None else index
+    return pack(run(Sweep(hidden, weight, bias, mask, kind, temperature)))
+
+
+def _sweep_backward(*given: object) -> tuple[Tensor, Tensor, Tensor]:
+    *rest, auto = given
+    run = triton_sweep_backward.auto_sweep_backward if auto else triton_sweep_backward.sweep_backward
+    return backwards.run_packed(run, *rest)  # type: ignore[arg-type]
 
 
 def _quantile_loss(*given: object) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,6 +155,7 @@ for _name, _call in {
     "triton_td_loss_and_grad": _loss_and_grad,
     "triton_td_loss_backward": _backward,
     "triton_sweep": _sweep,
+    "triton_sweep_backward": _sweep_backward,
     "triton_quantile_loss": _quantile_loss,
     "triton_quantile_loss_and_grad": _quantile_loss_and_grad,
     "triton_categorical_loss": _categorical_loss,

@@ -1,0 +1,135 @@
+"""The conservative term of a linear head: log-sum-exp over all actions less the value of the one taken."""
+
+from types import ModuleType
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from dqn_fused.head.second_order import SecondOrder, second_order
+from dqn_fused.head.sweep import Statistics, Sweep, log_total
+from dqn_fused.head.sweep_backward import Gradients, SweepBackward
+from dqn_fused.head.taken import taken_values
+from dqn_fused.reference import legal_actions
+
+
+def statistics(sweep: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None) -> Statistics:
+    """Largest Q-value and sum of exponentials below it, of the legal actions; NaN where none is legal."""
+    found: Statistics = sweep(Sweep(hidden, weight, bias, mask, "soft", 1.0))
+    if mask is None:
+        return found
+    return found._replace(largest=torch.where(found.largest == -torch.inf, torch.nan, found.largest))
+
+
+def conservative_term(taken: Tensor, found: Statistics) -> Tensor:
+    """logsumexp_a q[i, a] - q[i, a_i], (n,), the term of CQL(H) (Kumar et al., 2020)."""
+    return (found.largest - taken) + log_total(found, 1.0)
+
+
+class ConservativeValues(torch.autograd.Function):
+    """(taken, rest, largest), each (n,): the value of the action taken, and the two parts of the log-sum-exp.
+
+    By the weights, rest has the derivative of the whole log-sum-exp, and largest none: on it their sum does not depend.
+    taken and rest are NaN where the action is illegal, and the gradient of that row is zero. Every action has a share
+    in the gradient of the weight, which is dense.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        actions: Tensor,
+        mask: Tensor | None,
+        backend: ModuleType,
+        auto: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One sweep over the actions."""
+        found = statistics(backend.auto_sweep if auto else backend.sweep, hidden, weight, bias, mask)
+        index, legal = legal_actions(actions, weight.shape[0])
+        taken, rest = taken_values(hidden, weight, bias, index), log_total(found, 1.0)
+        if legal is not None:
+            taken, rest = (torch.where(legal, x, torch.nan) for x in (taken, rest))
+        ctx.save_for_backward(hidden, weight, bias, actions, mask, found.largest, found.total)
+        ctx.about = backend, auto
+        ctx.mark_non_differentiable(found.largest)
+        ctx.set_materialize_grads(False)
+        return taken, rest, found.largest
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of hidden, (n, D), of weight, (A, D), and of bias, (A,)."""
+        hidden, weight, bias, actions, mask, largest, total = ctx.saved_tensors
+        taken, rest = (torch.zeros_like(total) if x is None else x for x in grads[:2])
+        index, legal = legal_actions(actions, weight.shape[0])
+        if legal is not None:
+            taken, rest = (torch.where(legal, x, 0) for x in (taken, rest))
+        given = (hidden, weight, bias, mask, largest, total, index, taken, rest)
+        needs = tuple(ctx.needs_input_grad[:3])
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            found = RecordedGradients.apply(*given, needs, *ctx.about)
+        else:
+            found = gradients(*given, needs, *ctx.about)
+        return *found, None, None, None, None
+
+
+def gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    largest: Tensor,
+    total: Tensor,
+    index: Tensor,
+    taken: Tensor,
+    rest: Tensor,
+    needs: tuple[bool, bool, bool],
+    backend: ModuleType,
+    auto: bool,
+) -> Gradients:
+    """Those of hidden, weight and bias, from what came upstream of taken and rest, (n,)."""
+    policy = torch.where(total == 0, 0, rest / total)  # without a legal action
+    run = backend.auto_sweep_backward if auto else backend.sweep_backward
+    found: Gradients = run(SweepBackward(hidden, weight, bias, mask, largest, policy, index, taken, needs))
+    return found
+
+
+class RecordedGradients(torch.autograd.Function):
+    """gradients, where they may be differentiated once more."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> Gradients:
+        """Sweep once more."""
+        ctx.save_for_backward(*given[:9])
+        ctx.set_materialize_grads(False)
+        ctx.has_bias = given[2] is not None
+        return gradients(*given)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of hidden, weight, bias and of what came upstream of taken and rest; a third order raises."""
+        hidden, weight, bias, taken, rest = SecondOrderGradients.apply(*ctx.saved_tensors, *grads)
+        return (
+            hidden, weight, bias if ctx.has_bias else None, None, None, None, None, taken, rest, None, None, None,
+        )  # fmt: skip
+
+
+class SecondOrderGradients(torch.autograd.Function):
+    """second_order, so that a third order leads here and raises.
+
+    The error of once_differentiable is passed by where torch.autograd.grad is asked for some inputs only.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> tuple[Tensor, ...]:
+        """Sweep twice."""
+        return second_order(SecondOrder(*given))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
+        """Refuse."""
+        raise NotImplementedError(
+            "the third derivative of the conservative term of a linear head is not implemented; "
+            "dqn_fused.reference.dqn_loss of the Q matrix has it"
+        )
