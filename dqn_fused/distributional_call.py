@@ -39,7 +39,7 @@ def prepare(
 ) -> tuple[Batch, SpecT, ModuleType]:
     """Check the values of a batch whose shapes are checked, of which ``name`` is q, and choose its backend."""
     road = choose_distributional(family, backend, batch.q.device, batch.q.shape[2])
-    batch = check_values(batch, batch.q.shape[1], batch.next_count, f"next_{name}")
+    batch = check_values(batch, batch.q.shape[1], batch.next_count, f"next_{name}", road.COUNTS_MASK)
     if spec.reduction == "weighted_mean":
         batch, spec = normalise_weights(batch, spec, process_group)
     return batch, spec, road

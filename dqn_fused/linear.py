@@ -37,6 +37,7 @@ def fused_linear_dqn_loss(
     delta: float = 1.0,
     reduction: str = "mean",
     target: str | Soft = "max",
+    value_transform: str = "identity",
     return_td_error: bool = False,
     sparse_grad: bool = False,
     process_group: "ProcessGroup | None" = None,
@@ -70,6 +71,7 @@ def fused_linear_dqn_loss(
         delta: of huber and smooth_l1.
         reduction: ``"mean"``, ``"weighted_mean"``, ``"sum"`` or ``"none"``.
         target: ``"max"``, ``"soft"`` or :class:`Soft`.
+        value_transform: ``"identity"`` or ``"signed_hyperbolic"``, as in :func:`fused_dqn_loss`.
         return_td_error: also return the signed TD errors, (\\*N), without gradient.
         sparse_grad: give weight and bias row-sparse gradients, as ``nn.Embedding(sparse=True)`` does, for
             ``torch.optim.SGD`` and ``SparseAdam``: nothing of size A is then allocated at all. torch.compile does not
@@ -94,7 +96,7 @@ def fused_linear_dqn_loss(
     """
     if inside_transform():
         refuse("fused_linear_dqn_loss", "call fused_dqn_loss with the Q matrices, or this once for each network")
-    spec = check_loss(loss, delta, reduction, target)
+    spec = check_loss(loss, delta, reduction, target, value_transform=value_transform)
     if process_group is not None:
         check_group(process_group, spec)
     if spec.target == "munchausen":
@@ -140,18 +142,20 @@ class FusedLinearDQNLoss(nn.Module):
         delta: float = 1.0,
         reduction: str = "mean",
         target: str | Soft = "max",
+        value_transform: str = "identity",
         return_td_error: bool = False,
         sparse_grad: bool = False,
         process_group: "ProcessGroup | None" = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        check_loss(loss, delta, reduction, target)
+        check_loss(loss, delta, reduction, target, value_transform=value_transform)
         if isinstance(gamma, Tensor):
             self.register_buffer("gamma", gamma)
         else:
             self.gamma = gamma
         self.loss, self.delta, self.reduction, self.target = loss, delta, reduction, target
+        self.value_transform = value_transform
         self.return_td_error, self.sparse_grad = return_td_error, sparse_grad
         self.process_group, self.backend = process_group, backend
 
@@ -191,6 +195,7 @@ class FusedLinearDQNLoss(nn.Module):
             delta=self.delta,
             reduction=self.reduction,
             target=self.target,
+            value_transform=self.value_transform,
             return_td_error=self.return_td_error,
             sparse_grad=self.sparse_grad,
             process_group=self.process_group,

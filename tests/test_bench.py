@@ -463,10 +463,12 @@ def test_the_table_of_kernels() -> None:
 
     index = [target.name for target in aot.TARGETS].index("sm_90")
     cases = [kernels.Case("narrow", "dqn", (8, 4), F32), kernels.Case("wide", "masked double", (16, 512), F32)]
+    cases.append(kernels.Case("quantiles", "quantile", (8, 3, 16), F32))
+    cases.append(kernels.Case("atoms", "categorical", (8, 3, 16), F32))
     rows = list(kernels.of_target(index, cases))
     assert {name for row in rows for name in row} <= set(COLUMNS["kernels"])
     for row in rows:
-        if row["kernel"] == "td_loss_bwd_kernel":
+        if row["kernel"] in ("td_loss_bwd_kernel", "rows_bwd_kernel"):
             assert row["stored_bytes"] == row["bytes"], "the gradient is stored once"
         assert row["instructions"] >= row["integer"] + row["float"] + row["special"] > 0
     found = {(row["case"], row["call"], row["kernel"]): row for row in rows}
@@ -478,3 +480,6 @@ def test_the_table_of_kernels() -> None:
     assert found["wide", "forward", "td_loss_fwd_kernel"]["bytes"] == 0
     assert found["wide", "backward", "td_loss_bwd_kernel"]["store_bits"] == 128
     assert found["wide", "backward", "td_loss_bwd_kernel"]["bytes"] == 16 * 512 * 4
+    for name, forward in (("quantiles", "quantile_fwd_kernel"), ("atoms", "categorical_fwd_kernel")):
+        for call, kernel in (("forward", forward), ("backward", "rows_bwd_kernel")):
+            assert found[name, call, kernel]["bytes"] == 8 * 3 * 16 * 4

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dqn_fused import head
-from dqn_fused._backends import BackendUnavailableError, triton_ops
+from dqn_fused._backends import BackendUnavailableError, triton_launch
 from dqn_fused.head import Sweep
 from dqn_fused.kernels import sweep_launch
 from dqn_fused.kernels.launch import cdiv
@@ -33,10 +33,6 @@ def sweep(work: Sweep) -> tuple[Tensor, Tensor | None]:
     Q-values of half precision are not rounded to it before they are compared. float64 is the library's: it checks
     gradients, and few devices multiply it in tensor cores.
     """
-    if torch.compiler.is_compiling():
-        return triton_ops.sweep(work, auto=False)
-    from dqn_fused._backends import triton_backend as backend  # which imports this module
-
     hidden, weight, bias = work.hidden.resolve_neg(), work.weight.resolve_neg(), work.bias
     if torch.float64 in (hidden.dtype, weight.dtype):
         return head.sweep(work)
@@ -56,16 +52,16 @@ def sweep(work: Sweep) -> tuple[Tensor, Tensor | None]:
     if weight.stride(1) != 1 or any(size % vec for size in (D, hidden.stride(0), weight.stride(0))):
         vec = 1
     scale, temperature = _powers_of_two(work.temperature)
-    with backend._on(device):
-        units, precision = _units(hidden.dtype, interpreted=backend.INTERPRETED)
-        plan = sweep_launch.sweep(m, A, D, max(itemsizes), work.mask is not None, units, backend._sms(device))
+    with triton_launch.on(device):
+        units, precision = _units(hidden.dtype, interpreted=triton_launch.INTERPRETED)
+        plan = sweep_launch.sweep(m, A, D, max(itemsizes), work.mask is not None, units, triton_launch.sms(device))
         # The interpreter multiplies no bfloat16.
-        operand = tl.float32 if backend.INTERPRETED else OPERAND[hidden.dtype]
+        operand = tl.float32 if triton_launch.INTERPRETED else OPERAND[hidden.dtype]
         partial = aux = None
         if plan.splits > 1:
             partial, dtype = torch.empty((plan.splits, m), dtype=torch.float32, device=device), AUX[kind]
             aux = None if dtype is None else torch.empty_like(partial, dtype=dtype)
-        backend.run(
+        triton_launch.run(
             sweep_fwd_kernel, plan.row_tiles * plan.splits,
             value, index, partial, aux, hidden, weight, bias, work.mask, m, A, D // vec,
             hidden.stride(0) // vec, weight.stride(0) // vec, weight.stride(1),
@@ -77,7 +73,7 @@ def sweep(work: Sweep) -> tuple[Tensor, Tensor | None]:
             num_warps=plan.num_warps, num_stages=plan.num_stages,
         )  # fmt: skip
         if partial is not None:
-            backend.run(
+            triton_launch.run(
                 sweep_combine_kernel, cdiv(m, COMBINE_ROWS),
                 value, index, partial, aux, m, plan.splits, scale, temperature,
                 KIND=kind, ROWS=COMBINE_ROWS, SPLITS=COMBINE_SPLITS, num_warps=4,
@@ -87,8 +83,6 @@ def sweep(work: Sweep) -> tuple[Tensor, Tensor | None]:
 
 def auto_sweep(work: Sweep) -> tuple[Tensor, Tensor | None]:
     """Sweep by the kernel where that pays, else head.sweep."""
-    if torch.compiler.is_compiling():
-        return triton_ops.sweep(work, auto=True)
     hidden = work.hidden
     return sweep(work) if refuses(hidden.dtype, hidden.device) is None and pays(work) else head.sweep(work)
 
