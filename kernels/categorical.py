@@ -7,9 +7,10 @@ import triton
 import triton.language as tl
 
 from .atoms import atom_values, ends_of, gauss, position_of, quotient, shares, softmax_parts, two_hot
-from .distributions import greedy, load_discount, load_sample
+from .distributions import greedy
 from .mask import count_before
 from .rows import scalar
+from .samples import load_action, load_discount, load_next
 
 
 @triton.jit
@@ -71,7 +72,9 @@ def categorical_fwd_kernel(
     if non_final is not None:
         true, before = count_before(non_final, counts, start, n, COUNTED, COUNT_BLOCK)
         fits = true == m
-    action, live, next_row = load_sample(actions, final, non_final, checked, row, inside, fits, before, A, m)
+    action = load_action(actions, non_final, checked, fits, row, inside, A)
+    live, next_row, _ = load_next(final, non_final, row, inside, before)
+    live = live & (next_row < m)  # a mask that does not fit makes every action illegal
     legal = inside & (action >= 0)
     reward = tl.load(rewards + row, mask=inside, other=0).to(ACC)
 

@@ -1,4 +1,4 @@
-"""Triton kernels and helpers of the losses of distributions, (n, A, K): samples, the choice of the next action, sums.
+"""Triton kernels and helpers of the losses of distributions, (n, A, K): the choice of the next action, sums.
 
 Shapes in the comments: n samples, m next states, A actions.
 """
@@ -7,40 +7,7 @@ import triton
 import triton.language as tl
 
 from .atoms import atom_values, expectation_of_rows
-from .rows import NO_COLUMN, combine, reduce_columns, scalar
-from .td_loss import legal_action
-
-
-@triton.jit
-def load_sample(
-    actions, final, non_final, checked, row, inside, fits, before, A, m,
-):  # fmt: skip
-    """Of samples, [rows], the action (-1: illegal), whether there is a next state, and its row; see td_loss.py."""
-    action = legal_action(tl.load(actions + row, mask=inside, other=-1), A)
-    live = inside
-    next_row = row
-    if non_final is not None:
-        action = tl.where(fits, action, -1)
-        if checked is not None:
-            tl.store(checked + row, action.to(tl.int64), mask=inside)
-        goes_on = tl.load(non_final + row, mask=inside, other=0).to(tl.int32)
-        live = live & (goes_on != 0)
-        next_row = before + tl.cumsum(goes_on, 0) - 1
-    elif final is not None:
-        live = live & (tl.load(final + row, mask=inside, other=1) == 0)
-    return action, live & (next_row < m), next_row
-
-
-@triton.jit
-def load_discount(gamma, row, inside, GAMMA: tl.constexpr, ACC: tl.constexpr):
-    """The discount of each sample, [rows] or one for all: GAMMA says what gamma is."""
-    if GAMMA == "number":
-        discount = scalar(gamma, ACC)
-    elif GAMMA == "scalar":
-        discount = tl.load(gamma).to(ACC)
-    else:
-        discount = tl.load(gamma + row, mask=inside, other=0.0).to(ACC)
-    return discount
+from .rows import NO_COLUMN, combine, reduce_columns
 
 
 @triton.jit

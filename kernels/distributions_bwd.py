@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .td_loss import legal_action, sample_scale
+from .samples import legal_action, sample_scale
 
 
 @triton.jit

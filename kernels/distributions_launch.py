@@ -6,12 +6,12 @@ several programs share a sample they read the same rows of next values; from the
 
 from typing import NamedTuple
 
-from .launch import cdiv, next_power_of_2
+from .launch import PROGRAMS_PER_SM, cdiv, next_power_of_2
 
 WARPS = 4
 TILE = 2048  # pairs that a program holds at once, 16 a thread, each with two sums; of float64 4 a thread
 READ = 4096  # elements that it reads at once: 32 a thread, in 8 loads of 16 bytes in float32
-READ_ONE_BY_ONE = 1024  # where each has a 64-bit address of its own; above, and above a quarter in float64, some spill
+READ_ONE_BY_ONE = 1024  # where each has a 64-bit address of its own: above, and above an eighth in float64, some spill
 LEAST_BLOCK = 32  # predicted quantiles of a program: fewer leave more of its time to what is done once a sample
 MOST_BLOCK = 256  # 2 a thread
 CHOICE_BYTES = 1 << 16  # that one program reads to choose: about as long as another launch takes
@@ -68,7 +68,7 @@ def choice(rows: int | None, m: int, A: int, K: int, itemsize: int, wide: bool, 
     """
     read = 32 * softmax_warps * LOGITS * 4 // itemsize
     if softmax_warps == 0:
-        read = (READ if wide else READ_ONE_BY_ONE) // (1 if itemsize <= 4 else 4)
+        read = (READ if wide else READ_ONE_BY_ONE) // (1 if itemsize <= 4 else 8)
     read //= rows or 1
     columns = next_power_of_2(K) if softmax_warps else min(next_power_of_2(K), read)
     actions = max(1, min(next_power_of_2(A), read // columns))
@@ -97,14 +97,14 @@ class Projection(NamedTuple):
 
 
 def projection(n: int, A: int, K: int, itemsize: int, sms: int) -> Projection:
-    """A sample a program, or as many as give each thread an atom, if there are enough of them for the device.
+    """A sample a program as long as all of them are resident at once; then as many as give each of 128 threads an atom.
 
     Few samples choose among A actions at once, if they can; it takes 0.7 us to load the next ones.
     """
     atoms = next_power_of_2(K)
     num_warps = max(warps(atoms, itemsize, MOST_WARPS), warps(next_power_of_2(A) * atoms, itemsize, CHOICE_WARPS))
     rows = max(1, min(next_power_of_2(n), 32 * WARPS // atoms))
-    while rows > 1 and 2 * cdiv(n, rows) <= sms:
+    while rows > 1 and cdiv(n, rows // 2) <= PROGRAMS_PER_SM * sms:
         rows //= 2
     shared = 32 * num_warps * SHARED // (1 if itemsize <= 4 else 4)
     chunk = max(1, min(atoms, shared // (rows * atoms)))

@@ -6,9 +6,11 @@ Shapes in the comments: n samples, m next states, A actions, K predicted quantil
 import triton
 import triton.language as tl
 
-from .distributions import greedy, load_discount, load_sample
+from .atoms import quotient
+from .distributions import greedy
 from .mask import count_before
 from .rows import scalar
+from .samples import load_action, load_discount, load_next
 
 
 @triton.jit
@@ -35,13 +37,6 @@ def add_pairs(
     part = tl.where(size != 0, 1.0, 0.0) if PLAIN else tl.minimum(size * inverse_kappa, 1.0)
     step = tl.where(d > 0, above[None, :, :], below[None, :, :]) * part  # with the sign of d
     return loss + tl.abs(step) * (size - half_kappa * part), slope + step
-
-
-@triton.jit
-def midpoint(i, K, ACC: tl.constexpr):
-    """(i + 1/2) / K, correctly rounded."""
-    i = i.to(ACC) + 0.5
-    return i / K.to(ACC) if tl.float64 == ACC else tl.div_rn(i, K.to(ACC))
 
 
 @triton.jit(do_not_specialize=["n", "m", "A", "K", "next_K", "choice_K", "splits", "count"])
@@ -78,7 +73,9 @@ def quantile_fwd_kernel(
     if non_final is not None:
         true, before = count_before(non_final, counts, start, n, COUNTED, COUNT_BLOCK)
         fits = true == m
-    action, live, next_row = load_sample(actions, final, non_final, checked, row, inside, fits, before, A, m)
+    action = load_action(actions, non_final, checked, fits, row, inside, A)
+    live, next_row, _ = load_next(final, non_final, row, inside, before)
+    live = live & (next_row < m)  # a mask that does not fit makes every action illegal
     legal = inside & (action >= 0)
     reward = tl.load(rewards + row, mask=inside, other=0).to(ACC)
     discount = tl.zeros([ROWS], ACC) + load_discount(gamma, row, inside, GAMMA, ACC)
@@ -105,7 +102,7 @@ def quantile_fwd_kernel(
     where = offset[:, None] + (i.to(tl.int64) * q_stride_column)[None, :]
     predicted = tl.load(q + where, mask=here & legal[:, None], other=float("nan")).to(ACC)
     if taus is None:
-        tau = midpoint(i, K, ACC)[None, :] + tl.zeros([ROWS, BLOCK], ACC)
+        tau = quotient(i.to(ACC) + 0.5, K.to(ACC), ACC)[None, :] + tl.zeros([ROWS, BLOCK], ACC)
     else:
         where = (row.to(tl.int64) * tau_stride_row)[:, None] + (i.to(tl.int64) * tau_stride_column)[None, :]
         tau = tl.load(taus + where, mask=here, other=0.0).to(ACC)

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from .mask import count_before
 from .rows import load_legal, reduce_partials, reduce_tile, row_offset, scalar
+from .samples import load_action, load_discount, load_next, sample_scale
 from .value_transform import signed_hyperbolic, signed_parabolic
 
 
@@ -35,25 +36,6 @@ def td_loss_grad(td, delta, LOSS: tl.constexpr):
         inner = tl.where(td == 0, 0.0, td / delta)  # delta = 0 is l1
         slope = tl.where(td > delta, 1.0, tl.where(td < -delta, -1.0, inner))
     return slope
-
-
-@triton.jit
-def legal_action(action, A):
-    """The action, or -1 if it is outside [0, A); int32, since fewer registers hold it once it is known to be small."""
-    action = action.to(tl.int64)
-    return tl.where((action >= 0) & (action < A), action, -1).to(tl.int32)
-
-
-@triton.jit
-def sample_scale(grad_loss, weights, row, inside, count, PER_ROW: tl.constexpr, ACC: tl.constexpr):
-    """Derivative of the result by the unweighted loss of each sample; grad_loss is (), (n,) or None for ones."""
-    scale = tl.full([], 1.0, ACC)
-    if grad_loss is not None:
-        scale = tl.load(grad_loss + row, mask=inside, other=0.0) if PER_ROW else tl.load(grad_loss)
-    scale = scale / count.to(ACC)
-    if weights is not None:
-        scale = scale * tl.load(weights + row, mask=inside, other=0.0).to(ACC)
-    return scale
 
 
 @triton.jit
@@ -143,11 +125,7 @@ def td_loss_fwd_kernel(
         row = start + tl.arange(0, ROWS)  # [rows]
         inside = row < n
 
-        action = legal_action(tl.load(actions + row, mask=inside, other=0), A)
-        if non_final is not None:
-            action = tl.where(fits, action, -1)
-            if checked is not None:
-                tl.store(checked + row, action.to(tl.int64), mask=inside)
+        action = load_action(actions, non_final, checked, fits, row, inside, A)
         legal = inside & (action >= 0)
         taken = tl.load(q + row_offset(row, q_strides) + action.to(tl.int64) * q_stride_action, mask=legal, other=0.0)
         taken = taken.to(ACC)
@@ -179,15 +157,7 @@ def td_loss_fwd_kernel(
             target += scalar(alpha, ACC) * log_policy
 
         if VALUE is not None:
-            live = inside
-            next_row = row
-            if non_final is not None:
-                goes_on = tl.load(non_final + row, mask=inside, other=0).to(tl.int32)
-                live = live & (goes_on != 0)
-                next_row = before + tl.cumsum(goes_on, 0) - 1
-                before += tl.sum(goes_on, 0)
-            elif final is not None:
-                live = live & (tl.load(final + row, mask=inside, other=1) == 0)
+            live, next_row, before = load_next(final, non_final, row, inside, before)
             there = live & (next_row < m)
             if not NARROW:
                 best, aux = reduce_partials(
@@ -215,12 +185,7 @@ def td_loss_fwd_kernel(
                     ).to(ACC)  # fmt: skip
                 if next_action_mask is not None:
                     value = tl.where(best == float("-inf"), float("nan"), value)
-            if GAMMA == "number":
-                discount = scalar(gamma, ACC)
-            elif GAMMA == "scalar":
-                discount = tl.load(gamma).to(ACC)
-            else:
-                discount = tl.load(gamma + row, mask=inside, other=0.0).to(ACC)
+            discount = load_discount(gamma, row, inside, GAMMA, ACC)
             if TRANSFORM == "signed_hyperbolic":
                 value = signed_parabolic(value)
             # Selected, not multiplied: what stands in a terminated row's next_q never reaches the target.

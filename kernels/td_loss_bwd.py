@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 
 from .rows import load_legal, row_offset, scalar
-from .td_loss import legal_action, policy_gradient, sample_scale, td_loss_grad
+from .samples import legal_action, sample_scale
+from .td_loss import policy_gradient, td_loss_grad
 
 
 @triton.jit

@@ -67,7 +67,8 @@ def test_machine_code(target: Target, compiled: Compiled, case: str, dtype: torc
     calls["backward"]()
     assert compiled[-1].name == "rows_bwd_kernel"
     calls["loss_and_grad"]()
-    enough = case != "small"  # its rows have fewer elements than a program threads
+    # A program has as many threads as elements, or, with the 256 threads of CDNA, less than 8 elements for each.
+    enough = case != "small" and not (case == "many_rows" and dtype.itemsize == 2)
     check(compiled, target, dtype, wide=enough and shape[2] * dtype.itemsize % 16 == 0 == K2 * dtype.itemsize % 16)
 
 
