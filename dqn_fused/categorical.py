@@ -72,7 +72,8 @@ def fused_categorical_loss(
             target, (\\*N), signed, unweighted and without gradient.
         process_group: with ``"weighted_mean"``, the ranks over which weights are summed, as in
             :func:`fused_dqn_loss`.
-        backend: ``"auto"``, or by name as in :func:`dqn_fused.backends`.
+        backend: ``"auto"``, or by name as in :func:`dqn_fused.backends`. Inside ``torch.compile`` on the CPU ``"auto"``
+            takes ``"torch"``, whose operations Inductor fuses.
 
     Returns:
         The loss, or ``(loss, td_error)``, in float32, or in float64 if logits is float64.

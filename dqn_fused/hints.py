@@ -64,11 +64,11 @@ def warn_if_swapped(q: Tensor, networks: Sequence[Tensor | None]) -> None:
 
     For what a public function calls, outside graphs and transforms; before any check.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or not torch.is_grad_enabled():
-        return
     if not isinstance(q, Tensor) or q.requires_grad:
         return
-    if any(isinstance(x, Tensor) and x.requires_grad for x in networks):
+    if not any(isinstance(x, Tensor) and x.requires_grad for x in networks) or not torch.is_grad_enabled():
+        return
+    if not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
         warnings.warn(
             "q does not require a gradient and next_q does: are they swapped? q is of the online network, which is "
             "trained, and next_q is a constant",

@@ -73,7 +73,8 @@ def fused_quantile_loss(
             unweighted and without gradient.
         process_group: with ``"weighted_mean"``, the ranks over which weights are summed, as in
             :func:`fused_dqn_loss`.
-        backend: ``"auto"``, or by name as in :func:`dqn_fused.backends`.
+        backend: ``"auto"``, or by name as in :func:`dqn_fused.backends`. Inside ``torch.compile`` on the CPU ``"auto"``
+            takes ``"torch"``, whose operations Inductor fuses, up to 32 predicted quantiles.
 
     Returns:
         The loss, or ``(loss, td_error)``, in float32, or in float64 if quantiles is float64.

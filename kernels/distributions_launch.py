@@ -6,7 +6,7 @@ several programs share a sample they read the same rows of next values; from the
 
 from typing import NamedTuple
 
-from .launch import cdiv, next_power_of_2
+from .launch import PROGRAMS_PER_SM, cdiv, next_power_of_2
 
 WARPS = 4
 TILE = 2048  # pairs that a program holds at once, 16 a thread, each with two sums; of float64 4 a thread
@@ -97,14 +97,14 @@ class Projection(NamedTuple):
 
 
 def projection(n: int, A: int, K: int, itemsize: int, sms: int) -> Projection:
-    """A sample a program, or as many as give each thread an atom, if there are enough of them for the device.
+    """A sample a program as long as all of them are resident at once; then as many as give each of 128 threads an atom.
 
     Few samples choose among A actions at once, if they can; it takes 0.7 us to load the next ones.
     """
     atoms = next_power_of_2(K)
     num_warps = max(warps(atoms, itemsize, MOST_WARPS), warps(next_power_of_2(A) * atoms, itemsize, CHOICE_WARPS))
     rows = max(1, min(next_power_of_2(n), 32 * WARPS // atoms))
-    while rows > 1 and 2 * cdiv(n, rows) <= sms:
+    while rows > 1 and cdiv(n, rows // 2) <= PROGRAMS_PER_SM * sms:
         rows //= 2
     shared = 32 * num_warps * SHARED // (1 if itemsize <= 4 else 4)
     chunk = max(1, min(atoms, shared // (rows * atoms)))

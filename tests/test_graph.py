@@ -7,13 +7,21 @@ import pytest
 import torch
 from conftest import Road
 from functorch.compile import make_boxed_func
+from quantile_data import make as make_quantiles
 from test_family import VARIANTS, variant
 from test_loss import check, make, shape_id
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 
-from dqn_fused import _backends, fused_dqn_loss, fused_dqn_loss_and_grad
+from dqn_fused import (
+    _backends,
+    fused_categorical_loss,
+    fused_categorical_td_loss,
+    fused_dqn_loss,
+    fused_dqn_loss_and_grad,
+    fused_quantile_loss,
+)
 from dqn_fused._backends import serving
 
 AUTO = Road("auto", "cpu")
@@ -29,26 +37,28 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def compiled_loss(**options: Any) -> Callable[..., Any]:
+def compiled_loss(function: Callable[..., Any] = fused_dqn_loss, **options: Any) -> Callable[..., Any]:
     """Compile a function of its own for each caller: Dynamo counts the graphs of a function."""
 
     def loss(arguments: dict[str, Any]) -> Any:
-        return fused_dqn_loss(**arguments)
+        return function(**arguments)
 
     graph = torch.compile(loss, fullgraph=True, **options)
     return lambda **arguments: graph(arguments)
 
 
-def ops_of(arguments: dict[str, Any], **options: Any) -> set[str]:
-    """Names of this project's ops in the graphs of the forward and the backward."""
+def ops_of(
+    arguments: dict[str, Any], function: Callable[..., Any] = fused_dqn_loss, x: str = "q", **options: Any
+) -> set[str]:
+    """Names of this project's ops in the graphs of the forward and the backward of a loss of x."""
     found: list[Any] = []
 
     def record(graph: torch.fx.GraphModule, _: Any) -> Any:
         found.extend(node.target for node in graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload))
         return make_boxed_func(graph.forward)
 
-    call = compiled_loss(backend=aot_autograd(fw_compiler=record, bw_compiler=record))
-    call(**{**arguments, "q": arguments["q"].requires_grad_()}, **options).backward()
+    call = compiled_loss(function, backend=aot_autograd(fw_compiler=record, bw_compiler=record))
+    call(**{**arguments, x: arguments[x].requires_grad_()}, **options).backward()
     assert found
     return {op.name() for op in found if op.namespace == "dqn_fused"}
 
@@ -74,6 +84,57 @@ def test_a_named_backend_is_taken_at_any_size(shape: tuple[int, int]) -> None:
     assert ops_of(make(shape), backend="torch") == set()
     if HAS_OPS:
         assert ops_of(make(shape), backend="compiled") == {"dqn_fused::td_loss", "dqn_fused::td_loss_backward"}
+
+
+def quantiles(n: int, K: int) -> tuple[dict[str, Any], Callable[..., Any], str]:
+    return {**make_quantiles((n, 3, K)), "weights": torch.rand(n)}, fused_quantile_loss, "quantiles"
+
+
+def ready(n: int, K: int) -> tuple[dict[str, Any], Callable[..., Any], str]:
+    arguments = {"logits": torch.randn(n, 3, K), "actions": torch.zeros(n, dtype=torch.int64), "target": torch.randn(n)}
+    return {**arguments, "support": (-1.0, 1.0)}, fused_categorical_td_loss, "logits"
+
+
+def atoms(n: int, K: int) -> tuple[dict[str, Any], Callable[..., Any], str]:
+    arguments = make_quantiles((n, 3, K))
+    arguments |= {"logits": arguments.pop("quantiles"), "next_logits": arguments.pop("next_quantiles")}
+    return {**arguments, "support": (-1.0, 1.0)}, fused_categorical_loss, "logits"
+
+
+@pytest.mark.parametrize("n", [2, 512])
+def test_auto_takes_pytorch_operations_for_atoms_and_few_quantiles(n: int) -> None:
+    for K in (8, 32):
+        assert ops_of(*quantiles(n, K)) == set()
+    for K in (8, 101):
+        assert ops_of(*atoms(n, K)) == ops_of(*ready(n, K)) == set()
+
+
+@pytest.mark.skipif(not HAS_OPS, reason="no ops for the CPU")
+def test_auto_takes_the_op_for_many_quantiles_and_a_named_backend_its_own() -> None:
+    rows_backward = "dqn_fused::rows_backward"
+    assert ops_of(*quantiles(4, 33)) == {"dqn_fused::quantile_loss", rows_backward}
+    assert ops_of(*quantiles(4, 33), backend="torch") == set()
+    assert ops_of(*quantiles(4, 8), backend="compiled") == {"dqn_fused::quantile_loss", rows_backward}
+    assert ops_of(*atoms(4, 8), backend="compiled") == {"dqn_fused::categorical_loss", rows_backward}
+
+
+@pytest.mark.graph
+@pytest.mark.parametrize(("family", "K"), [(quantiles, 32), (quantiles, 33), (atoms, 51), (ready, 51)])
+def test_a_distributional_loss_makes_no_graph_for_each_batch(family: Callable[..., Any], K: int) -> None:
+    """And computes what it does outside of one."""
+    _, function, x = family(2, K)
+    call = compiled_loss(function, backend="aot_eager")
+    for n in (8, 11, 32, 7):
+        arguments = family(n, K)[0]
+        arguments[x].requires_grad_()
+        results = []
+        for run in (call, function):
+            loss = run(**arguments)
+            results.append((loss, *torch.autograd.grad(loss, arguments[x])))
+        for got, expected in zip(*results, strict=True):
+            torch.testing.assert_close(got, expected)
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
 
 
 @pytest.mark.graph

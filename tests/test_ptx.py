@@ -118,6 +118,27 @@ def test_maxima_and_comparisons_with_nan() -> None:
         assert torch.equal(got != 0, expected), name
 
 
+def test_whole_numbers() -> None:
+    """With .ftz a subnormal number is zero before it is rounded down or up."""
+    x = floats(3)
+    flushed = torch.where(x.abs() < torch.finfo(torch.float32).tiny, torch.copysign(torch.zeros_like(x), x), x)
+    for name, function in {"rni": torch.round, "rzi": torch.trunc, "rmi": torch.floor, "rpi": torch.ceil}.items():
+        for ftz, given in (("", x), (".ftz", flushed)):
+            got = compute(f"cvt.{name}{ftz}.f32.f32 %r3, %r4;", x, x).view(torch.float32)
+            assert torch.equal(got.nan_to_num(7), function(given).nan_to_num(7)), name + ftz
+
+
+def test_arithmetic_has_one_nan() -> None:
+    """inf - inf has its sign set on x86, and a sum that of its first NaN; on a GPU lanes that add up alike agree."""
+    x = torch.tensor([np.nan, -np.nan, np.inf, 1.0, np.inf])
+    y = torch.tensor([1.0, np.nan, -np.inf, -np.nan, 0.0])
+    for instruction in ("add.f32 %r3, %r4, %r5;", "mul.f32 %r3, %r5, %r4;", "fma.rn.f32 %r3, %r4, %r5, %r5;"):
+        got = compute(instruction, x, y)
+        nan = got.view(torch.float32).isnan()
+        assert nan.sum() >= 3
+        assert got[nan].unique().numel() == 1, instruction
+
+
 def test_integers() -> None:
     g = source()
     a, b = (torch.randint(-(2**31), 2**31, (256,), generator=g).to(torch.int32) for _ in range(2))
