@@ -184,7 +184,7 @@ MODE = os.environ.get("DQN_FUSED_BUILD", "auto").lower()
 EXTENSIONS, COMMANDS = libraries()
 
 setup(
-    packages=["dqn_fused", "dqn_fused._backends", "dqn_fused.kernels"],
+    packages=["dqn_fused", "dqn_fused._backends", "dqn_fused.head", "dqn_fused.kernels"],
     package_dir={"dqn_fused": "dqn_fused", "dqn_fused.kernels": "kernels"},
     package_data={"dqn_fused": ["py.typed"]},
     ext_modules=EXTENSIONS,

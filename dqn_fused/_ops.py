@@ -49,11 +49,11 @@ for _kind, _check in (("general", ", bool check"), ("triton", "")):
         "Tensor? normaliser, Tensor? q, Tensor? action_mask, int A, ScalarType dtype, int loss, float delta, "
         "float cql_alpha, int reduction) -> Tensor grad_q"
     )
-# index is empty, (0,), but for the argmax.
+# first is empty, (0,), but for "argmax", and total but for "soft".
 for _kind, _more in (("", ""), ("triton_", ", bool auto")):
     _library.define(
         f"{_kind}sweep(Tensor hidden, Tensor weight, Tensor? bias, Tensor? mask, str kind, float temperature{_more}) "
-        "-> (Tensor value, Tensor index)"
+        "-> (Tensor largest, Tensor first, Tensor total)"
     )
 # Of torch.compile alone, whose own code for a sum by index adds by atomics on a GPU.
 _library.define("add_rows(Tensor values, Tensor index, int A, ScalarType dtype) -> Tensor")
@@ -116,11 +116,14 @@ def _general_td_loss_backward(grad_loss: Tensor, td_error: Tensor, actions: Tens
 @torch.library.register_fake("dqn_fused::triton_sweep", lib=_library)
 def _sweep(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, kind: str, *rest: object
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     on_one_device(hidden, weight, bias, mask)
-    m = hidden.shape[0]
-    index = hidden.new_empty((m if kind == "argmax" else 0,), dtype=torch.int64)
-    return hidden.new_empty((m,), dtype=accumulation_dtype(hidden)), index
+    m, dtype = hidden.shape[0], accumulation_dtype(hidden)
+    return (
+        hidden.new_empty((m,), dtype=dtype),
+        hidden.new_empty((m if kind == "argmax" else 0,), dtype=torch.int64),
+        hidden.new_empty((m if kind == "soft" else 0,), dtype=dtype),
+    )
 
 
 @torch.library.register_fake("dqn_fused::add_rows", lib=_library)

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from dqn_fused._backends import choose
 from dqn_fused.arguments import Batch, check_group, check_loss, normalise_weights
 from dqn_fused.autograd import apart, inside_transform
-from dqn_fused.head import Head, TakenValues, autocast, check_head, next_values
+from dqn_fused.head.arguments import Head, autocast, check_head
+from dqn_fused.head.taken import TakenValues
+from dqn_fused.head.targets import next_values
 from dqn_fused.node import td_loss
 from dqn_fused.targets import Soft
 from dqn_fused.transforms import refuse

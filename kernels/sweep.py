@@ -1,7 +1,7 @@
 """Triton kernels: a linear layer over many actions, reduced over the actions while it is multiplied.
 
 Shapes in the comments: m rows, D features, A actions. The Q-values of a tile live in registers alone; a number or two
-a row leave the program. By KIND they are
+a row, best and aux, leave the program. By KIND they are
 
 - "max": the maximum, NaN if there is one;
 - "argmax": the maximum and the first action it stands at;
@@ -38,17 +38,6 @@ def reduce_tile(best, aux, x, x_aux, scale, KIND: tl.constexpr):
 
 
 @triton.jit
-def store_result(value, index, row, inside, best, aux, temperature, KIND: tl.constexpr):
-    """Store what the rows are worth, (m,), and for "argmax" their actions, (m,)."""
-    if KIND == "argmax":
-        tl.store(index + row, aux.to(tl.int64), mask=inside)
-    elif KIND == "soft":
-        below = tl.full([], temperature, tl.float32) * tl.log2(aux)
-        best = tl.where(tl.abs(best) == float("inf"), best, best + below)  # below may be inf - inf, or 0 * inf
-    tl.store(value + row, best, mask=inside)
-
-
-@triton.jit
 def load_features(x, stride, mask, feature, D, EVEN: tl.constexpr, FEATURES: tl.constexpr):
     """Features of rows that begin at x, [rows, 1], zeros behind the last of them; [rows, features]."""
     k = feature + tl.arange(0, FEATURES)
@@ -78,13 +67,12 @@ def unpack_legal(words, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["m", "row_tiles", "group", "chunk"])
 def sweep_fwd_kernel(
-    value, index,  # (m,); index with "argmax", else None
-    partial, partial_aux,  # (splits, m), instead of value and index where there are several splits
+    out, out_aux,  # (splits, m); of "max" no aux
     hidden, weight, bias, mask,  # (m, D), (A, D), (A,) or None, (m, A) or None
     m, A, units,  # units * VEC = D
     hidden_stride, weight_stride_action, weight_stride_feature, bias_stride, mask_stride_row, mask_stride_action,
     row_tiles, group, chunk,  # row tiles of a group; columns of a split, a multiple of COLUMNS
-    scale, temperature,
+    scale,
     KIND: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, VEC: tl.constexpr, EVEN: tl.constexpr,
     ONCE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
@@ -144,20 +132,17 @@ def sweep_fwd_kernel(
             q = tl.where(legal, q, float("-inf"))
             best, aux = reduce_tile(best, aux, q, column[None, :] if KIND == "argmax" else None, scale, KIND)
             q = tl.zeros([ROWS, COLUMNS], tl.float32)
-    if partial is None:
-        store_result(value, index, row, inside, best, aux, temperature, KIND)
-    else:
-        offset = split.to(tl.int64) * m + row
-        tl.store(partial + offset, best, mask=inside)
-        if partial_aux is not None:
-            tl.store(partial_aux + offset, aux, mask=inside)
+    offset = split.to(tl.int64) * m + row
+    tl.store(out + offset, best, mask=inside)
+    if out_aux is not None:
+        tl.store(out_aux + offset, aux.to(out_aux.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["m", "splits"])
 def sweep_combine_kernel(
-    value, index,  # (m,); index with "argmax", else None
+    out, out_aux,  # (m,)
     partial, partial_aux,  # (splits, m)
-    m, splits, scale, temperature,
+    m, splits, scale,
     KIND: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Reduce the splits of each row, in a fixed order."""
@@ -175,4 +160,6 @@ def sweep_combine_kernel(
         if partial_aux is not None:
             x_aux = tl.load(partial_aux + offset, mask=live, other=0)
         best, aux = reduce_tile(best, aux, x, x_aux, scale, KIND)
-    store_result(value, index, row, inside, best, aux, temperature, KIND)
+    tl.store(out + row, best, mask=inside)
+    if out_aux is not None:
+        tl.store(out_aux + row, aux.to(out_aux.dtype.element_ty), mask=inside)

@@ -18,8 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dqn_fused.arguments
 import dqn_fused.reference
-from dqn_fused import FusedLinearDQNLoss, Soft, fused_linear_dqn_loss, head
+from dqn_fused import FusedLinearDQNLoss, Soft, fused_linear_dqn_loss
 from dqn_fused.arguments import accumulation_dtype
+from dqn_fused.head import sweep
 from dqn_fused.reference import dqn_loss
 
 SHAPES = [(7, 3), (2, 3, 5), (0, 4), (1, 1), (33, 8)]
@@ -29,9 +30,9 @@ Arguments = dict[str, Any]
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles of actions and of rows in small problems, the last of them not full."""
-    monkeypatch.setattr(head, "TILE", {"cpu": 1})
-    monkeypatch.setattr(head, "MIN_COLUMNS", 13)
-    monkeypatch.setattr(head, "TILE_ROWS", 5)
+    monkeypatch.setattr(sweep, "TILE", {"cpu": 1})
+    monkeypatch.setattr(sweep, "MIN_COLUMNS", 13)
+    monkeypatch.setattr(sweep, "TILE_ROWS", 5)
 
 
 def make(shape: tuple[int, ...], A: int = 41, dtype: torch.dtype = torch.float32, seed: int = 0) -> Arguments:
@@ -361,9 +362,9 @@ def test_module_and_reference(road: Road) -> None:
 @pytest.mark.parametrize("road_sparse", [False, True])
 def test_memory(road: Road, road_sparse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """No matrix of n * A; with sparse gradients nothing of size A at all, and what is held does not grow with A."""
-    monkeypatch.setattr(head, "TILE", {"cpu": 4096})
-    monkeypatch.setattr(head, "MIN_COLUMNS", 64)
-    monkeypatch.setattr(head, "TILE_ROWS", 64)
+    monkeypatch.setattr(sweep, "TILE", {"cpu": 4096})
+    monkeypatch.setattr(sweep, "MIN_COLUMNS", 64)
+    monkeypatch.setattr(sweep, "TILE_ROWS", 64)
     n, D = 64, 8
     largest = []
     for A in (1000, 4000):

@@ -20,7 +20,7 @@ if not EXECUTED:
 from bench.gpu_code.ptx.executor import PtxError, Trace
 from bench.gpu_code.ptx.triton import Executed, NotExecutedError, executing
 from dqn_fused import fused_dqn_loss
-from dqn_fused.head import Sweep
+from dqn_fused.head.sweep import Sweep
 
 TARGET = "sm_80"
 Outputs = list[Tensor]

@@ -1,4 +1,4 @@
-"""The sweep over the actions as a kernel, against products in float64; and the choice between it and head.sweep."""
+"""The sweep over the actions as a kernel, against products in float64; and the choice between it and the library."""
 
 import importlib
 import math
@@ -14,8 +14,8 @@ from data import source
 from oracle import chosen
 from torch import Tensor
 
-from dqn_fused import head
-from dqn_fused.head import Sweep
+from dqn_fused.head import sweep as tiles
+from dqn_fused.head.sweep import Statistics, Sweep, log_total
 
 pytest.importorskip("triton")
 pytestmark = TRITON_MARK
@@ -35,11 +35,17 @@ def legal(m: int, A: int) -> Tensor:
     return mask.to(TRITON_DEVICE)
 
 
+def worth(work: Sweep, found: Statistics) -> Tensor:
+    """Largest Q-value or soft value of each row."""
+    return found.largest if found.total is None else found.largest + log_total(found, work.temperature)
+
+
 def check(work: Sweep) -> Tensor:
     """Value and index against products in float64, within what float32 may make of them; returns the value."""
     from dqn_fused._backends.triton_sweep import sweep
 
-    value, index = sweep(work)
+    found = sweep(work)
+    value, index = worth(work, found), found.first
     assert value.dtype is torch.float32
     assert (index is None) == (work.kind != "argmax")
     arithmetic = Arithmetic(torch.float32)
@@ -113,13 +119,13 @@ def test_mixed_dtypes() -> None:
     check(work._replace(weight=work.weight.half()))
     double = make(5, 41, 16, dtype=torch.float64)
     assert kernel(double).dtype is torch.float64
-    assert torch.equal(kernel(double), head.sweep(double)[0])
+    assert torch.equal(kernel(double), worth(double, tiles.sweep(double)))
 
 
 def kernel(work: Sweep) -> Tensor:
     from dqn_fused._backends.triton_sweep import sweep
 
-    return sweep(work)[0]
+    return worth(work, sweep(work))
 
 
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -291,4 +297,4 @@ def test_the_choice_between_the_two(monkeypatch: pytest.MonkeyPatch) -> None:
     work = make(5, 41, 3)
     for choice in (True, False):
         monkeypatch.setattr(triton_sweep, "pays", lambda work, choice=choice: choice)
-        torch.testing.assert_close(triton_sweep.auto_sweep(work)[0], head.sweep(work)[0])
+        torch.testing.assert_close(triton_sweep.auto_sweep(work).largest, tiles.sweep(work).largest)

@@ -15,7 +15,7 @@ from test_triton_aot import Compiled, check_instructions, compiled, target  # no
 from bench.gpu_code import aot  # noqa: E402
 from bench.gpu_code.aot import Target, amd_usage, machine_code, resource_usage  # noqa: E402
 from bench.gpu_code.machine_code import main_loop, read_in_flight, widths  # noqa: E402
-from dqn_fused.head import Sweep  # noqa: E402
+from dqn_fused.head.sweep import Sweep  # noqa: E402
 
 pytestmark = [
     pytest.mark.aot,

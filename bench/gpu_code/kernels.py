@@ -22,7 +22,7 @@ from bench.measure.variants import VARIANTS, dtype_name, random_arguments
 from bench.reporting import report, tables
 from bench.reporting.results import Row, Table
 from dqn_fused._backends import triton_backend
-from dqn_fused.head import Sweep
+from dqn_fused.head.sweep import Sweep
 
 F32, BF16 = torch.float32, torch.bfloat16
 

@@ -14,7 +14,7 @@ A backend is a module with
   (2, N) if spec.cql, else None, as autograd.Saved has it; accumulation dtype;
 - ``loss_and_grad(batch, spec) -> (loss, grad_q, td_error, normaliser)``: and the gradient of the sum;
 - ``backward(grad_loss, saved, spec) -> grad_q``: saved is autograd.Saved; contiguous, every element written;
-- ``sweep(work) -> (value, index)``: as head.sweep, which most take; and ``auto_sweep``, what "auto" takes.
+- ``sweep(work) -> Statistics``: as head.sweep.sweep, which most take; and ``auto_sweep``, what "auto" takes.
 
 The distributional losses are on fewer: a backend has, for the device types that DISTRIBUTIONAL names,
 

@@ -14,7 +14,7 @@ from dqn_fused._ops import REDUCTIONS
 from dqn_fused.arguments import Batch, LossSpec
 from dqn_fused.autograd import Saved
 from dqn_fused.categorical_arguments import CategoricalSpec
-from dqn_fused.head import sweep
+from dqn_fused.head.sweep import sweep
 from dqn_fused.quantile_arguments import QuantileSpec
 from dqn_fused.row_loss import SavedRows
 

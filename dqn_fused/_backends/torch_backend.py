@@ -8,7 +8,7 @@ from dqn_fused.autograd import Saved, loss_gradient
 from dqn_fused.categorical_arguments import CategoricalSpec
 from dqn_fused.categorical_reference import atoms, cross_entropy, slopes_of, target_distribution, values_of
 from dqn_fused.distributional import reduced, taken
-from dqn_fused.head import sweep
+from dqn_fused.head.sweep import sweep
 from dqn_fused.quantile_arguments import QuantileSpec
 from dqn_fused.quantile_reference import loss_of_pairs, slopes_of_pairs, target_quantiles
 from dqn_fused.quantile_reference import td_error as quantile_td_error

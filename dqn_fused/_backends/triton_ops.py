@@ -8,7 +8,6 @@ power of two of the batch. A small problem, where a call of Python would cost, i
 (see _backends.TRACED).
 """
 
-import torch
 from torch import Tensor
 from torch.library import Library
 
@@ -16,7 +15,7 @@ from dqn_fused import _ops
 from dqn_fused._backends import boxed
 from dqn_fused.arguments import Batch, LossSpec
 from dqn_fused.autograd import Saved
-from dqn_fused.head import Sweep
+from dqn_fused.head.sweep import Statistics, Sweep, pack, unpack
 
 _library = Library("dqn_fused", "IMPL")
 
@@ -39,10 +38,9 @@ def loss_and_grad(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor,
     return loss, boxed.shaped(grad_q, (*batch.shape, grad_q.shape[-1])), td_error, normaliser
 
 
-def sweep(work: Sweep, auto: bool) -> tuple[Tensor, Tensor | None]:
-    """Return (value, index)."""
-    value, index = _ops.triton_sweep(*work, auto)
-    return value, index if work.kind == "argmax" else None
+def sweep(work: Sweep, auto: bool) -> Statistics:
+    """Return statistics of all actions."""
+    return unpack(work.kind, *_ops.triton_sweep(*work, auto))
 
 
 def _forward(*given: object) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,12 +74,11 @@ def _sweep(
     kind: str,
     temperature: float,
     auto: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     from dqn_fused._backends import triton_sweep
 
     run = triton_sweep.auto_sweep if auto else triton_sweep.sweep
-    value, index = run(Sweep(hidden, weight, bias, mask, kind, temperature))
-    return value, hidden.new_empty(0, dtype=torch.int64) if index is None else index
+    return pack(run(Sweep(hidden, weight, bias, mask, kind, temperature)))
 
 
 for _name, _call in {

@@ -5,30 +5,29 @@ import math
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from dqn_fused import head
 from dqn_fused._backends import BackendUnavailableError, triton_ops
-from dqn_fused.head import Sweep
+from dqn_fused.head import sweep as tiles
+from dqn_fused.head.sweep import Statistics, Sweep
 from dqn_fused.kernels import sweep_launch
 from dqn_fused.kernels.launch import cdiv
 from dqn_fused.kernels.sweep import sweep_combine_kernel, sweep_fwd_kernel
 
 COMBINE_ROWS, COMBINE_SPLITS = 16, 64  # a tile of 8 elements a thread
 OPERAND = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-AUX = {"max": None, "argmax": torch.int32, "soft": torch.float32}  # beside the maximum of a split
+AUX = {"argmax": torch.int32, "soft": torch.float32}  # beside the maximum of a split; of all, an index is int64
 
 # What pays() reckons with, of an H100. That the ratios of A100 and B200 are within twice of it is all that it needs.
 FLOPS = {"half": 800e12, "tf32": 400e12, "ieee": 50e12}  # a second, of the library
 SHARE = {"half": 0.6, "tf32": 0.6, "tf32x3": 0.2, "ieee": 0.4}  # of the library's, of a Triton kernel; assumed
 MEMORY, CACHE = 3e12, 5e12  # bytes a second
 LAUNCH = 5e-6  # seconds until torch has issued one more operation
-OPERATIONS = {"max": 3, "argmax": 7, "soft": 10}  # of head.sweep a tile; a mask adds two
+OPERATIONS = {"max": 3, "argmax": 7, "soft": 10}  # of the library's sweep a tile; a mask adds two
 PASSES = {"max": 2, "argmax": 2, "soft": 12}  # over a tile, read or written; a mask adds two
 
 
-def sweep(work: Sweep) -> tuple[Tensor, Tensor | None]:
-    """As head.sweep, in one launch or, where the actions are split, two. The weight is never copied.
+def sweep(work: Sweep) -> Statistics:
+    """As head.sweep.sweep, in one launch or, where the actions are split, two. The weight is never copied.
 
     Q-values of half precision are not rounded to it before they are compared. float64 is the library's: it checks
     gradients, and few devices multiply it in tensor cores.
@@ -39,7 +38,7 @@ def sweep(work: Sweep) -> tuple[Tensor, Tensor | None]:
 
     hidden, weight, bias = work.hidden.resolve_neg(), work.weight.resolve_neg(), work.bias
     if torch.float64 in (hidden.dtype, weight.dtype):
-        return head.sweep(work)
+        return tiles.sweep(work)
     reason = refuses(hidden.dtype, hidden.device)
     if reason is not None:
         raise BackendUnavailableError(f"backend 'triton' cannot serve: {reason}")
@@ -47,50 +46,52 @@ def sweep(work: Sweep) -> tuple[Tensor, Tensor | None]:
         hidden = hidden.contiguous()
     bias = None if bias is None else bias.resolve_neg()
     device, (m, D), A, kind = hidden.device, hidden.shape, weight.shape[0], work.kind
-    value = torch.empty(m, dtype=torch.float32, device=device)
-    index = torch.empty(m, dtype=torch.int64, device=device) if kind == "argmax" else None
+    largest = torch.empty(m, dtype=torch.float32, device=device)
+    first = torch.empty(m, dtype=torch.int64, device=device) if kind == "argmax" else None
+    total = torch.empty_like(largest) if kind == "soft" else None
+    found, aux = Statistics(largest, first, total), total if first is None else first
     if m == 0:
-        return value, index
+        return found
     itemsizes = hidden.element_size(), weight.element_size()
     vec = 16 // min(itemsizes)
     if weight.stride(1) != 1 or any(size % vec for size in (D, hidden.stride(0), weight.stride(0))):
         vec = 1
-    scale, temperature = _powers_of_two(work.temperature)
+    scale = _power_of_two(work.temperature)
     with backend._on(device):
         units, precision = _units(hidden.dtype, interpreted=backend.INTERPRETED)
         plan = sweep_launch.sweep(m, A, D, max(itemsizes), work.mask is not None, units, backend._sms(device))
         # The interpreter multiplies no bfloat16.
         operand = tl.float32 if backend.INTERPRETED else OPERAND[hidden.dtype]
-        partial = aux = None
+        partial, partial_aux = largest, aux
         if plan.splits > 1:
-            partial, dtype = torch.empty((plan.splits, m), dtype=torch.float32, device=device), AUX[kind]
-            aux = None if dtype is None else torch.empty_like(partial, dtype=dtype)
+            partial = torch.empty((plan.splits, m), dtype=torch.float32, device=device)
+            partial_aux = None if aux is None else torch.empty_like(partial, dtype=AUX[kind])
         backend.run(
             sweep_fwd_kernel, plan.row_tiles * plan.splits,
-            value, index, partial, aux, hidden, weight, bias, work.mask, m, A, D // vec,
+            partial, partial_aux, hidden, weight, bias, work.mask, m, A, D // vec,
             hidden.stride(0) // vec, weight.stride(0) // vec, weight.stride(1),
             *((None,) if bias is None else bias.stride()), *((None, None) if work.mask is None else work.mask.stride()),
-            plan.row_tiles, plan.group, plan.chunk, scale, temperature,
+            plan.row_tiles, plan.group, plan.chunk, scale,
             KIND=kind, OPERAND=operand, PRECISION=precision, VEC=vec,
             EVEN=D % plan.features == 0, ONCE=plan.features >= D,
             ROWS=plan.rows, COLUMNS=plan.columns, FEATURES=plan.features,
             num_warps=plan.num_warps, num_stages=plan.num_stages,
         )  # fmt: skip
-        if partial is not None:
+        if plan.splits > 1:
             backend.run(
                 sweep_combine_kernel, cdiv(m, COMBINE_ROWS),
-                value, index, partial, aux, m, plan.splits, scale, temperature,
+                largest, aux, partial, partial_aux, m, plan.splits, scale,
                 KIND=kind, ROWS=COMBINE_ROWS, SPLITS=COMBINE_SPLITS, num_warps=4,
             )  # fmt: skip
-    return value, index
+    return found
 
 
-def auto_sweep(work: Sweep) -> tuple[Tensor, Tensor | None]:
-    """Sweep by the kernel where that pays, else head.sweep."""
+def auto_sweep(work: Sweep) -> Statistics:
+    """Sweep by the kernel where that pays, else by the library."""
     if torch.compiler.is_compiling():
         return triton_ops.sweep(work, auto=True)
     hidden = work.hidden
-    return sweep(work) if refuses(hidden.dtype, hidden.device) is None and pays(work) else head.sweep(work)
+    return sweep(work) if refuses(hidden.dtype, hidden.device) is None and pays(work) else tiles.sweep(work)
 
 
 def refuses(dtype: torch.dtype, device: torch.device) -> str | None:
@@ -105,13 +106,13 @@ def refuses(dtype: torch.dtype, device: torch.device) -> str | None:
 
 
 def pays(work: Sweep) -> bool:
-    """Whether the kernel is likely to be faster than head.sweep: arithmetic, until there is a measurement.
+    """Whether the kernel is likely to be faster than the library: arithmetic, until there is a measurement.
 
     Both multiply 2 m A D and read the weight once, whichever takes longer; the kernel multiplies at a share of the
-    library's rate. head.sweep writes m A Q-values and reads them again, in the cache, and issues its operations for
-    every tile of them: 15 us for the maxima of 2^23. So for the maxima of many rows the kernel is taken up to D = 480
-    in half precision and with one product of tf32, 80 with three and 24 without rounding, and for the soft value up to
-    six times that; up to 128 rows always in the former two, since there it is the weight that takes its time.
+    library's rate. The library writes m A Q-values and reads them again, in the cache, and its operations are issued
+    for every tile of them: 15 us for the maxima of 2^23. So for the maxima of many rows the kernel is taken up to
+    D = 480 in half precision and with one product of tf32, 80 with three and 24 without rounding, and for the soft
+    value up to six times that; up to 128 rows always in the former two, since there it is the weight that takes time.
     """
     if torch.float64 in (work.hidden.dtype, work.weight.dtype):
         return False
@@ -120,8 +121,8 @@ def pays(work: Sweep) -> bool:
     rate = FLOPS["tf32" if precision == "tf32x3" else precision]  # the library's "high" is tf32, too
     masked = 0 if work.mask is None else 2
     multiply, read = 2 * m * A * D / rate, A * D * work.weight.element_size() / MEMORY
-    tiles = cdiv(m, head.TILE_ROWS) * cdiv(min(m, head.TILE_ROWS) * A, head.TILE["cuda"])
-    issued = tiles * (OPERATIONS[work.kind] + masked) * LAUNCH
+    count = cdiv(m, tiles.TILE_ROWS) * cdiv(min(m, tiles.TILE_ROWS) * A, tiles.TILE["cuda"])
+    issued = count * (OPERATIONS[work.kind] + masked) * LAUNCH
     library = max(multiply, read) + m * A * itemsize * (PASSES[work.kind] + masked) / CACHE
     return max(multiply / SHARE[precision], read) <= max(library, issued)
 
@@ -153,8 +154,7 @@ def _units(dtype: torch.dtype, interpreted: bool) -> tuple[str, str]:
     return "valu" if dtype is torch.float32 else "wmma", "ieee"
 
 
-def _powers_of_two(temperature: float) -> tuple[float, float]:
-    """What exponents are multiplied by, and logarithms: one instruction computes those of two."""
+def _power_of_two(temperature: float) -> float:
+    """What exponents are multiplied by: one instruction computes powers of two."""
     limits = torch.finfo(torch.float32)
-    natural = temperature * math.log(2)
-    return min(max(1 / natural, limits.tiny), limits.max), natural
+    return min(max(1 / (temperature * math.log(2)), limits.tiny), limits.max)

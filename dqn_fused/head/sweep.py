@@ -1,0 +1,177 @@
+"""One layer over many actions, reduced as it is multiplied: numbers of a row, and never the row of Q-values itself.
+
+The numbers are those of a range of actions, and ranges merge: tiles that are multiplied one after another, splits of a
+kernel, the ranks that a weight is shared out to.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dqn_fused import _ops
+from dqn_fused.arguments import accumulation_dtype
+
+# Q-values held at once, by device: 4 MB, in the second-level cache of two cores; 32 MB in the 40 to 126 of a GPU, whose
+# every operation of a tile costs 5 us to issue.
+TILE = {"cpu": 1 << 20, "cuda": 1 << 23}
+TILE_ROWS, MIN_COLUMNS = 4096, 256
+NO_ACTION = torch.iinfo(torch.int64).max
+
+
+class Sweep(NamedTuple):
+    """One layer over all actions, reduced as it goes: the work of ``sweep``, which a backend may do by a kernel."""
+
+    hidden: Tensor  # (m, D)
+    weight: Tensor  # (A, D)
+    bias: Tensor | None  # (A,)
+    mask: Tensor | None  # (m, A), true where an action is legal
+    kind: str  # "max", "argmax" or "soft"
+    temperature: float
+
+
+class Statistics(NamedTuple):
+    """What is known of the Q-values of a range of actions, each (m,), or (ranges, m) where several are to be merged."""
+
+    # In the accumulation dtype; -inf where no action is legal, NaN where one is NaN.
+    largest: Tensor
+    # With "argmax": the first action of the largest, int64; NO_ACTION in a range of none.
+    first: Tensor | None = None
+    # With "soft": the sum of exp((q - largest) / temperature), in the accumulation dtype; 0 where no action is legal.
+    total: Tensor | None = None
+
+
+def merge(parts: Statistics, temperature: float = 1.0) -> Statistics:
+    """Statistics of ranges of actions, (ranges, m), as those of all of them, (m,). The order of sums is theirs."""
+    found, first, total = parts
+    largest = found.amax(0)
+    if first is not None:
+        first = torch.where((found == largest) | found.isnan(), first, NO_ACTION).amin(0)
+    if total is not None:
+        total = (total * _powers(found - _origin(largest), temperature)).sum(0)
+    return Statistics(largest, first, total)
+
+
+def log_total(found: Statistics, temperature: float) -> Tensor:
+    """What the soft value, temperature * logsumexp(q / temperature), is above the largest Q-value, (m,).
+
+    It is -inf or inf where the largest is, so that a sum of the two is right, too. Whoever takes a difference from the
+    soft value takes that from the largest first: their sum would round the rest away where Q-values are large.
+    """
+    assert found.total is not None
+    return temperature * found.total.log()
+
+
+def sweep(work: Sweep) -> Statistics:
+    """Statistics of all actions, by products of the library: tiles of actions, reduced while they are in the cache.
+
+    torch.compile calls it from its graph: traced, the number of tiles would be a constant, and each batch size a graph
+    of its own.
+    """
+    if torch.compiler.is_compiling():
+        return unpack(work.kind, *_ops.sweep(*work))
+    blocks = [_sweep_rows(work, some) for some in row_blocks(work.hidden.shape[0])]
+    return blocks[0] if len(blocks) == 1 else _joined(blocks, torch.cat)
+
+
+def _sweep_rows(work: Sweep, some: slice) -> Statistics:
+    hidden, mask = work.hidden[some], None if work.mask is None else work.mask[some]
+    dtype = accumulation_dtype(hidden)
+    reduced = (
+        _statistics(_tile(hidden, work, mask, columns), columns.start, work.kind, work.temperature, dtype)
+        for columns in column_blocks(hidden, work.weight.shape[0])
+    )
+
+    def add(done: Statistics, more: Statistics) -> Statistics:
+        return merge(stacked([done, more]), work.temperature)
+
+    found = next(reduced, None)
+    return no_actions(hidden, work.kind) if found is None else reduce(add, reduced, found)
+
+
+def _statistics(q: Tensor, start: int, kind: str, temperature: float, dtype: torch.dtype) -> Statistics:
+    """Those of a tile, (rows, columns), whose first action is start; q is used up."""
+    if kind == "argmax":
+        largest, first = q.max(1)
+        return Statistics(largest.to(dtype), first + start)
+    largest = q.amax(1).to(dtype)
+    if kind == "max":
+        return Statistics(largest)
+    q = q.to(dtype)
+    return Statistics(largest, None, _powers(q.sub_(_origin(largest).unsqueeze(1)), temperature).sum(1))
+
+
+def no_actions(hidden: Tensor, kind: str) -> Statistics:
+    """Statistics of no actions, which change nothing they are merged with."""
+    m, dtype = hidden.shape[0], accumulation_dtype(hidden)
+    return Statistics(
+        hidden.new_full((m,), -torch.inf, dtype=dtype),
+        hidden.new_full((m,), NO_ACTION, dtype=torch.int64) if kind == "argmax" else None,
+        hidden.new_zeros((m,), dtype=dtype) if kind == "soft" else None,
+    )
+
+
+def stacked(parts: list[Statistics]) -> Statistics:
+    """Statistics of several ranges, each (m,), as merge takes them, (ranges, m)."""
+    return _joined(parts, torch.stack)
+
+
+def _joined(parts: list[Statistics], join: Callable[[list[Tensor]], Tensor]) -> Statistics:
+    largest, *others = zip(*parts, strict=True)
+    first, total = (None if x[0] is None else join([*x]) for x in others)
+    return Statistics(join([*largest]), first, total)
+
+
+def row_blocks(m: int) -> Iterator[slice]:
+    """Rows that are multiplied at once; one block at least."""
+    return (slice(start, start + TILE_ROWS) for start in range(0, max(m, 1), TILE_ROWS))
+
+
+def column_blocks(hidden: Tensor, A: int) -> Iterator[slice]:
+    """Actions that are multiplied at once with rows of hidden."""
+    columns = max(TILE.get(hidden.device.type, TILE["cpu"]) // max(hidden.shape[0], 1), MIN_COLUMNS)
+    return (slice(start, min(start + columns, A)) for start in range(0, A, columns))
+
+
+def _tile(hidden: Tensor, work: Sweep, mask: Tensor | None, columns: slice) -> Tensor:
+    """Q-values of a range of actions, (rows, columns), as nn.Linear rounds them; -inf where an action is illegal."""
+    bias = None if work.bias is None else work.bias[columns].to(hidden.dtype)
+    q = F.linear(hidden, work.weight[columns].to(hidden.dtype), bias)
+    return q if mask is None else q.masked_fill_(~mask[:, columns], -torch.inf)
+
+
+def _origin(largest: Tensor) -> Tensor:
+    """What exponents are differences from: inf - inf would be NaN."""
+    return torch.where(largest.isinf(), 0, largest)
+
+
+def _powers(difference: Tensor, temperature: float) -> Tensor:
+    """exp(difference / temperature), in place. Differences are scaled, not values: no temperature overflows."""
+    if temperature != 1:
+        difference = difference.mul_(min(1 / temperature, torch.finfo(difference.dtype).max))
+    return difference.exp_()
+
+
+def unpack(kind: str, largest: Tensor, first: Tensor, total: Tensor) -> Statistics:
+    """Statistics of what an op returns, where (0,) stands for None."""
+    return Statistics(largest, first if kind == "argmax" else None, total if kind == "soft" else None)
+
+
+def pack(found: Statistics) -> tuple[Tensor, Tensor, Tensor]:
+    """What an op returns."""
+    largest, first, total = found
+    return (
+        largest,
+        largest.new_empty(0, dtype=torch.int64) if first is None else first,
+        largest.new_empty(0) if total is None else total,
+    )
+
+
+@torch.library.impl("dqn_fused::sweep", "CompositeExplicitAutograd")
+def _sweep_op(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, kind: str, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return pack(sweep(Sweep(hidden, weight, bias, mask, kind, temperature)))
