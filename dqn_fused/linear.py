@@ -11,6 +11,7 @@ from dqn_fused.autograd import apart, inside_transform
 from dqn_fused.head.arguments import Head, autocast, check_head
 from dqn_fused.head.taken import TakenValues
 from dqn_fused.head.targets import next_values
+from dqn_fused.head.whole import WHOLE
 from dqn_fused.node import td_loss
 from dqn_fused.targets import Soft
 from dqn_fused.transforms import refuse
@@ -108,7 +109,7 @@ def fused_linear_dqn_loss(
     road = choose(backend, hidden.device)
     with torch.no_grad():
         value = next_values(head, spec, road.auto_sweep if backend == "auto" else road.sweep)
-    taken = TakenValues.apply(head.hidden, weight, bias, samples.actions, sparse_grad)
+    taken = TakenValues.apply(head.hidden, weight, bias, samples.actions, sparse_grad, WHOLE)
     # What is left is a loss of one action a sample.
     batch = samples._replace(q=taken.unsqueeze(1), actions=torch.zeros_like(samples.actions), next_q=value.unsqueeze(1))
     spec = spec._replace(target="max")

@@ -22,15 +22,18 @@ class Head(NamedTuple):
     next_action_mask: Tensor | None  # (m, A)
 
 
-def check_head(head: Head, samples: Batch, spec: LossSpec) -> tuple[Head, Batch]:
-    """Check shapes, dtypes, devices and values; flatten. Of samples what there is one of for each sample is read."""
+def check_head(head: Head, samples: Batch, spec: LossSpec, sharded: bool = False) -> tuple[Head, Batch]:
+    """Check shapes, dtypes, devices and values; flatten. Of samples what there is one of for each sample is read.
+
+    Sharded, the layers have the rows of a rank, maybe none, and the range of the actions is left to the ranks.
+    """
     hidden, weight, bias, next_hidden, next_weight, next_bias, next_hidden_online, next_action_mask = head
     dense("hidden", hidden, FLOATS)
     device, shape = hidden.device, hidden.shape
     if not shape or shape[-1] == 0:
         raise ValueError(f"hidden: expected shape (*N, D) with at least one feature, got {show(shape)}")
     dense("weight", weight, FLOATS)
-    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != shape[-1]:
+    if weight.dim() != 2 or (weight.shape[0] == 0 and not sharded) or weight.shape[1] != shape[-1]:
         raise ValueError(f"weight: expected shape (A, {shape[-1]}), as nn.Linear holds it, got {show(weight.shape)}")
     A, D = weight.shape
     for name, x, size in (
@@ -61,7 +64,7 @@ def check_head(head: Head, samples: Batch, spec: LossSpec) -> tuple[Head, Batch]
     next_hidden_online = None if next_hidden_online is None else flat(next_hidden_online)
     next_action_mask = None if next_action_mask is None else flat(next_action_mask)
     batch = Batch(hidden, actions, rewards, next_hidden, terminated, gamma, mask, weights=weights, shape=shape[:-1])
-    batch = check_values(batch, A, next_hidden.shape[0], "next_hidden")
+    batch = check_values(batch, None if sharded else A, next_hidden.shape[0], "next_hidden")
     checked = Head(hidden, weight, bias, next_hidden, next_weight, next_bias, next_hidden_online, next_action_mask)
     return checked, batch
 
