@@ -18,7 +18,8 @@ from dqn_fused.categorical import (
     fused_categorical_td_loss_and_grad,
 )
 from dqn_fused.categorical_module import FusedCategoricalLoss, FusedCategoricalTDLoss
-from dqn_fused.linear import FusedLinearDQNLoss, fused_linear_dqn_loss
+from dqn_fused.linear import fused_linear_dqn_loss, fused_linear_td_loss
+from dqn_fused.linear_module import FusedLinearDQNLoss
 from dqn_fused.loss import fused_dqn_loss, fused_dqn_loss_and_grad, fused_td_loss
 from dqn_fused.module import FusedDQNLoss
 from dqn_fused.quantile import FusedQuantileLoss, fused_quantile_loss, fused_quantile_loss_and_grad
@@ -42,6 +43,7 @@ __all__ = [
     "fused_dqn_loss",
     "fused_dqn_loss_and_grad",
     "fused_linear_dqn_loss",
+    "fused_linear_td_loss",
     "fused_quantile_loss",
     "fused_quantile_loss_and_grad",
     "fused_td_loss",

@@ -55,10 +55,15 @@ for _kind, _more in (("", ""), ("triton_", ", bool auto")):
         f"{_kind}sweep(Tensor hidden, Tensor weight, Tensor? bias, Tensor? mask, str kind, float temperature{_more}) "
         "-> (Tensor largest, Tensor first, Tensor total)"
     )
+# taken and policy are coefficients; a gradient that needs says no of is empty, (0,).
+_library.define(
+    "sweep_backward(Tensor hidden, Tensor weight, Tensor? bias, Tensor? mask, Tensor largest, Tensor policy, "
+    "Tensor actions, Tensor taken, bool[] needs) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
+)
 # Of torch.compile alone, whose own code for a sum by index adds by atomics on a GPU.
 _library.define("add_rows(Tensor values, Tensor index, int A, ScalarType dtype) -> Tensor")
 NAMES = tuple(f"{kind}td_loss{what}" for kind in ("", "general_", "triton_") for what in ("", "_and_grad", "_backward"))
-for _name in (*NAMES, "sweep", "triton_sweep", "add_rows"):
+for _name in (*NAMES, "sweep", "triton_sweep", "sweep_backward", "add_rows"):
     # Autograd stops here: TDLoss has the derivative, and loss_and_grad gives it.
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
@@ -126,6 +131,20 @@ def _sweep(
     )
 
 
+@torch.library.register_fake("dqn_fused::sweep_backward", lib=_library)
+def _sweep_backward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    *_, needs = rest
+    on_one_device(hidden, weight, bias, *rest)
+    given = zip((hidden, weight, bias), needs, strict=True)  # type: ignore[call-overload]
+    a, b, c = (
+        hidden.new_empty(0) if x is None or not need else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        for x, need in given
+    )
+    return a, b, c
+
+
 @torch.library.register_fake("dqn_fused::add_rows", lib=_library)
 def _add_rows(values: Tensor, index: Tensor, A: int, dtype: torch.dtype) -> Tensor:
     return values.new_empty((A, values.shape[1]), dtype=dtype)
@@ -158,4 +177,5 @@ triton_td_loss_and_grad = torch.ops.dqn_fused.triton_td_loss_and_grad.default
 triton_td_loss_backward = torch.ops.dqn_fused.triton_td_loss_backward.default
 sweep = torch.ops.dqn_fused.sweep.default
 triton_sweep = torch.ops.dqn_fused.triton_sweep.default
+sweep_backward = torch.ops.dqn_fused.sweep_backward.default
 add_rows = torch.ops.dqn_fused.add_rows.default

@@ -177,11 +177,7 @@ def check_batch(batch: Batch, spec: LossSpec) -> Batch:
     elif spec.target == "munchausen":
         raise ValueError("target_q: expected the target network's Q(s, .) with target 'munchausen', got None")
     if action_mask is not None:
-        if spec.target != "munchausen" and not spec.cql:
-            raise ValueError(
-                "action_mask: expected None: without target='munchausen' or cql_alpha no sum over the actions of s is "
-                "taken; legal actions of the next state are next_action_mask"
-            )
+        check_action_mask(spec)
         action_mask = matrix("action_mask", action_mask, BOOL, q_shape, "q", device)
     return Batch(
         rows(q), actions, rewards, next_q, terminated, gamma, non_final_mask,
@@ -207,6 +203,15 @@ def check_double(name: str, spec: LossSpec) -> None:
         raise ValueError(
             f"{name}: expected None with target {spec.target!r}: double DQN chooses one action, the soft value "
             "averages over all of them"
+        )
+
+
+def check_action_mask(spec: LossSpec) -> None:
+    """Check that the loss sums over the actions of the state itself."""
+    if spec.target != "munchausen" and not spec.cql:
+        raise ValueError(
+            "action_mask: expected None: without target='munchausen' or cql_alpha no sum over the actions of s is "
+            "taken; legal actions of the next state are next_action_mask"
         )
 
 

@@ -1,19 +1,20 @@
-"""The public loss of a linear head: as a function and as a module."""
+"""The public losses of a linear head, as functions."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dqn_fused._backends import choose
-from dqn_fused.arguments import Batch, check_group, check_loss, normalise_weights
+from dqn_fused.arguments import Batch, LossSpec, check_group, check_loss
 from dqn_fused.autograd import apart, inside_transform
+from dqn_fused.checks import wrong_choice
+from dqn_fused.head.agreement import Agreement, check_member
 from dqn_fused.head.arguments import Head, autocast, check_head
-from dqn_fused.head.taken import TakenValues
-from dqn_fused.head.targets import next_values
-from dqn_fused.head.whole import WHOLE
-from dqn_fused.node import td_loss
-from dqn_fused.targets import Soft
+from dqn_fused.head.dtensor import is_dtensor, local_layers, refuse_dtensors
+from dqn_fused.head.loss import Options, head_loss
+from dqn_fused.head.ranks import HIDDEN_GRADS
+from dqn_fused.targets import Munchausen, Soft
 from dqn_fused.transforms import refuse
 
 if TYPE_CHECKING:
@@ -35,25 +36,34 @@ def fused_linear_dqn_loss(
     next_hidden_online: Tensor | None = None,
     next_action_mask: Tensor | None = None,
     non_final_mask: Tensor | None = None,
+    target_hidden: Tensor | None = None,
+    action_mask: Tensor | None = None,
     weights: Tensor | None = None,
     loss: str = "mse",
     delta: float = 1.0,
     reduction: str = "mean",
-    target: str | Soft = "max",
+    target: str | Soft | Munchausen = "max",
+    cql_alpha: float = 0.0,
     return_td_error: bool = False,
+    return_cql: bool = False,
     sparse_grad: bool = False,
     process_group: "ProcessGroup | None" = None,
+    tensor_parallel_group: "ProcessGroup | None" = None,
+    hidden_grad: str = "sum",
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, ...]:
     """DQN loss of a linear head, whose Q matrix is never built.
 
     The same as :func:`fused_dqn_loss` of ``linear(hidden, weight, bias)`` and ``linear(next_hidden, next_weight,
     next_bias)``, but the online network costs a dot product a sample, and a row of the weight's gradient, and of the
-    next state only the maximum is kept. For a vocabulary or a catalogue: many actions.
+    next state only the maximum is kept. For a vocabulary or a catalogue: many actions. The conservative term and
+    Munchausen sum over all actions of the state itself, tile by tile, and the backward of the former multiplies the
+    tiles again: at no time is anything of the size of a Q matrix held.
 
     Args:
         hidden: (\\*N, D) output of the online network below its head; floating. Receives a gradient.
-        weight: (A, D) of the head, as ``nn.Linear`` holds it. Receives a gradient, in the rows of the actions taken.
+        weight: (A, D) of the head, as ``nn.Linear`` holds it. Receives a gradient, in the rows of the actions taken;
+            with the conservative term in all of them.
         actions: (\\*N) or (\\*N, 1), any integer dtype, in [0, A).
         rewards: (\\*N) or (\\*N, 1), floating or integer.
         next_hidden: (\\*N, D) of the target network in the next state. With ``non_final_mask``: (M, D).
@@ -68,20 +78,32 @@ def fused_linear_dqn_loss(
         next_action_mask: (\\*N, A) bool, true for the actions that are legal in the next state; (M, A) with
             ``non_final_mask``.
         non_final_mask: instead of ``terminated``: true for the M samples whose next states ``next_hidden`` holds.
+        target_hidden: (\\*N, D) of the target network in the state itself, for Munchausen.
+        action_mask: (\\*N, A) bool, true for the actions that are legal in the state itself: the policy of Munchausen
+            and the sum of CQL are taken over them.
         weights: importance weights.
         loss: ``"mse"``, ``"huber"`` or ``"smooth_l1"``.
         delta: of huber and smooth_l1.
         reduction: ``"mean"``, ``"weighted_mean"``, ``"sum"`` or ``"none"``.
-        target: ``"max"``, ``"soft"`` or :class:`Soft`.
+        target: ``"max"``, ``"soft"``, ``"munchausen"``, :class:`Soft` or :class:`Munchausen`.
+        cql_alpha: weight of the conservative term of CQL(H) (Kumar et al., 2020). Its second derivative raises.
         return_td_error: also return the signed TD errors, (\\*N), without gradient.
+        return_cql: also return the conservative term of each sample, (\\*N), unweighted and without gradient.
         sparse_grad: give weight and bias row-sparse gradients, as ``nn.Embedding(sparse=True)`` does, for
             ``torch.optim.SGD`` and ``SparseAdam``: nothing of size A is then allocated at all. torch.compile does not
-            trace it.
+            trace it. Not with ``cql_alpha``, whose gradient has no zero rows.
         process_group: with ``"weighted_mean"``, the ranks over which weights are summed.
+        tensor_parallel_group: ranks that share the rows of the weights out. Each gives its own rows, in the order of
+            the ranks, as many as it has, maybe none: weight, bias, next_weight and next_bias. Masks have its columns.
+            All else is the same on every rank, actions are those of all rows, and so are the results. Weights that are
+            DTensors, ``Shard(0)`` on a mesh of one dimension, say so themselves.
+        hidden_grad: on ranks, ``"sum"``: the gradient of hidden is summed over them, as behind a copy-to region; or
+            ``"partial"``: what the rows of this rank make of it, where the layer below sums.
         backend: ``"auto"``, or by name as in :func:`dqn_fused.backends`.
 
     Returns:
-        The loss, or ``(loss, td_error)``, in float32, or in float64 if hidden is float64.
+        The loss, or a tuple of it and what else is asked for, in that order: loss, td_error, cql. In float32, or in
+        float64 if hidden is float64.
 
     Raises:
         As :func:`fused_dqn_loss`.
@@ -95,111 +117,171 @@ def fused_linear_dqn_loss(
     >>> loss.detach(), weight.grad.abs().sum(1).nonzero().flatten()
     (tensor(12.5000), tensor([  7, 900]))
     """
-    if inside_transform():
-        refuse("fused_linear_dqn_loss", "call fused_dqn_loss with the Q matrices, or this once for each network")
-    spec = check_loss(loss, delta, reduction, target)
-    if process_group is not None:
-        check_group(process_group, spec)
-    if spec.target == "munchausen":
-        raise ValueError("target: expected 'max', 'soft' or Soft: the linear head has no Munchausen target")
-    head = Head(hidden, weight, bias, next_hidden, next_weight, next_bias, next_hidden_online, next_action_mask)
+    chosen = (loss, delta, reduction, target, cql_alpha, return_cql)
+    head = Head(
+        hidden, weight, bias, next_hidden, next_weight, next_bias,
+        next_hidden_online, next_action_mask, target_hidden, action_mask,
+    )  # fmt: skip
     samples = Batch(hidden, actions, rewards, next_hidden, terminated, gamma, non_final_mask, weights=weights)
-    head, samples = check_head(head, samples, spec)
-    head = autocast(head)
-    road = choose(backend, hidden.device)
-    with torch.no_grad():
-        value = next_values(head, spec, road.auto_sweep if backend == "auto" else road.sweep)
-    taken = TakenValues.apply(head.hidden, weight, bias, samples.actions, sparse_grad, WHOLE)
-    # What is left is a loss of one action a sample.
-    batch = samples._replace(q=taken.unsqueeze(1), actions=torch.zeros_like(samples.actions), next_q=value.unsqueeze(1))
-    spec = spec._replace(target="max")
-    if spec.reduction == "weighted_mean":
-        batch, spec = normalise_weights(batch, spec, process_group)
-    result, td_error, _ = td_loss(batch, spec, road, batch.q)
-    return (result, apart(td_error)) if return_td_error else result
+    outputs = _run(
+        head, samples, chosen, tensor_parallel_group, hidden_grad, "fused_linear_dqn_loss",
+        backend, sparse_grad, process_group,
+    )  # fmt: skip
+    return _returned(outputs, return_td_error, return_cql)
 
 
-class FusedLinearDQNLoss(nn.Module):
-    """:func:`fused_linear_dqn_loss` as a module, for heads that are ``nn.Linear`` layers.
+def fused_linear_td_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    actions: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    action_mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    loss: str = "mse",
+    delta: float = 1.0,
+    reduction: str = "mean",
+    cql_alpha: float = 0.0,
+    return_td_error: bool = False,
+    return_cql: bool = False,
+    sparse_grad: bool = False,
+    process_group: "ProcessGroup | None" = None,
+    tensor_parallel_group: "ProcessGroup | None" = None,
+    hidden_grad: str = "sum",
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, ...]:
+    """:func:`fused_linear_dqn_loss` for a target that is already there: returns, or the V(s') of ILQL.
 
-    The layers are arguments of the call, not children of the module: their parameters stay where they are.
+    Args:
+        hidden: (\\*N, D), and all other arguments, as in :func:`fused_linear_dqn_loss`.
+        weight: (A, D).
+        actions: (\\*N) or (\\*N, 1).
+        target: (\\*N) or (\\*N, 1), floating or integer: what ``q[a]`` is compared with; a constant.
+        bias: (A,).
+        action_mask: (\\*N, A), for the conservative term.
+        weights: (\\*N) or (\\*N, 1).
+        loss: as the options below in :func:`fused_linear_dqn_loss`.
+        delta: of huber and smooth_l1.
+        reduction: over the samples.
+        cql_alpha: weight of the conservative term. With it the loss is that of the Q-values of ILQL (Snell et al.,
+            2023), its logits of all tokens never built.
+        return_td_error: also return the TD errors.
+        return_cql: also return the conservative term.
+        sparse_grad: row-sparse gradients, without ``cql_alpha``.
+        process_group: of ``"weighted_mean"``.
+        tensor_parallel_group: ranks that share the rows of the weight out.
+        hidden_grad: ``"sum"`` or ``"partial"`` over those ranks.
+        backend: by name, or ``"auto"``.
+
+    Returns:
+        The loss, or a tuple, as :func:`fused_linear_dqn_loss`.
+
+    Raises:
+        As :func:`fused_linear_dqn_loss`.
 
     >>> import torch
-    >>> head, target_head = torch.nn.Linear(3, 1000), torch.nn.Linear(3, 1000)
-    >>> criterion = FusedLinearDQNLoss(gamma=0.9, loss="huber")
-    >>> hidden, actions, rewards = torch.ones(2, 3), torch.tensor([7, 900]), torch.zeros(2)
-    >>> criterion(head, hidden, actions, rewards, target_head, hidden).backward()
-    >>> head.bias.grad.nonzero().flatten()
-    tensor([  7, 900])
+    >>> hidden, weight = torch.ones(2, 3), torch.zeros(1000, 3)
+    >>> fused_linear_td_loss(hidden, weight, torch.tensor([7, 900]), torch.tensor([1.0, 3.0]), cql_alpha=1.0)
+    tensor(11.9078)
     """
+    chosen = (loss, delta, reduction, "max", cql_alpha, return_cql)
+    head = Head(hidden, weight, bias, action_mask=action_mask)
+    samples = Batch(hidden, actions, target, None, weights=weights)
+    outputs = _run(
+        head, samples, chosen, tensor_parallel_group, hidden_grad, "fused_linear_td_loss",
+        backend, sparse_grad, process_group,
+    )  # fmt: skip
+    return _returned(outputs, return_td_error, return_cql)
 
-    gamma: float | Tensor
 
-    def __init__(
-        self,
-        gamma: float | Tensor = 0.99,
-        *,
-        loss: str = "mse",
-        delta: float = 1.0,
-        reduction: str = "mean",
-        target: str | Soft = "max",
-        return_td_error: bool = False,
-        sparse_grad: bool = False,
-        process_group: "ProcessGroup | None" = None,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__()
-        check_loss(loss, delta, reduction, target)
-        if isinstance(gamma, Tensor):
-            self.register_buffer("gamma", gamma)
-        else:
-            self.gamma = gamma
-        self.loss, self.delta, self.reduction, self.target = loss, delta, reduction, target
-        self.return_td_error, self.sparse_grad = return_td_error, sparse_grad
-        self.process_group, self.backend = process_group, backend
+def _run(
+    head: Head,
+    samples: Batch,
+    chosen: tuple[Any, ...],
+    tensor_parallel_group: "ProcessGroup | None",
+    hidden_grad: str,
+    name: str,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    if inside_transform():
+        instead = name.replace("_linear", "")
+        refuse(name, f"call {instead} with the Q matrices, or this once for each network")
+    if tensor_parallel_group is not None or is_dtensor(head.weight):
+        return _run_on_ranks(head, samples, chosen, tensor_parallel_group, hidden_grad, name, *rest)
+    if hidden_grad != "sum":
+        raise ValueError(f"hidden_grad: expected 'sum' without tensor_parallel_group, got {hidden_grad!r}")
+    return head_loss(*_checked(head, samples, chosen, False, name, *rest))
 
-    def forward(
-        self,
-        head: nn.Linear,
-        hidden: Tensor,
-        actions: Tensor,
-        rewards: Tensor,
-        next_head: nn.Linear,
-        next_hidden: Tensor,
-        terminated: Tensor | None = None,
-        gamma: float | Tensor | None = None,
-        *,
-        next_hidden_online: Tensor | None = None,
-        next_action_mask: Tensor | None = None,
-        non_final_mask: Tensor | None = None,
-        weights: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, ...]:
-        """Loss of a batch; see :func:`fused_linear_dqn_loss`."""
-        return fused_linear_dqn_loss(
-            hidden,
-            head.weight,
-            actions,
-            rewards,
-            next_hidden,
-            next_head.weight,
-            terminated,
-            self.gamma if gamma is None else gamma,
-            bias=head.bias,
-            next_bias=next_head.bias,
-            next_hidden_online=next_hidden_online,
-            next_action_mask=next_action_mask,
-            non_final_mask=non_final_mask,
-            weights=weights,
-            loss=self.loss,
-            delta=self.delta,
-            reduction=self.reduction,
-            target=self.target,
-            return_td_error=self.return_td_error,
-            sparse_grad=self.sparse_grad,
-            process_group=self.process_group,
-            backend=self.backend,
+
+def _run_eagerly(
+    head: Head,
+    samples: Batch,
+    chosen: tuple[Any, ...],
+    group: "ProcessGroup | None",
+    hidden_grad: str,
+    name: str,
+    backend: str,
+    sparse_grad: bool,
+    process_group: "ProcessGroup | None",
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The loss of a weight whose rows are those of a rank. What is before the agreement is the same on every rank."""
+    if group is not None:
+        check_member(group)
+    head, group = local_layers(head, group)
+    assert group is not None
+    with Agreement(group, process_group) as agreement:
+        if hidden_grad not in HIDDEN_GRADS:
+            wrong_choice("hidden_grad", hidden_grad, HIDDEN_GRADS)
+        refuse_dtensors(head, samples)
+        checked = _checked(head, samples, chosen, True, name, backend, sparse_grad, process_group)
+        head, samples, spec, options = checked
+        agreement.state(head, samples, (spec, hidden_grad))
+    ranks = agreement.ranks
+    assert ranks is not None
+    if hidden_grad == "sum":
+        head = head._replace(hidden=ranks.enter(head.hidden))
+    return head_loss(head, samples, spec, options._replace(shards=ranks))
+
+
+# torch.compile leaves it to Python, and says so with fullgraph=True. Decorated by torch.compiler.disable, this module
+# would import Dynamo, which takes a second.
+_run_on_ranks = torch._disable_dynamo(_run_eagerly)
+
+
+def _checked(
+    head: Head,
+    samples: Batch,
+    chosen: tuple[Any, ...],
+    sharded: bool,
+    name: str,
+    backend: str,
+    sparse_grad: bool,
+    process_group: "ProcessGroup | None",
+) -> tuple[Head, Batch, LossSpec, Options]:
+    """Arguments of head_loss."""
+    if name == "fused_linear_dqn_loss" and head.next_hidden is None:
+        raise TypeError(
+            "next_hidden: expected a torch.Tensor, got NoneType; for a ready target there is fused_linear_td_loss"
         )
+    spec = check_loss(*chosen)
+    if process_group is not None:
+        check_group(process_group, spec)
+    if sparse_grad and spec.dense_gradient:
+        raise ValueError("sparse_grad: expected False with cql_alpha: every row of the weight has a gradient")
+    head, samples = check_head(head, samples, spec, sharded)
+    head = autocast(head)
+    options = Options(choose(backend, head.hidden.device), backend == "auto", sparse_grad, process_group)
+    return head, samples, spec, options
 
-    def extra_repr(self) -> str:
-        """Options, for repr."""
-        return f"gamma={self.gamma}, loss={self.loss!r}, reduction={self.reduction!r}"
+
+def _returned(
+    outputs: tuple[Tensor, Tensor, Tensor | None], return_td_error: bool, return_cql: bool
+) -> Tensor | tuple[Tensor, ...]:
+    loss, td_error, cql = outputs
+    found = [loss]
+    if return_td_error:
+        found.append(apart(td_error))
+    if return_cql and cql is not None:
+        found.append(cql)
+    return loss if len(found) == 1 else tuple(found)

@@ -424,7 +424,7 @@ SHAPE_ERRORS = {
     ),
     "munchausen": (
         lambda a: {"target": "munchausen"},
-        "target: expected 'max', 'soft' or Soft: the linear head has no Munchausen target",
+        "target_hidden: expected the target network's states with target 'munchausen', got None",
     ),
 }
 

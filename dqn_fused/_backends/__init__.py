@@ -15,6 +15,7 @@ A backend is a module with
 - ``loss_and_grad(batch, spec) -> (loss, grad_q, td_error, normaliser)``: and the gradient of the sum;
 - ``backward(grad_loss, saved, spec) -> grad_q``: saved is autograd.Saved; contiguous, every element written;
 - ``sweep(work) -> Statistics``: as head.sweep.sweep, which most take; and ``auto_sweep``, what "auto" takes.
+- ``sweep_backward(work) -> gradients``: as head.sweep_backward.sweep_backward; and ``auto_sweep_backward``.
 
 The distributional losses are on fewer: a backend has, for the device types that DISTRIBUTIONAL names,
 

@@ -15,12 +15,13 @@ from dqn_fused.arguments import Batch, LossSpec
 from dqn_fused.autograd import Saved
 from dqn_fused.categorical_arguments import CategoricalSpec
 from dqn_fused.head.sweep import sweep
+from dqn_fused.head.sweep_backward import sweep_backward
 from dqn_fused.quantile_arguments import QuantileSpec
 from dqn_fused.row_loss import SavedRows
 
-__all__ = ["sweep"]
+__all__ = ["sweep", "sweep_backward"]
 
-auto_sweep = sweep  # the product is the library's
+auto_sweep, auto_sweep_backward = sweep, sweep_backward  # the product is the library's
 CAPABILITIES = ("default", "avx2", "avx512")  # instruction sets that the CPU's functions are compiled for
 CHECKS_CPU = True  # on CUDA a look at the values would cost a synchronisation
 COUNTS_MASK = False

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dqn_fused._backends import capturing, triton_ops, triton_program
 from dqn_fused._backends.triton_program import OLDEST, VERSION, Program, Run
-from dqn_fused._backends.triton_sweep import auto_sweep, sweep
+from dqn_fused._backends.triton_sweep import auto_sweep, auto_sweep_backward, sweep, sweep_backward
 from dqn_fused.arguments import Batch, LossSpec, accumulation_dtype
 from dqn_fused.autograd import Saved, loss_gradient
 from dqn_fused.kernels import launch
@@ -22,7 +22,7 @@ from dqn_fused.kernels.td_loss import sum_kernel, td_loss_fwd_kernel
 from dqn_fused.kernels.td_loss_bwd import td_loss_bwd_kernel
 from dqn_fused.reference import loss_of_td_error
 
-__all__ = ["auto_sweep", "sweep"]
+__all__ = ["auto_sweep", "auto_sweep_backward", "sweep", "sweep_backward"]
 
 INTERPRETED = not isinstance(td_loss_fwd_kernel, triton.runtime.JITFunction)
 # Of every kernel. A product and a sum that are fused in one lane and not in the one that holds a copy of the same row

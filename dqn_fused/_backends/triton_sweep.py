@@ -9,9 +9,14 @@ import triton.language as tl
 from dqn_fused._backends import BackendUnavailableError, triton_ops
 from dqn_fused.head import sweep as tiles
 from dqn_fused.head.sweep import Statistics, Sweep
+from dqn_fused.head.sweep_backward import sweep_backward
 from dqn_fused.kernels import sweep_launch
 from dqn_fused.kernels.launch import cdiv
 from dqn_fused.kernels.sweep import sweep_combine_kernel, sweep_fwd_kernel
+
+__all__ = ["auto_sweep", "auto_sweep_backward", "sweep", "sweep_backward"]
+
+auto_sweep_backward = sweep_backward  # tiles of the library
 
 COMBINE_ROWS, COMBINE_SPLITS = 16, 64  # a tile of 8 elements a thread
 OPERAND = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}

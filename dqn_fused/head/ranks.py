@@ -15,12 +15,13 @@ from dqn_fused.head.whole import Sweeper, Whole
 
 WORD = {torch.float32: torch.int32, torch.float64: torch.int64}  # an integer of as many bits
 LOW = (1 << 32) - 1
+HIDDEN_GRADS = ("sum", "partial")
 
 
 class Ranks(Whole):
     """Each rank of a group has some rows, this one those from ``start`` on, of all the ``actions``."""
 
-    def __init__(self, group: dist.ProcessGroup, start: int, actions: int) -> None:
+    def __init__(self, group: "dist.ProcessGroup", start: int, actions: int) -> None:
         self.group, self.start, self.actions = group, start, actions
 
     def sweep(self, sweep: Sweeper) -> Sweeper:
@@ -49,6 +50,10 @@ class Ranks(Whole):
         index = actions.to(torch.int64) - self.start
         here = (index >= 0) & (index < rows)
         return torch.where(here, index, 0), here
+
+    def legal(self, actions: Tensor, rows: int) -> Tensor | None:
+        """No collective."""
+        return super().legal(actions, self.actions)
 
     def select(self, values: Tensor, here: Tensor | None) -> Tensor:
         """One collective."""

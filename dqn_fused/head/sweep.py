@@ -51,7 +51,7 @@ def merge(parts: Statistics, temperature: float = 1.0) -> Statistics:
     if first is not None:
         first = torch.where((found == largest) | found.isnan(), first, NO_ACTION).amin(0)
     if total is not None:
-        total = (total * _powers(found - _origin(largest), temperature)).sum(0)
+        total = (total * _powers(found - origin(largest), temperature)).sum(0)
     return Statistics(largest, first, total)
 
 
@@ -80,16 +80,17 @@ def sweep(work: Sweep) -> Statistics:
 def _sweep_rows(work: Sweep, some: slice) -> Statistics:
     hidden, mask = work.hidden[some], None if work.mask is None else work.mask[some]
     dtype = accumulation_dtype(hidden)
-    reduced = (
-        _statistics(_tile(hidden, work, mask, columns), columns.start, work.kind, work.temperature, dtype)
-        for columns in column_blocks(hidden, work.weight.shape[0])
-    )
+
+    def of(columns: slice) -> Statistics:
+        q = tile(hidden, work.weight[columns].to(hidden.dtype), work.bias, mask, columns)
+        return _statistics(q, columns.start, work.kind, work.temperature, dtype)
 
     def add(done: Statistics, more: Statistics) -> Statistics:
         return merge(stacked([done, more]), work.temperature)
 
-    found = next(reduced, None)
-    return no_actions(hidden, work.kind) if found is None else reduce(add, reduced, found)
+    found = map(of, column_blocks(hidden, work.weight.shape[0]))
+    first = next(found, None)
+    return no_actions(hidden, work.kind) if first is None else reduce(add, found, first)
 
 
 def _statistics(q: Tensor, start: int, kind: str, temperature: float, dtype: torch.dtype) -> Statistics:
@@ -101,7 +102,7 @@ def _statistics(q: Tensor, start: int, kind: str, temperature: float, dtype: tor
     if kind == "max":
         return Statistics(largest)
     q = q.to(dtype)
-    return Statistics(largest, None, _powers(q.sub_(_origin(largest).unsqueeze(1)), temperature).sum(1))
+    return Statistics(largest, None, _powers(q.sub_(origin(largest).unsqueeze(1)), temperature).sum(1))
 
 
 def no_actions(hidden: Tensor, kind: str) -> Statistics:
@@ -136,14 +137,14 @@ def column_blocks(hidden: Tensor, A: int) -> Iterator[slice]:
     return (slice(start, min(start + columns, A)) for start in range(0, A, columns))
 
 
-def _tile(hidden: Tensor, work: Sweep, mask: Tensor | None, columns: slice) -> Tensor:
-    """Q-values of a range of actions, (rows, columns), as nn.Linear rounds them; -inf where an action is illegal."""
-    bias = None if work.bias is None else work.bias[columns].to(hidden.dtype)
-    q = F.linear(hidden, work.weight[columns].to(hidden.dtype), bias)
+def tile(hidden: Tensor, some_weight: Tensor, bias: Tensor | None, mask: Tensor | None, columns: slice) -> Tensor:
+    """Q-values of a range of actions, whose rows of the weight are given, (rows, columns), as nn.Linear rounds them;
+    -inf where an action is illegal."""
+    q = F.linear(hidden, some_weight, None if bias is None else bias[columns].to(hidden.dtype))
     return q if mask is None else q.masked_fill_(~mask[:, columns], -torch.inf)
 
 
-def _origin(largest: Tensor) -> Tensor:
+def origin(largest: Tensor) -> Tensor:
     """What exponents are differences from: inf - inf would be NaN."""
     return torch.where(largest.isinf(), 0, largest)
 

@@ -12,15 +12,25 @@ from dqn_fused.head.whole import WHOLE, Whole
 
 
 def taken_values(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, actions: Tensor, shards: Whole = WHOLE
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    actions: Tensor,
+    shards: Whole = WHOLE,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """Q-values of one action a row, (n,): dot products in the accumulation dtype; NaN where the action is illegal."""
+    """Q-values of one action a row, (n,): dot products in the accumulation dtype.
+
+    NaN where the action is out of range, -inf where the mask, (n, A), has it illegal.
+    """
     dtype = accumulation_dtype(hidden)
     index, here = shards.locate(actions, weight.shape[0])
     if weight.shape[0] == 0:  # of a rank: any row will do, it is not asked for
-        weight, bias = F.pad(weight, (0, 0, 0, 1)), None
+        weight, bias, mask = F.pad(weight, (0, 0, 0, 1)), None, None
     value = (hidden.to(dtype) * weight.index_select(0, index).to(dtype)).sum(-1)
     value = value if bias is None else value + bias.index_select(0, index).to(dtype)
+    if mask is not None:
+        value = torch.where(mask.gather(1, index.unsqueeze(1)).squeeze(1), value, -torch.inf)
     return shards.select(value, here)
 
 

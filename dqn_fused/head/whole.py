@@ -22,6 +22,10 @@ class Whole:
         """Row of each action, (n,), some row where it is not here; and which are here, None for all."""
         return legal_actions(actions, rows)
 
+    def legal(self, actions: Tensor, rows: int) -> Tensor | None:
+        """Which actions are in range, wherever their rows are; None for all."""
+        return legal_actions(actions, rows)[1]
+
     def select(self, values: Tensor, here: Tensor | None) -> Tensor:
         """Values, (n,), each from where its row is; NaN where that is nowhere."""
         return values if here is None else torch.where(here, values, torch.nan)

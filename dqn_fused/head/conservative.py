@@ -1,0 +1,118 @@
+"""The conservative term of a linear head: log-sum-exp over all actions less the value of the one taken."""
+
+from types import ModuleType
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from dqn_fused.head.sweep import Statistics, Sweep, log_total
+from dqn_fused.head.sweep_backward import Gradients, SweepBackward, sweep_backward
+from dqn_fused.head.taken import taken_values
+from dqn_fused.head.whole import Sweeper, Whole
+
+
+def statistics(sweep: Sweeper, hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None) -> Statistics:
+    """Largest Q-value and sum of exponentials below it, of the legal actions; NaN where none is legal."""
+    found = sweep(Sweep(hidden, weight, bias, mask, "soft", 1.0))
+    if mask is None:
+        return found
+    return found._replace(largest=torch.where(found.largest == -torch.inf, torch.nan, found.largest))
+
+
+def conservative_term(taken: Tensor, found: Statistics) -> Tensor:
+    """logsumexp_a q[i, a] - q[i, a_i], (n,), the term of CQL(H) (Kumar et al., 2020)."""
+    return (found.largest - taken) + log_total(found, 1.0)
+
+
+class ConservativeValues(torch.autograd.Function):
+    """(taken, rest, largest), each (n,): the value of the action taken, and the two parts of the log-sum-exp.
+
+    By the weights, rest has the derivative of the whole log-sum-exp, and largest none: on it their sum does not depend.
+    taken and rest are NaN where the action is illegal, and the gradient of that row is zero. Every action has a share
+    in the gradient of the weight, which is dense.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        actions: Tensor,
+        mask: Tensor | None,
+        backend: ModuleType,
+        auto: bool,
+        shards: Whole,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One sweep over the actions."""
+        sweep = shards.sweep(backend.auto_sweep if auto else backend.sweep)
+        found = statistics(sweep, hidden, weight, bias, mask)
+        taken, rest = taken_values(hidden, weight, bias, actions, shards), log_total(found, 1.0)
+        legal = shards.legal(actions, weight.shape[0])
+        if legal is not None:
+            rest = torch.where(legal, rest, torch.nan)
+        ctx.save_for_backward(hidden, weight, bias, actions, mask, found.largest, found.total)
+        ctx.about, ctx.shards = (backend, auto), shards
+        ctx.mark_non_differentiable(found.largest)
+        ctx.set_materialize_grads(False)
+        return taken, rest, found.largest
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of hidden, (n, D), of weight, (A, D), and of bias, (A,)."""
+        hidden, weight, bias, actions, mask, largest, total = ctx.saved_tensors
+        taken, rest = (torch.zeros_like(total) if x is None else x for x in grads[:2])
+        index, here = ctx.shards.locate(actions, weight.shape[0])
+        if here is not None:
+            taken = torch.where(here, taken, 0)
+        legal = ctx.shards.legal(actions, weight.shape[0])
+        if legal is not None:
+            rest = torch.where(legal, rest, 0)
+        given = (hidden, weight, bias, mask, largest, total, index, taken, rest)
+        needs = tuple(ctx.needs_input_grad[:3])
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            found = RecordedGradients.apply(*given, needs, *ctx.about)
+        else:
+            found = gradients(*given, needs, *ctx.about)
+        return *found, None, None, None, None, None
+
+
+def gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    largest: Tensor,
+    total: Tensor,
+    index: Tensor,
+    taken: Tensor,
+    rest: Tensor,
+    needs: tuple[bool, bool, bool],
+    backend: ModuleType,
+    auto: bool,
+) -> Gradients:
+    """Those of hidden, weight and bias, from what came upstream of taken and rest, (n,)."""
+    policy = torch.where(total == 0, 0, rest / total)  # without a legal action
+    run = backend.auto_sweep_backward if auto else backend.sweep_backward
+    if weight.shape[0] == 0:  # of a rank
+        run = sweep_backward
+    found: Gradients = run(SweepBackward(hidden, weight, bias, mask, largest, policy, index, taken, needs))
+    return found
+
+
+class RecordedGradients(torch.autograd.Function):
+    """gradients, so that a second derivative, of which nothing is written, leads here and raises."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> Gradients:
+        """Sweep once more."""
+        return gradients(*given)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
+        """Refuse."""
+        raise NotImplementedError(
+            "the second derivative of the conservative term of a linear head is not implemented; fused_dqn_loss and "
+            "fused_td_loss of the Q matrix have it"
+        )

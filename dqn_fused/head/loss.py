@@ -1,0 +1,83 @@
+"""The loss of a linear head: what is left when the actions are reduced is a loss of one action a sample."""
+
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dqn_fused.arguments import Batch, LossSpec, accumulation_dtype, normalise_weights
+from dqn_fused.head.arguments import Head
+from dqn_fused.head.conservative import ConservativeValues, conservative_term, statistics
+from dqn_fused.head.taken import TakenValues
+from dqn_fused.head.targets import bonus, next_values
+from dqn_fused.head.whole import WHOLE, Sweeper, Whole
+from dqn_fused.node import td_loss
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class Options(NamedTuple):
+    """How a head's loss is computed, where that does not change its value."""
+
+    backend: ModuleType
+    auto: bool  # the backend was not asked for by name
+    sparse_grad: bool = False
+    process_group: "ProcessGroup | None" = None
+    shards: Whole = WHOLE
+
+    @property
+    def sweep(self) -> Sweeper:
+        """Statistics of all actions."""
+        return self.shards.sweep(self.backend.auto_sweep if self.auto else self.backend.sweep)
+
+
+def head_loss(head: Head, samples: Batch, spec: LossSpec, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(loss, td_error, cql) of checked arguments; cql, N, if it is asked for."""
+    backend, sweep, shards = options.backend, options.sweep, options.shards
+    with torch.no_grad():
+        rewards, next_q = samples.rewards, next_values(head, spec, sweep, shards)
+        if spec.target == "munchausen":
+            rewards = rewards.to(accumulation_dtype(head.hidden))
+            rewards = rewards + bonus(head, samples.actions, spec, sweep, shards)
+    taken, term = _values_of_state(head, samples.actions, spec, options)
+    batch = samples._replace(
+        q=taken.unsqueeze(1),
+        actions=torch.zeros_like(samples.actions),
+        rewards=rewards,
+        next_q=None if next_q is None else next_q.unsqueeze(1),
+    )
+    if spec.reduction == "weighted_mean":
+        batch, spec = normalise_weights(batch, spec, options.process_group)
+    of_td = spec._replace(target="max", cql=False, cql_alpha=0.0)
+    if term is None or spec.cql_alpha == 0:
+        loss, td_error, _ = td_loss(batch, of_td, backend, batch.q)
+    else:
+        each = batch._replace(weights=None), of_td._replace(reduction="none")
+        loss, td_error, _ = td_loss(*each, backend, batch.q)
+        loss = _reduced(loss + spec.cql_alpha * term.view(batch.shape), batch.weights, spec.reduction)
+    return loss, td_error, None if term is None else term.detach().view(batch.shape)
+
+
+def _values_of_state(head: Head, actions: Tensor, spec: LossSpec, options: Options) -> tuple[Tensor, Tensor | None]:
+    """Value of the action taken, and the conservative term if it is asked for, both (n,); NaN where one is illegal."""
+    hidden, weight, bias, mask = head.hidden, head.weight, head.bias, head.action_mask
+    if spec.dense_gradient:
+        given = (hidden, weight, bias, actions, mask, options.backend, options.auto, options.shards)
+        taken, rest, largest = ConservativeValues.apply(*given)
+        return taken, (largest - taken) + rest
+    taken = TakenValues.apply(hidden, weight, bias, actions, options.sparse_grad, options.shards)
+    if not spec.cql:
+        return taken, None
+    with torch.no_grad():
+        return taken, conservative_term(taken, statistics(options.sweep, hidden, weight, bias, mask))
+
+
+def _reduced(each: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
+    """Loss of each sample, N, weighted and reduced."""
+    if weights is not None:
+        each = each * weights.to(each.dtype).view(each.shape)
+    if reduction == "none":
+        return each
+    return each.mean() if reduction == "mean" else each.sum()

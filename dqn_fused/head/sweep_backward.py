@@ -1,0 +1,119 @@
+"""Gradients of a layer through the softmax of its Q-values: tiles are multiplied again and used up in the cache."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dqn_fused import _ops
+from dqn_fused.arguments import accumulation_dtype
+from dqn_fused.head.sweep import column_blocks, origin, row_blocks, tile
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+class SweepBackward(NamedTuple):
+    """Which gradients, from coefficients of each sample in the accumulation dtype: the work of ``sweep_backward``.
+
+    The gradient of Q-values is ``policy * exp(q - largest)``, and ``taken`` more where the action was taken.
+    """
+
+    hidden: Tensor  # (n, D)
+    weight: Tensor  # (A, D)
+    bias: Tensor | None  # (A,)
+    mask: Tensor | None  # (n, A), true where an action is legal
+    largest: Tensor  # (n,), of the legal Q-values
+    policy: Tensor  # (n,), what came upstream, divided by the sum of exp(q - largest)
+    actions: Tensor  # (n,) int64; what lies outside of [0, A) was not taken
+    taken: Tensor  # (n,)
+    needs: tuple[bool, bool, bool]  # hidden, weight and bias
+
+
+def sweep_backward(work: SweepBackward) -> Gradients:
+    """Gradients of hidden, (n, D), weight, (A, D), and bias, (A,), in their dtypes; None where none is needed.
+
+    A tile's share is rounded as nn.Linear's backward rounds the whole, and added up in the accumulation dtype in a
+    fixed order. Rows of the weight are written by their tile; all of them, since every action has a share.
+    """
+    if torch.compiler.is_compiling():
+        return unpack(work.needs, *_ops.sweep_backward(*pack(work)))
+    hidden, weight, bias, needs = work.hidden, work.weight, work.bias, work.needs
+    dtype, (n, D), A = accumulation_dtype(hidden), hidden.shape, weight.shape[0]
+    grad_hidden = hidden.new_zeros((n, D), dtype=dtype) if needs[0] else None
+    grad_weight = torch.empty((A, D), dtype=weight.dtype, device=weight.device) if needs[1] else None
+    grad_bias = None if bias is None or not needs[2] else bias.new_empty(A)
+    shift, rows_at_once = origin(work.largest), list(row_blocks(n))
+    for columns in column_blocks(hidden[rows_at_once[0]], A):
+        of_weight, of_bias = None, hidden.new_zeros(columns.stop - columns.start, dtype=dtype)
+        if grad_weight is not None:
+            of_weight = grad_weight[columns]
+            if len({weight.dtype, hidden.dtype, dtype}) > 1:
+                of_weight = torch.empty_like(of_weight, dtype=dtype)
+        for rows in rows_at_once:
+            h, w = hidden[rows], weight[columns].to(hidden.dtype)
+            q = tile(h, w, bias, None if work.mask is None else work.mask[rows], columns)
+            grad = _tile_gradient(q.to(dtype), work, shift, rows, columns)
+            of_bias += grad.sum(0)
+            grad = grad.to(hidden.dtype)
+            if grad_hidden is not None:
+                _add_product(grad_hidden[rows], grad, w)
+            if of_weight is not None:
+                _add_product(of_weight, grad.T, h, first=rows.start == 0)
+        if grad_weight is not None and of_weight is not None and of_weight.dtype is not grad_weight.dtype:
+            grad_weight[columns] = of_weight
+        if grad_bias is not None:
+            grad_bias[columns] = of_bias
+    return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias
+
+
+def _tile_gradient(q: Tensor, work: SweepBackward, shift: Tensor, rows: slice, columns: slice) -> Tensor:
+    """Gradient of a tile of Q-values, (rows, columns), in their place."""
+    grad = q.sub_(shift[rows].unsqueeze(1)).exp_().mul_(work.policy[rows].unsqueeze(1))
+    column = (work.actions[rows] - columns.start).unsqueeze(1)
+    inside = (column >= 0) & (column < columns.stop - columns.start)
+    column = column.clamp(0, columns.stop - columns.start - 1)
+    # One action a row: no two of them are the same element.
+    return grad.scatter_(1, column, grad.gather(1, column) + torch.where(inside, work.taken[rows].unsqueeze(1), 0))
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool = False) -> None:
+    """total += a @ b, or total = a @ b the first time; the product is rounded to the dtype of its factors."""
+    if total.dtype is a.dtype:
+        total.addmm_(a, b, beta=0 if first else 1)  # with 0 what was in total does not count, be it NaN
+    elif first:
+        total.copy_(a @ b)
+    else:
+        total += a @ b
+
+
+def pack(work: SweepBackward) -> tuple[object, ...]:
+    """Arguments of an op."""
+    return *work[:-1], list(work.needs)
+
+
+def unpack(needs: tuple[bool, bool, bool], *grads: Tensor) -> Gradients:
+    """Gradients as an op returns them, where (0,) stands for None."""
+    hidden, weight, bias = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    return hidden, weight, bias
+
+
+@torch.library.impl("dqn_fused::sweep_backward", "CompositeExplicitAutograd")
+def _sweep_backward_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    largest: Tensor,
+    policy: Tensor,
+    actions: Tensor,
+    taken: Tensor,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    for_hidden, for_weight, for_bias = needs
+    grads = sweep_backward(
+        SweepBackward(
+            hidden, weight, bias, mask, largest, policy, actions, taken, (for_hidden, for_weight, for_bias)
+        )
+    )  # fmt: skip
+    a, b, c = (hidden.new_empty(0) if grad is None else grad for grad in grads)
+    return a, b, c

@@ -1,0 +1,107 @@
+"""The loss of a linear head as a module."""
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from dqn_fused.arguments import check_loss
+from dqn_fused.linear import fused_linear_dqn_loss
+from dqn_fused.targets import Munchausen, Soft
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class FusedLinearDQNLoss(nn.Module):
+    """:func:`fused_linear_dqn_loss` as a module, for heads that are ``nn.Linear`` layers.
+
+    The layers are arguments of the call, not children of the module: their parameters stay where they are.
+
+    >>> import torch
+    >>> head, target_head = torch.nn.Linear(3, 1000), torch.nn.Linear(3, 1000)
+    >>> criterion = FusedLinearDQNLoss(gamma=0.9, loss="huber")
+    >>> hidden, actions, rewards = torch.ones(2, 3), torch.tensor([7, 900]), torch.zeros(2)
+    >>> criterion(head, hidden, actions, rewards, target_head, hidden).backward()
+    >>> head.bias.grad.nonzero().flatten()
+    tensor([  7, 900])
+    """
+
+    gamma: float | Tensor
+
+    def __init__(
+        self,
+        gamma: float | Tensor = 0.99,
+        *,
+        loss: str = "mse",
+        delta: float = 1.0,
+        reduction: str = "mean",
+        target: str | Soft | Munchausen = "max",
+        cql_alpha: float = 0.0,
+        return_td_error: bool = False,
+        return_cql: bool = False,
+        sparse_grad: bool = False,
+        process_group: "ProcessGroup | None" = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        check_loss(loss, delta, reduction, target, cql_alpha, return_cql)
+        if isinstance(gamma, Tensor):
+            self.register_buffer("gamma", gamma)
+        else:
+            self.gamma = gamma
+        self.loss, self.delta, self.reduction = loss, delta, reduction
+        self.target, self.cql_alpha = target, cql_alpha
+        self.return_td_error, self.return_cql, self.sparse_grad = return_td_error, return_cql, sparse_grad
+        self.process_group, self.backend = process_group, backend
+
+    def forward(
+        self,
+        head: nn.Linear,
+        hidden: Tensor,
+        actions: Tensor,
+        rewards: Tensor,
+        next_head: nn.Linear,
+        next_hidden: Tensor,
+        terminated: Tensor | None = None,
+        gamma: float | Tensor | None = None,
+        *,
+        next_hidden_online: Tensor | None = None,
+        next_action_mask: Tensor | None = None,
+        non_final_mask: Tensor | None = None,
+        target_hidden: Tensor | None = None,
+        action_mask: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Loss of a batch; see :func:`fused_linear_dqn_loss`."""
+        return fused_linear_dqn_loss(
+            hidden,
+            head.weight,
+            actions,
+            rewards,
+            next_hidden,
+            next_head.weight,
+            terminated,
+            self.gamma if gamma is None else gamma,
+            bias=head.bias,
+            next_bias=next_head.bias,
+            next_hidden_online=next_hidden_online,
+            next_action_mask=next_action_mask,
+            non_final_mask=non_final_mask,
+            target_hidden=target_hidden,
+            action_mask=action_mask,
+            weights=weights,
+            loss=self.loss,
+            delta=self.delta,
+            reduction=self.reduction,
+            target=self.target,
+            cql_alpha=self.cql_alpha,
+            return_td_error=self.return_td_error,
+            return_cql=self.return_cql,
+            sparse_grad=self.sparse_grad,
+            process_group=self.process_group,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        """Options, for repr."""
+        return f"gamma={self.gamma}, loss={self.loss!r}, reduction={self.reduction!r}"
