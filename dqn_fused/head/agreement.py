@@ -126,4 +126,4 @@ def _tell(name: str, group: "dist.ProcessGroup", facts: list[int], error: Except
 
 
 def _of_another(name: str, rank: int, text: str) -> str:
-    return f"{name}: on rank {rank} of it, {text}"
+    return f"{name}: on rank {rank}: {text}"

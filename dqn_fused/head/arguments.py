@@ -129,4 +129,4 @@ def autocast(head: Head) -> Head:
 
 def flat(x: Tensor) -> Tensor:
     """(*N, D) as (n, D), copied where its leading dimensions do not merge."""
-    return x.reshape(-1, x.shape[-1])
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])

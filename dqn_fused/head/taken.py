@@ -25,13 +25,18 @@ def taken_values(
     """
     dtype = accumulation_dtype(hidden)
     index, here = shards.locate(actions, weight.shape[0])
-    if weight.shape[0] == 0:  # of a rank: any row will do, it is not asked for
-        weight, bias, mask = F.pad(weight, (0, 0, 0, 1)), None, None
+    if weight.shape[0] == 0:
+        weight, bias, mask = _with_a_row(weight), None, None
     value = (hidden.to(dtype) * weight.index_select(0, index).to(dtype)).sum(-1)
     value = value if bias is None else value + bias.index_select(0, index).to(dtype)
     if mask is not None:
         value = torch.where(mask.gather(1, index.unsqueeze(1)).squeeze(1), value, -torch.inf)
     return shards.select(value, here)
+
+
+def _with_a_row(weight: Tensor) -> Tensor:
+    """Of a rank without rows one of zeros: no action is it, and what is made of it leads to the ranks that have some."""
+    return weight if weight.shape[0] else F.pad(weight, (0, 0, 0, 1))
 
 
 class TakenValues(torch.autograd.Function):
@@ -61,11 +66,10 @@ class TakenValues(torch.autograd.Function):
             grad = torch.where(here, grad, 0)
         grad = grad.unsqueeze(1)
         grad_hidden = grad_weight = grad_bias = None
-        if A == 0:  # of a rank: no sample took an action of it
-            grad_hidden = torch.zeros_like(hidden)
+        if ctx.needs_input_grad[0]:
+            grad_hidden = (grad * take_rows(_with_a_row(weight), index).to(grad.dtype)).to(hidden.dtype)
+        if A == 0:
             grad, hidden, index = grad[:0], hidden[:0], index[:0]
-        elif ctx.needs_input_grad[0]:
-            grad_hidden = (grad * take_rows(weight, index).to(grad.dtype)).to(hidden.dtype)
         if ctx.needs_input_grad[1]:
             grad_weight = _add_rows(grad * hidden.to(grad.dtype), index, A, weight.dtype, ctx.sparse)
         if ctx.needs_input_grad[2]:
