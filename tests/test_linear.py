@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dqn_fused.arguments
 import dqn_fused.reference
-from dqn_fused import FusedLinearDQNLoss, Soft, fused_linear_dqn_loss
+from dqn_fused import FusedLinearDQNLoss, Munchausen, Soft, fused_linear_dqn_loss
 from dqn_fused.arguments import accumulation_dtype
 from dqn_fused.head import sweep
 from dqn_fused.reference import dqn_loss
@@ -62,6 +62,17 @@ def legal(shape: tuple[int, ...], A: int) -> Tensor:
     return mask
 
 
+def legal_here(arguments: Arguments) -> Tensor:
+    """Legal actions of the state itself, those taken among them but for every fifth sample."""
+    actions, A = arguments["actions"], len(arguments["weight"])
+    mask = legal((*actions.shape, 0), A).flip(-1)
+    taken = F.one_hot(actions, A).bool()
+    fifth = (torch.arange(actions.numel()) % 5 == 4).view(*actions.shape, 1)
+    mask = torch.where(taken, ~fifth, mask)
+    mask[..., 0] |= ~mask.any(-1)
+    return mask
+
+
 OPTIONS: dict[str, Any] = {
     "plain": lambda a: {},
     "no_bias": lambda a: {"bias": None, "next_bias": None},
@@ -76,6 +87,30 @@ OPTIONS: dict[str, Any] = {
     },
     "soft": lambda a: {"target": Soft(0.5)},
     "soft-mask": lambda a: {"target": Soft(0.5), "next_action_mask": legal(a["hidden"].shape, len(a["weight"]))},
+    "munchausen": lambda a: {"target": Munchausen(0.5), "target_hidden": a["hidden"].flip(-1) * 2},
+    "munchausen-mask": lambda a: {
+        "target": "munchausen",
+        "target_hidden": a["hidden"].flip(-1) * 2,
+        "action_mask": legal_here(a),
+        "next_action_mask": legal(a["hidden"].shape, len(a["weight"])),
+    },
+    "cql": lambda a: {"cql_alpha": 0.7},
+    "cql-double-mask-weights-smooth_l1": lambda a: {
+        "cql_alpha": 0.7,
+        "action_mask": legal_here(a),
+        "next_hidden_online": a["next_hidden"].flip(-1) * 2,
+        "weights": torch.rand(a["actions"].shape, generator=source(5)) + 0.1,
+        "loss": "smooth_l1",
+        "delta": 0.7,
+    },
+    "cql-munchausen-sum": lambda a: {
+        "target": Munchausen(0.5),
+        "target_hidden": a["hidden"].flip(-1) * 2,
+        "cql_alpha": -0.3,
+        "action_mask": legal_here(a),
+        "reduction": "sum",
+    },
+    "cql-none": lambda a: {"cql_alpha": 0.7, "reduction": "none", "bias": None},
     "weighted_mean": lambda a: {
         "weights": torch.rand(a["actions"].shape, generator=source(5)) + 0.1,
         "reduction": "weighted_mean",
@@ -88,6 +123,8 @@ def layers(arguments: Arguments) -> dict[str, tuple[str, str, str]]:
     found = {"q": ("hidden", "weight", "bias"), "next_q": ("next_hidden", "next_weight", "next_bias")}
     if "next_hidden_online" in arguments:
         found["next_q_online"] = ("next_hidden_online", "weight", "bias")
+    if "target_hidden" in arguments:
+        found["target_q"] = ("target_hidden", "next_weight", "next_bias")
     return found
 
 
@@ -106,7 +143,9 @@ def exact_matrices(road: Road, arguments: Arguments) -> Arguments:
     for k, names in parts.items():
         hidden, weight, bias = (None if arguments[x] is None else wide(arguments[x]) for x in names)
         values = arithmetic.product(hidden, weight.T)
-        by_library = k != "q" and dtype.itemsize == 2 and road.backend != "triton"
+        # Of q the loss reads the value taken, which is not rounded, and the conservative term all others.
+        by_library = k != "q" or "cql_alpha" in arguments
+        by_library = by_library and dtype.itemsize == 2 and road.backend != "triton"
         if by_library:
             values = arithmetic.rounded_to(dtype, values)
         if bias is not None:
@@ -122,18 +161,28 @@ def wide(x: Tensor) -> np.ndarray:
 
 
 def exact_gradients(arguments: Arguments, grad_q: Values) -> dict[str, Values]:
-    """Those of hidden, weight and bias, from the gradient of the Q matrix."""
-    unit, A = Arithmetic(accumulation_dtype(arguments["hidden"])).unit, arguments["weight"].shape[0]
+    """Those of hidden, weight and bias, from the gradient of the Q matrix.
+
+    With the conservative term every action has a share, and in half precision it is rounded, and so are products.
+    """
+    dtype, A = arguments["hidden"].dtype, arguments["weight"].shape[0]
+    unit = Arithmetic(accumulation_dtype(arguments["hidden"])).unit
     hidden, weight = wide(arguments["hidden"]), wide(arguments["weight"])
     flat, (g, error) = hidden.reshape(-1, hidden.shape[-1]), (x.reshape(-1, A) for x in grad_q)
-    # One product a sample for hidden; a sum over the samples that took the action for the others.
+    # For hidden a sum over the actions that have a share, one without the conservative term; for the others one over
+    # the samples.
+    units_row = np.array([[roundings(count)] for count in (g != 0).sum(1)]).reshape(-1, 1) * unit
     units = np.array([[roundings(count)] for count in (g != 0).sum(0)]) * unit
     size = np.abs(g).T
+    half = torch.finfo(dtype).eps if dtype.itemsize == 2 and "cql_alpha" in arguments else 0.0
     return {
         "hidden": Values(
-            *((x @ y).reshape(hidden.shape) for x, y in ((g, weight), (error + unit * size.T, np.abs(weight))))
+            *(
+                (x @ y).reshape(hidden.shape)
+                for x, y in ((g, weight), (error + (units_row + unit + half) * size.T, np.abs(weight)))
+            )
         ),
-        "weight": Values(g.T @ flat, (error.T + (units + unit) * size) @ np.abs(flat)),
+        "weight": Values(g.T @ flat, (error.T + (units + unit + half) * size) @ np.abs(flat)),
         "bias": Values(g.sum(0), (error.T + units * size).sum(1)),
     }
 
@@ -153,17 +202,24 @@ def check(road: Road, arguments: Arguments, sparse: bool = False) -> dict[str, T
     learned = [k for k in ("hidden", "weight", "bias") if arguments.get(k) is not None]
     for k in learned:
         arguments[k] = arguments[k].detach().requires_grad_()
-    loss, td_error = fused_linear_dqn_loss(**arguments, return_td_error=True, sparse_grad=sparse, backend=road.backend)
+    conservative = "cql_alpha" in arguments
+    loss, td_error, *cql = fused_linear_dqn_loss(
+        **arguments, return_td_error=True, return_cql=conservative, sparse_grad=sparse, backend=road.backend
+    )
     upstream = torch.ones_like(loss)
     got = torch.autograd.grad(loss, [arguments[k] for k in learned], upstream)
 
     eager_loss, eager_td = eager(**matrices(arguments))
-    eager_grads = torch.autograd.grad(eager_loss, [arguments[k] for k in learned])
+    eager_grads = torch.autograd.grad(eager_loss, [arguments[k] for k in learned], torch.ones_like(eager_loss))
     expected = oracle(**exact_matrices(road, arguments))
     accumulation = torch.float64 if arguments["hidden"].dtype is torch.float64 else torch.float32
     assert loss.dtype == td_error.dtype == accumulation
     assert_close("td_error", td_error, expected.td_error, eager_td)
     assert_close("loss", loss, expected.loss, eager_loss)
+    for term in cql:
+        assert term.dtype == accumulation
+        assert not term.requires_grad
+        assert_close("cql", term, expected.cql)
     grads = exact_gradients(arguments, expected.grad_q)
     found = dict(zip(learned, got, strict=True))
     for name, eager_grad in zip(learned, eager_grads, strict=True):
@@ -183,7 +239,7 @@ def test_options(road: Road, name: str, shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=dtype_id)
-@pytest.mark.parametrize("name", ["plain", "double-mask-weights-huber", "soft"])
+@pytest.mark.parametrize("name", ["plain", "double-mask-weights-huber", "soft", "munchausen-mask", "cql"])
 def test_dtypes(road: Road, name: str, dtype: torch.dtype) -> None:
     arguments = make((9, 6), dtype=dtype)
     if "double" in name and dtype is not torch.float64:
@@ -193,7 +249,7 @@ def test_dtypes(road: Road, name: str, dtype: torch.dtype) -> None:
     check(road, arguments | OPTIONS[name](arguments))
 
 
-@pytest.mark.parametrize("name", ["plain", "double", "mask", "soft-mask"])
+@pytest.mark.parametrize("name", ["plain", "double", "mask", "soft-mask", "munchausen", "cql"])
 @pytest.mark.parametrize("shape", [(7, 3), (2, 3, 5)], ids=shape_id)
 def test_non_final_mask(road: Road, name: str, shape: tuple[int, ...]) -> None:
     arguments = make(shape)
@@ -422,6 +478,27 @@ SHAPE_ERRORS = {
         "next_hidden_online: expected None with target 'soft': double DQN chooses one action, the soft value averages "
         "over all of them",
     ),
+    "target_hidden": (
+        lambda a: {"target": "munchausen", "target_hidden": a["hidden"][:, :3]},
+        "target_hidden: expected shape (6, 4), as hidden, got (6, 3)",
+    ),
+    "target_hidden and soft": (
+        lambda a: {"target": "soft", "target_hidden": a["hidden"]},
+        "target_hidden: expected None with target 'soft': only Munchausen reads it",
+    ),
+    "action_mask": (
+        lambda a: {"cql_alpha": 1.0, "action_mask": torch.ones(6, 4, dtype=torch.bool)},
+        "action_mask: expected shape (6, 41), as hidden and weight, got (6, 4)",
+    ),
+    "action_mask for nothing": (
+        lambda a: {"action_mask": torch.ones(6, 41, dtype=torch.bool)},
+        "action_mask: expected None: without target='munchausen' or cql_alpha no sum over the actions of s is taken; "
+        "legal actions of the next state are next_action_mask",
+    ),
+    "sparse and conservative": (
+        lambda a: {"cql_alpha": 1.0, "sparse_grad": True},
+        "sparse_grad: expected False with cql_alpha: every row of the weight has a gradient",
+    ),
     "munchausen": (
         lambda a: {"target": "munchausen"},
         "target_hidden: expected the target network's states with target 'munchausen', got None",
@@ -448,6 +525,9 @@ def test_other_errors() -> None:
         fused_linear_dqn_loss(**{**arguments, "next_weight": arguments["next_weight"].to("meta")})
     with pytest.raises(ValueError, match="rewards: expected device cpu, as hidden, got meta"):
         fused_linear_dqn_loss(**{**arguments, "rewards": arguments["rewards"].to("meta")})
+    for name in ("next_hidden", "next_weight"):
+        with pytest.raises(TypeError, match=rf"{name}: expected a torch\.Tensor, got NoneType"):
+            fused_linear_dqn_loss(**{**arguments, name: None})
     arguments["actions"][4] = 41
     with pytest.raises(IndexError, match=r"actions: expected values in \[0, 41\), got 41 in row 4$"):
         fused_linear_dqn_loss(**arguments)

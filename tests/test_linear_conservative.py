@@ -1,0 +1,268 @@
+"""The linear head where all actions of the state count: the backward that multiplies again, and a ready target."""
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import Road
+from data import source
+from test_autograd import Allocations
+from test_linear import Arguments, Operations, check, legal, legal_here, make, small_tiles  # noqa: F401
+from test_loss import to_device
+from torch import Tensor, nn
+
+import dqn_fused.arguments
+import dqn_fused.reference
+from dqn_fused import FusedLinearDQNLoss, fused_linear_dqn_loss, fused_linear_td_loss
+from dqn_fused.head import sweep
+
+LEARNED = ("hidden", "weight", "bias")
+FAMILY: dict[str, Any] = {
+    "munchausen": lambda a: {"target": "munchausen", "target_hidden": a["hidden"].detach().flip(-1)},
+    "cql": lambda a: {"cql_alpha": 0.7},
+    "cql-mask": lambda a: {"cql_alpha": 0.7, "action_mask": legal_here(a)},
+}
+
+
+def family(name: str, shape: tuple[int, ...], road: Road, A: int = 41, dtype: torch.dtype = torch.float32) -> Arguments:
+    arguments = make(shape, A, dtype)
+    return {k: to_device(x, road.device) for k, x in (arguments | FAMILY[name](arguments)).items()}
+
+
+def learned(arguments: Arguments) -> list[Tensor]:
+    return [arguments[k].requires_grad_() for k in LEARNED]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", FAMILY)
+def test_gradcheck(road: Road, name: str, reduction: str) -> None:
+    arguments = family(name, (4, 3), road, 17, torch.float64)
+    given = [arguments.pop(k).requires_grad_() for k in LEARNED]
+
+    def function(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return fused_linear_dqn_loss(  # type: ignore[return-value]
+            hidden, weight, bias=bias, **arguments, reduction=reduction, backend=road.backend
+        )
+
+    assert torch.autograd.gradcheck(function, given)
+
+
+def test_the_second_derivative_raises(road: Road) -> None:
+    """create_graph alone may be asked for by a library that never differentiates again."""
+    arguments = family("cql", (4, 3), road)
+    given = learned(arguments)
+    loss = fused_linear_dqn_loss(**arguments, backend=road.backend)
+    first = torch.autograd.grad(loss, given, create_graph=True)
+    plain = torch.autograd.grad(fused_linear_dqn_loss(**arguments, backend=road.backend), given)
+    assert all(torch.equal(x, y) for x, y in zip(first, plain, strict=True))
+    for gradient in first:
+        with pytest.raises(NotImplementedError, match="second derivative of the conservative term"):
+            torch.autograd.grad(gradient.square().sum(), given, retain_graph=True)
+
+
+def test_two_backwards_with_different_upstream_gradients(road: Road) -> None:
+    arguments = family("cql-mask", (2, 5, 3), road)
+    given = learned(arguments)
+    each = fused_linear_dqn_loss(**arguments, reduction="none", backend=road.backend)
+    ones, twos = torch.ones_like(each), torch.full_like(each, 2.0)
+    first = torch.autograd.grad(each, given, ones, retain_graph=True)
+    second = torch.autograd.grad(each, given, twos, retain_graph=True)
+    again = torch.autograd.grad(each, given, ones)
+    for x, y, z in zip(first, second, again, strict=True):
+        assert torch.equal(2 * x, y)
+        assert torch.equal(x, z)
+    total = fused_linear_dqn_loss(**arguments, reduction="sum", backend=road.backend)
+    for x, y in zip(torch.autograd.grad(total, given), first, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("names", [["hidden"], ["weight"], ["bias"], ["hidden", "bias"]], ids="-".join)
+def test_only_what_asks_for_a_gradient_gets_one(road: Road, names: list[str]) -> None:
+    arguments = family("cql", (7, 3), road)
+    given = learned(arguments)
+    every = dict(zip(LEARNED, torch.autograd.grad(fused_linear_dqn_loss(**arguments), given), strict=True))
+    some = {k: x.detach().requires_grad_(k in names) if k in LEARNED else x for k, x in arguments.items()}
+    fused_linear_dqn_loss(**some, backend=road.backend).backward()
+    for k in LEARNED:
+        assert (some[k].grad is not None) == (k in names)
+        if k in names:
+            torch.testing.assert_close(some[k].grad, every[k])
+    assert not fused_linear_dqn_loss(**{k: x.detach() if k in LEARNED else x for k, x in some.items()}).requires_grad
+
+
+def test_every_action_has_a_share(road: Road) -> None:
+    """But for those that are illegal for all samples."""
+    arguments = make((33, 8))
+    mask = torch.ones(33, 41, dtype=torch.bool)
+    mask[:, 5] = False
+    assert not (arguments["actions"] == 5).any()
+    weight = check(road, {**arguments, "cql_alpha": 0.5, "action_mask": mask})["weight"]
+    assert ((weight != 0).any(1).cpu() == mask[0]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_no_sum_in_an_order_that_is_not_fixed(road: Road, dtype: torch.dtype) -> None:
+    arguments = family("cql", (9, 4), road, dtype=dtype)
+    given = learned(arguments)
+    with Operations() as operations:
+        torch.autograd.grad(fused_linear_dqn_loss(**arguments, backend=road.backend), given)
+    names = {
+        name for name in operations.names if name.startswith(("index_add", "index_reduce", "scatter_", "index_put"))
+    }
+    assert names <= {"scatter_"}  # one action a row
+
+
+def test_the_same_bits_every_time(road: Road) -> None:
+    arguments = make((33, 8)) | {"cql_alpha": 0.7}
+    first = check(road, arguments)
+    for _ in range(2):
+        again = check(road, arguments)
+        assert all(torch.equal(again[k], first[k]) for k in first)
+
+
+def test_strided_inputs(road: Road) -> None:
+    arguments = make((7, 6)) | {"cql_alpha": 0.7, "action_mask": legal((7, 6), 41)}
+    arguments["target"], arguments["target_hidden"] = "munchausen", arguments["next_hidden"] * 2
+    for k in ("hidden", "target_hidden", "weight", "action_mask"):
+        x = arguments[k]
+        check(road, {**arguments, k: x.t().contiguous().t()})
+        check(road, {**arguments, k: torch.cat([x, x], 1)[:, : x.shape[1]]})
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_nan(road: Road, name: str) -> None:
+    """NaN in the state is NaN in the loss of a terminated row, too: of the row, and of no other."""
+    arguments = family(name, (6, 4), road)
+    arguments["terminated"] = torch.ones(6, dtype=torch.bool, device=road.device)
+    for k in ("hidden", "target_hidden"):
+        if k in arguments:
+            changed = {**arguments, k: arguments[k].clone()}
+            changed[k][2] = torch.nan
+            given = learned(changed) if k != "hidden" else [changed["hidden"].requires_grad_()]
+            each = fused_linear_dqn_loss(**changed, reduction="none", backend=road.backend)
+            assert each.isnan().nonzero().flatten().tolist() == [2]
+            grad = torch.autograd.grad(each, given, torch.ones_like(each))[0]
+            assert grad.isnan().any(1).nonzero().flatten().tolist() == [2]
+
+
+def test_illegal_values_are_not_read(road: Road) -> None:
+    """Whatever stands in the rows of the weight that are illegal for all."""
+    arguments = make((6, 4)) | {"cql_alpha": 0.7}
+    mask = torch.ones(6, 41, dtype=torch.bool)
+    mask[:, [6, 17]] = False
+    arguments |= {"action_mask": mask, "next_action_mask": mask}
+    arguments = {k: to_device(x, road.device) for k, x in arguments.items()}
+    expected = fused_linear_dqn_loss(**arguments, backend=road.backend)
+    arguments["bias"] = arguments["bias"].clone()
+    arguments["bias"][[6, 17]] = torch.tensor([torch.nan, torch.inf], device=road.device)
+    given = learned(arguments)
+    loss = fused_linear_dqn_loss(**arguments, backend=road.backend)
+    assert torch.equal(loss, expected)
+    grads = torch.autograd.grad(loss, given)
+    assert all(x.isfinite().all() for x in grads)
+    assert not grads[1][[6, 17]].any()
+
+
+def test_rows_without_a_legal_action(road: Road) -> None:
+    """The loss of that row is NaN, as that of the matrices; no other gradient is lost."""
+    for name in ("munchausen", "cql"):
+        arguments = family(name, (4, 3), road)
+        arguments["action_mask"] = torch.ones(4, 41, dtype=torch.bool, device=road.device)
+        arguments["action_mask"][1] = False
+        given = learned(arguments)
+        each, cql = fused_linear_dqn_loss(**arguments, reduction="none", return_cql=True, backend=road.backend)
+        assert each.isnan().tolist() == cql.isnan().tolist() == [False, True, False, False]
+        grads = torch.autograd.grad(each, given, torch.ones_like(each))
+        assert grads[0][[0, 2, 3]].isfinite().all()
+
+
+def test_large_q_values(road: Road) -> None:
+    """No exponential overflows, and the term keeps its digits where Q-values are far from zero."""
+    arguments = make((7, 4))
+    for scale in (1e3, 1e6):
+        check(road, {**arguments, "hidden": arguments["hidden"] * scale, "cql_alpha": 0.7})
+    check(road, {**arguments, "bias": arguments["bias"] + 1e4, "cql_alpha": 0.7})
+
+
+def test_illegal_actions_where_nothing_looks(road: Road, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (dqn_fused.arguments, dqn_fused.reference):
+        monkeypatch.setattr(module, "looks_at_values", lambda device: False)
+    for name in FAMILY:
+        arguments = make((6, 4))
+        arguments |= FAMILY[name](arguments)
+        arguments["actions"][[1, 4]] = torch.tensor([41, -1])
+        arguments = {k: to_device(x, road.device) for k, x in arguments.items()}
+        given = learned(arguments)
+        loss, td, cql = fused_linear_dqn_loss(
+            **arguments, reduction="sum", return_td_error=True, return_cql=True, backend=road.backend
+        )
+        assert loss.isnan()
+        assert td.isnan().tolist() == cql.isnan().tolist() == [False, True, False, False, True, False]
+        grads = torch.autograd.grad(loss, given)
+        assert all(x.isfinite().all() for x in grads)
+        assert (grads[0][[1, 4]] == 0).all()
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_memory(road: Road, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No matrix of n * A, forward or backward; but for the gradients of weight and bias nothing grows with A."""
+    monkeypatch.setattr(sweep, "TILE", {"cpu": 4096})
+    monkeypatch.setattr(sweep, "MIN_COLUMNS", 64)
+    monkeypatch.setattr(sweep, "TILE_ROWS", 64)
+    n, D = 64, 8
+    largest = []
+    for A in (1000, 4000):
+        arguments = family(name, (n, D), road, A)
+        given = learned(arguments)
+        with Allocations(arguments) as allocations:
+            loss = fused_linear_dqn_loss(**arguments, backend=road.backend)
+            torch.autograd.grad(loss, given)
+        assert sum(size == A * D for size in allocations.sizes) <= 1
+        largest.append(max(size for size in allocations.sizes if size not in (A * D, A)))
+    assert largest[0] == largest[1] <= 4096
+
+
+@pytest.mark.parametrize("cql_alpha", [0.0, 0.7])
+def test_a_ready_target(road: Road, cql_alpha: float) -> None:
+    """The same bits as rewards of which every one is the last."""
+    a = {k: to_device(x, road.device) for k, x in make((2, 3, 5)).items()}
+    a["terminated"] = torch.ones(2, 3, dtype=torch.bool, device=road.device)
+    given, options = learned(a), {"cql_alpha": cql_alpha, "loss": "huber", "backend": road.backend}
+    weights = torch.rand(2, 3, generator=source(5)).to(road.device)
+    asked = {"return_td_error": True, "return_cql": True, "reduction": "weighted_mean", "weights": weights}
+    ours = fused_linear_td_loss(
+        a["hidden"], a["weight"], a["actions"], a["rewards"], bias=a["bias"], **options, **asked
+    )
+    theirs = fused_linear_dqn_loss(**a, **options, **asked)
+    assert all(torch.equal(x, y) for x, y in zip(ours, theirs, strict=True))
+    both = (torch.autograd.grad(x[0], given) for x in (ours, theirs))
+    assert all(torch.equal(x, y) for x, y in zip(*both, strict=True))
+    sparse = {**options, "cql_alpha": 0.0, "sparse_grad": True}
+    loss = fused_linear_td_loss(*given[:2], a["actions"], a["rewards"], bias=given[2], **sparse)
+    assert torch.autograd.grad(loss, given[1])[0].is_sparse
+
+
+def test_errors_of_a_ready_target() -> None:
+    a = make((6, 4))
+    given = (a["hidden"], a["weight"], a["actions"])
+    with pytest.raises(ValueError, match=r"target: expected shape \(6,\) or \(6, 1\), got \(1, 6\)"):
+        fused_linear_td_loss(*given, a["rewards"][None])
+    with pytest.raises(ValueError, match="sparse_grad: expected False with cql_alpha"):
+        fused_linear_td_loss(*given, a["rewards"], cql_alpha=0.1, sparse_grad=True)
+    with pytest.raises(RuntimeError, match=r"fused_linear_td_loss: .* call fused_td_loss with"):
+        torch.func.grad(lambda h: fused_linear_td_loss(h, *given[1:], a["rewards"]))(given[0])
+
+
+def test_module(road: Road) -> None:
+    layer, next_layer = nn.Linear(6, 41).to(road.device), nn.Linear(6, 41).to(road.device)
+    a = {k: to_device(x, road.device) for k, x in make((7, 6)).items()}
+    options = {"target": "munchausen", "cql_alpha": 0.7, "return_cql": True, "backend": road.backend}
+    state = {"target_hidden": a["next_hidden"] * 2, "action_mask": legal((7, 6), 41).to(road.device)}
+    given = (a["hidden"], a["actions"], a["rewards"])
+    ours = FusedLinearDQNLoss(gamma=0.9, **options)(layer, *given, next_layer, a["next_hidden"], **state)
+    theirs = fused_linear_dqn_loss(
+        a["hidden"], layer.weight, *given[1:], a["next_hidden"], next_layer.weight, gamma=0.9,
+        bias=layer.bias, next_bias=next_layer.bias, **options, **state,
+    )  # fmt: skip
+    assert len(ours) == len(theirs) == 2
+    assert all(torch.equal(x, y) for x, y in zip(ours, theirs, strict=True))
