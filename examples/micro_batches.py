@@ -70,18 +70,18 @@ def accumulate(
     scale: Callable[[Tensor], Tensor] = lambda loss: loss,
 ) -> Tensor:
     """Add the gradients of the weighted mean of a batch, part by part, to those of the model; return the mean."""
-    device, ranks = data["obs"].device, dist.get_world_size() if dist.is_initialized() else 1
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
     normaliser = data["weights"].sum()
     if ranks > 1:  # DDP averages the gradients of the ranks, and so divides by their number once more
         dist.all_reduce(normaliser)
         normaliser /= ranks
     pieces = {name: x.tensor_split(parts) for name, x in data.items()}
-    mean = torch.zeros((), device=device)
+    mean = torch.zeros_like(normaliser)
     for i in range(parts):
         # Ranks meet in the backward of the last part alone, which sends what all of them have added up.
         waits = isinstance(model, DistributedDataParallel) and i < parts - 1
         with model.no_sync() if waits else nullcontext():
-            with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
+            with torch.autocast(mean.device.type, dtype=amp, enabled=amp is not None):
                 loss = model(target, {name: x[i] for name, x in pieces.items()}) / normaliser
             scale(loss).backward()
         mean += loss.detach()

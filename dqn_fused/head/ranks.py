@@ -75,7 +75,7 @@ class Ranks(Whole):
         if dtype is torch.float32:
             both = self._reduce((key.to(torch.int64) << 32) + (LOW - index), dist.ReduceOp.MAX)
             return numbers((both >> 32).to(torch.int32), dtype), LOW - (both & LOW)
-        best = self._reduce(key, dist.ReduceOp.MAX)
+        best = self._reduce(key.clone(), dist.ReduceOp.MAX)
         return numbers(best, dtype), self._reduce(torch.where(key == best, index, self.actions), dist.ReduceOp.MIN)
 
     def _sum(self, values: Tensor) -> Tensor:
