@@ -19,7 +19,7 @@ endif
 PTX_TARGETS := sm_75 sm_80 sm_90 sm_120
 PTX_TRITON := 3.6
 
-.PHONY: test suite interpret test-all test-anywhere ptx demo bench asan lint format pictures install clean
+.PHONY: test suite interpret test-all test-anywhere ptx demo bench asan lint format pictures docs install clean
 
 # All cores; of GPU code and of graphs a sample, which moves with DQN_FUSED_TEST_SEED (tests/conftest.py).
 PYTEST := $(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal
@@ -85,6 +85,12 @@ format: $(READY)
 pictures: $(READY)
 	$(PY) docs/gradient.py docs/gradient.png
 	$(PY) examples/large_actions.py --plot docs/large_actions.png
+
+# The documentation as a site, in out/site, built in an environment of its own.
+docs:
+	test -x build/docs/bin/mkdocs || $(PYTHON) -m venv build/docs
+	build/docs/bin/python -m pip install --quiet --requirement requirements-docs.txt
+	NO_MKDOCS_2_WARNING=1 build/docs/bin/mkdocs build --site-dir $(OUT)/site
 
 $(VENV)/.ready: requirements-dev.txt requirements-extras.txt pyproject.toml setup.py $(CSRC)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)

@@ -19,9 +19,10 @@ def warmup(*args: Any, **kwargs: Any) -> None:
     that the graph will read, or such as are laid out like them.
 
     Args:
-        args, kwargs: those of :func:`fused_dqn_loss`, ``backend`` included. Nothing is changed: no gradient is
-            accumulated, whatever the tensors require. Their values mean nothing, but that they are read: memory that
-            is not yet filled will do, for actions and ``non_final_mask`` too.
+        *args: those of ``fused_dqn_loss``. Nothing is changed: no gradient is accumulated, whatever the tensors
+            require. Their values are read but mean nothing: memory that is not yet filled will do, for actions and
+            ``non_final_mask`` too.
+        **kwargs: those of ``fused_dqn_loss``, ``backend`` included.
 
     Raises:
         As :func:`fused_dqn_loss`, but IndexError.

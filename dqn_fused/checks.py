@@ -6,6 +6,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from dqn_fused import hints
+
 FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float64})
 WIDE_UNSIGNED = frozenset({torch.uint16, torch.uint32, torch.uint64})  # few PyTorch operations know these
 INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}) | WIDE_UNSIGNED
@@ -29,7 +31,8 @@ def per_sample(
         wrong_device(name, x, device, like)
     got = x.shape
     if got != shape and got != (*shape, 1):
-        raise ValueError(f"{name}: expected shape {show(shape)} or {show((*shape, 1))}, got {show(got)}")
+        more = hints.of_actions(like) if name == "actions" and got[:-1] == shape else ""
+        raise ValueError(f"{name}: expected shape {show(shape)} or {show((*shape, 1))}, got {show(got)}{more}")
     if len(got) != 1:
         x = x.reshape(-1)
     return x if x.is_contiguous() else x.contiguous()
@@ -43,16 +46,20 @@ def matrix(
     if x.device != device:
         wrong_device(name, x, device, like)
     if x.shape != shape:
-        raise ValueError(f"{name}: expected shape {show(shape)}, as {like}, got {show(x.shape)}")
+        more = hints.ALL_ACTIONS if x.shape in (shape[:-1], (*shape[:-1], 1)) else ""
+        raise ValueError(f"{name}: expected shape {show(shape)}, as {like}, got {show(x.shape)}{more}")
     return rows(x)
 
 
 def _wrong_tensor(name: str, x: Tensor, dtypes: frozenset[torch.dtype]) -> NoReturn:
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}{hints.of_type(name, x)}")
     if x.dtype not in dtypes:
         kind = {FLOATS: "a floating", INTEGERS: "an integer", NUMBERS: "a floating or integer", BOOL: "the bool"}
-        raise TypeError(f"{name}: expected {kind.get(dtypes, 'a bool, integer or floating')} dtype, got {x.dtype}")
+        raise TypeError(
+            f"{name}: expected {kind.get(dtypes, 'a bool, integer or floating')} dtype, got {x.dtype}"
+            f"{hints.of_dtype(name, dtypes is INTEGERS)}"
+        )
     raise TypeError(f"{name}: expected a dense tensor, got layout {x.layout}")
 
 

@@ -28,7 +28,16 @@ SHAPE_ERRORS = {
     "q 0-d": ({"q": zeros()}, "q: expected shape (*N, A) with at least one action, got ()"),
     "actions long": ({"actions": zeros(7, dtype=INT)}, "actions: expected shape (6,) or (6, 1), got (7,)"),
     "actions row": ({"actions": zeros(1, B, dtype=INT)}, "actions: expected shape (6,) or (6, 1), got (1, 6)"),
-    "actions one-hot": ({"actions": zeros(B, A, dtype=INT)}, "actions: expected shape (6,) or (6, 1), got (6, 4)"),
+    "actions one-hot": (
+        {"actions": zeros(B, A, dtype=INT)},
+        "actions: expected shape (6,) or (6, 1), got (6, 4); q is of all actions, not gathered, and one-hot actions "
+        "are given as their argmax(-1)",
+    ),
+    "next_q of one action": (
+        {"next_q": zeros(B)},
+        "next_q: expected shape (6, 4), as q, got (6,); give the values of all actions: "
+        "the choice among them is made here",
+    ),
     "actions one for all": ({"actions": zeros(1, dtype=INT)}, "actions: expected shape (6,) or (6, 1), got (1,)"),
     "actions 0-d": ({"actions": zeros(dtype=INT)}, "actions: expected shape (6,) or (6, 1), got ()"),
     "rewards square": ({"rewards": zeros(B, B)}, "rewards: expected shape (6,) or (6, 1), got (6, 6)"),
@@ -121,13 +130,25 @@ SHAPE_ERRORS = {
     "backend": ({"backend": "gpu"}, "backend: expected one of 'auto', "),
 }
 TYPE_ERRORS = {
-    "q list": ({"q": [[1.0]]}, "q: expected a torch.Tensor, got list"),
+    "q list": (
+        {"q": [[1.0]]},
+        "q: expected a torch.Tensor, got list; torch.tensor(q) is one, torch.stack(q) of tensors",
+    ),
     "q bool": ({"q": zeros(B, A, dtype=BOOL)}, "q: expected a floating dtype, got torch.bool"),
     "q int": ({"q": zeros(B, A, dtype=INT)}, "q: expected a floating dtype, got torch.int64"),
     "q complex": ({"q": zeros(B, A, dtype=COMPLEX)}, "q: expected a floating dtype, got torch.complex64"),
-    "actions float": ({"actions": zeros(B)}, "actions: expected an integer dtype, got torch.float32"),
-    "actions bool": ({"actions": zeros(B, dtype=BOOL)}, "actions: expected an integer dtype, got torch.bool"),
-    "actions numpy": ({"actions": zeros(B, dtype=INT).numpy()}, "actions: expected a torch.Tensor, got ndarray"),
+    "actions float": (
+        {"actions": zeros(B)},
+        "actions: expected an integer dtype, got torch.float32; actions.long() is one",
+    ),
+    "actions bool": (
+        {"actions": zeros(B, dtype=BOOL)},
+        "actions: expected an integer dtype, got torch.bool; actions.long() is one",
+    ),
+    "actions numpy": (
+        {"actions": zeros(B, dtype=INT).numpy()},
+        "actions: expected a torch.Tensor, got ndarray; torch.from_numpy(actions) is one",
+    ),
     "rewards bool": (
         {"rewards": zeros(B, dtype=BOOL)},
         "rewards: expected a floating or integer dtype, got torch.bool",
@@ -153,7 +174,11 @@ TYPE_ERRORS = {
         {"non_final_mask": zeros(B, dtype=INT), "terminated": None},
         "non_final_mask: expected the bool dtype, got torch.int64",
     ),
-    "online list": ({"next_q_online": [[1.0]]}, "next_q_online: expected a torch.Tensor, got list"),
+    "online list": (
+        {"next_q_online": [[1.0]]},
+        "next_q_online: expected a torch.Tensor, got list; torch.tensor(next_q_online) is one, "
+        "torch.stack(next_q_online) of tensors",
+    ),
     "online int": (
         {"next_q_online": zeros(B, A, dtype=INT)},
         "next_q_online: expected a floating dtype, got torch.int64",

@@ -1,4 +1,4 @@
-"""The benchmark itself: what it compares is equal, what it counts is right, and the README says what the CSV says."""
+"""The benchmark itself: what it compares is equal, what it counts is right, and the pages say what the CSV says."""
 
 import gc
 import math
@@ -295,24 +295,27 @@ def test_distributional_losses(name: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert f"| {name}, 6 x 3 x 5 |" in tables.distributional(rows)
 
 
-def test_the_readme_says_what_the_csv_says() -> None:
-    readme = report.README.read_text()
+def test_the_pages_say_what_the_csv_says() -> None:
     wanted = report.sections(report.result_folders())
-    marked = report.marked(readme)
-    own = {f"cpu/{kind}" for kind in ("loss", "family", "linear", "distributional", "update")}
+    text = {page: page.read_text() for page in report.pages()}
+    marked = [name for page in text.values() for name in report.marked(page)]
+    own = {f"cpu/{kind}" for kind in ("summary", "loss", "family", "linear", "distributional", "update", "graph")}
+    assert len(set(marked)) == len(marked)
     assert own | {"kernels", "host"} <= set(marked) <= set(wanted)
-    assert report.stale(readme, wanted) == [], "run python -m bench report"
-    assert report.replaced(readme, wanted) == readme
+    for page in text.values():
+        assert report.stale(page, wanted) == [], "run python -m bench report"
+        assert report.replaced(page, wanted) == page
 
 
-def test_a_changed_digit_in_the_readme_is_noticed() -> None:
-    readme = report.README.read_text()
+def test_a_changed_digit_in_a_page_is_noticed() -> None:
     wanted = report.sections(report.result_folders())
-    for name, text in report.marked(readme).items():
-        digits = [match.start() for match in re.finditer(r"\d", text)]
-        for where in (digits[0], digits[len(digits) // 2], digits[-1]):
-            other = text[:where] + str((int(text[where]) + 1) % 10) + text[where + 1 :]
-            assert report.stale(readme.replace(text, other), wanted) == [name]
+    for page in report.pages():
+        whole = page.read_text()
+        for name, text in report.marked(whole).items():
+            digits = [match.start() for match in re.finditer(r"\d", text)]
+            for where in (digits[0], digits[len(digits) // 2], digits[-1]):
+                other = text[:where] + str((int(text[where]) + 1) % 10) + text[where + 1 :]
+                assert report.stale(whole.replace(text, other), wanted) == [name]
 
 
 def test_report_of_graphs(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ TYPE_ERRORS = {
         "next_logits: expected a torch.Tensor, got NoneType; for a ready target there is fused_categorical_td_loss",
     ),
     "next_logits": ({"next_logits": zeros(N, A, K, dtype=INT)}, "next_logits: expected a floating dtype"),
-    "actions": ({"actions": zeros(N)}, "actions: expected an integer dtype, got torch.float32"),
+    "actions": ({"actions": zeros(N)}, "actions: expected an integer dtype, got torch.float32; actions.long() is one"),
     "support of one number": ({"support": 1.0}, "support: expected (v_min, v_max) or a torch.Tensor of evenly spaced"),
     "support of three": ({"support": (0, 1, 2)}, "support: expected (v_min, v_max) or a torch.Tensor of evenly spaced"),
     "support of words": ({"support": ("0", "1")}, "support: expected two numbers, got str"),

@@ -93,7 +93,7 @@ def test_ready_target(empty: Empty) -> None:
     check(empty, fused_td_loss, {"q": batch["q"], "actions": batch["actions"], "target": batch["rewards"]}, ["q"])
 
 
-@pytest.mark.parametrize("name", ["plain", "double-mask-weights-huber", "soft"])
+@pytest.mark.parametrize("name", ["plain", "double-mask-weights-huber", "soft", "munchausen-mask", "cql"])
 def test_linear_head(empty: Empty, name: str) -> None:
     arguments = test_linear.make((2, 3, 5))
     arguments |= test_linear.OPTIONS[name](arguments)

@@ -115,7 +115,7 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
 }  # fmt: skip
 TYPE_ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "quantiles": ({"quantiles": zeros(n, A, K, dtype=INT)}, "quantiles: expected a floating dtype, got torch.int64"),
-    "actions": ({"actions": zeros(n)}, "actions: expected an integer dtype, got torch.float32"),
+    "actions": ({"actions": zeros(n)}, "actions: expected an integer dtype, got torch.float32; actions.long() is one"),
     "next": ({"next_quantiles": None}, "next_quantiles: expected a torch.Tensor, got NoneType"),
     "next dtype": (
         {"next_quantiles": zeros(n, A, K, dtype=torch.complex64)},
@@ -127,7 +127,11 @@ TYPE_ERRORS: dict[str, tuple[dict[str, Any], str]] = {
         {"next_action_mask": zeros(n, A)},
         "next_action_mask: expected the bool dtype, got torch.float32",
     ),
-    "online": ({"next_quantiles_online": [1.0]}, "next_quantiles_online: expected a torch.Tensor, got list"),
+    "online": (
+        {"next_quantiles_online": [1.0]},
+        "next_quantiles_online: expected a torch.Tensor, got list; torch.tensor(next_quantiles_online) is one, "
+        "torch.stack(next_quantiles_online) of tensors",
+    ),
     "kappa": ({"kappa": torch.tensor(1.0)}, "kappa: expected a number, got Tensor"),
     "gamma": ({"gamma": "0.9"}, "gamma: expected a number or a torch.Tensor, got str"),
 }

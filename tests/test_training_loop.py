@@ -180,11 +180,13 @@ def test_torch_compile_of_network_loss_and_backward(road: Road) -> None:
 
 
 @pytest.mark.graph
-@pytest.mark.parametrize("target", ["max", Soft(0.5)], ids=["max", "soft"])
-def test_torch_compile_of_a_linear_head(road: Road, target: Any) -> None:
+@pytest.mark.parametrize("name", ["max", "soft", "cql", "munchausen"])
+def test_torch_compile_of_a_linear_head(road: Road, name: str) -> None:
     body = nn.Linear(D, 16).to(road.device)
     head, target_head = nn.Linear(16, 300).to(road.device), nn.Linear(16, 300).to(road.device)
-    double = target == "max"
+    double = name in ("max", "cql")
+    target = {"soft": Soft(0.5), "munchausen": Munchausen(0.5)}.get(name, "max")
+    options = {"target": target, "cql_alpha": 0.5 if name == "cql" else 0.0}
 
     def loss(obs: Tensor, next_hidden: Tensor, rest: dict[str, Tensor]) -> Tensor:
         online = next_hidden.flip(0) if double else None
@@ -192,9 +194,11 @@ def test_torch_compile_of_a_linear_head(road: Road, target: Any) -> None:
         layers = (next_hidden, target_head.weight)
         actions, rewards = given.pop("actions"), given.pop("rewards")
         hidden = body(obs)
+        if name == "munchausen":
+            given["target_hidden"] = next_hidden.flip(1)
         return total(
             fused_linear_dqn_loss(
-                hidden, head.weight, actions, rewards, *layers, target=target, backend=road.backend, **given
+                hidden, head.weight, actions, rewards, *layers, **options, backend=road.backend, **given
             )
         )
 
@@ -268,7 +272,8 @@ def test_autocast_changes_nothing_inside(road: Road, name: str) -> None:
     assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
 
 
-def test_autocast_of_a_linear_head(road: Road) -> None:
+@pytest.mark.parametrize("cql_alpha", [0.0, 0.5])
+def test_autocast_of_a_linear_head(road: Road, cql_alpha: float) -> None:
     """As nn.Linear: hidden states are cast, though a LayerNorm left them in float32; near the loss of its matrix."""
     rest = make((32, 300), device=road.device)
     del rest["q"], rest["next_q"]
@@ -281,14 +286,14 @@ def test_autocast_of_a_linear_head(road: Road) -> None:
     def loss_of(hidden: Tensor, next_hidden: Tensor, online: Tensor) -> Any:
         return fused_linear_dqn_loss(
             hidden, head.weight, actions, rewards, next_hidden, target_head.weight,
-            next_hidden_online=online, **biases, **rest, backend=road.backend,
+            next_hidden_online=online, **biases, **rest, cql_alpha=cql_alpha, backend=road.backend,
         )  # fmt: skip
 
     with torch.autocast(road.device, torch.bfloat16):
         loss = loss_of(hidden, next_hidden, online)
         matrix = fused_dqn_loss(
             head(hidden), actions, rewards, target_head(next_hidden), next_q_online=head(online), **rest,
-            backend=road.backend,
+            cql_alpha=cql_alpha, backend=road.backend,
         )  # fmt: skip
     assert loss.dtype is torch.float32
     cast = loss_of(*(x.to(torch.bfloat16) for x in (hidden, next_hidden, online)))
@@ -362,3 +367,12 @@ def test_the_sweeps_that_a_graph_holds(road: Road, kind: str) -> None:
     if road.backend == "triton":
         for auto in (True, False):
             torch.library.opcheck(_ops.triton_sweep, (*given, auto))
+
+
+@pytest.mark.parametrize("needs", [[True, True, True], [False, True, False], [True, False, False]])
+def test_the_backward_of_a_sweep_that_a_graph_holds(road: Road, needs: list[bool]) -> None:
+    hidden, weight, bias = (torch.randn(size, device=road.device) for size in ((6, 16), (40, 16), (40,)))
+    mask, actions = torch.rand(6, 40, device=road.device) < 0.9, torch.randint(40, (6,), device=road.device)
+    coefficients = torch.rand(3, 6, device=road.device)
+    given = (hidden, weight, bias, mask, coefficients[0], coefficients[1], actions, coefficients[2], needs)
+    torch.library.opcheck(_ops.sweep_backward, given)

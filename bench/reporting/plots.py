@@ -63,7 +63,7 @@ def draw_all(results: Path, out: Path, prefix: str = "bench_") -> str:
 
 
 def shown(providers: Iterable[str]) -> list[str]:
-    """What a picture has room for: the PyTorch road of this project is in the tables."""
+    """What a picture has room for: the PyTorch backend is in the tables."""
     return [name for name in providers if name not in ("eager", "floor") and not name.endswith("[torch]")]
 
 

@@ -1,4 +1,4 @@
-"""Write the README's tables, its sentences with figures in them, and the pictures, from the CSV.
+"""Write the tables of the README and of docs/, the sentences with figures in them, and the pictures, from the CSV.
 
 Each stands between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->``; NAME is the results folder and a section of
 it, such as cpu/loss, or kernels, or host.
@@ -22,12 +22,18 @@ OTHERS = ("eager", "torch.compile", "torch.compile, reduce-overhead", "eager, CU
 def run(folders: Sequence[Path]) -> None:
     """Render these results folders, the kernels and their launches, into the README and docs/."""
     wanted = sections(folders)
-    text = README.read_text()
-    README.write_text(replaced(text, wanted))
-    print(f"README.md: {', '.join(stale(text, wanted)) or 'nothing'} changed")
+    for page in pages():
+        text = page.read_text()
+        page.write_text(replaced(text, wanted))
+        print(f"{page.relative_to(ROOT)}: {', '.join(stale(text, wanted)) or 'nothing'} changed")
     for folder in folders:
         prefix = "bench_" if folder.name == "cpu" else f"bench_{folder.name}_"
         print(f"docs: {plots.draw_all(folder, DOCS, prefix)}")
+
+
+def pages() -> list[Path]:
+    """Those with figures in them."""
+    return [page for page in (README, *sorted(DOCS.glob("*.md"))) if marked(page.read_text())]
 
 
 def result_folders(root: Path = RESULTS) -> list[Path]:
@@ -70,6 +76,8 @@ def of_folder(folder: Path) -> dict[str, str]:
     plain = [row for row in loss if row["variant"] == "dqn"]
     family = [row for row in loss if row["variant"] != "dqn"]
     found = {}
+    if plain and (short := tables.summary(loss, distributional, linear)):
+        found["summary"] = f"{short}\n\n{machine(plain[0])}"
     if plain:
         found["loss"] = f"{tables.loss(plain, columns(plain))}\n\n{machine(plain[0])} {noise(plain)}\n\n{speeds(plain)}"
     if family:
@@ -87,7 +95,7 @@ def of_folder(folder: Path) -> dict[str, str]:
 
 
 def columns(rows: Sequence[Row]) -> list[str]:
-    """What a table has room for: the PyTorch road of this project, and who has few of the losses, are in the CSV."""
+    """What a table has room for: the PyTorch backend, and who has few of the losses, are in the CSV."""
     counts = Counter(row["provider"] for row in rows)
     names = [name for name in tables.seen(rows) if 2 * counts[name] >= counts["eager"]]
     ours = [name for name in names if "[" in name and not name.endswith("[torch]")]

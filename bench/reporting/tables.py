@@ -22,6 +22,42 @@ def tables(kind: str, rows: Sequence[Row]) -> dict[str, str]:
     return {title: table(rows)}
 
 
+SUMMARY = {
+    ("dqn", "32 x 18"): "DQN, 32 x 18",
+    ("dqn", "1024 x 18"): "DQN, 1024 x 18",
+    ("dqn", "1024 x 512"): "DQN, 1024 x 512",
+    ("dqn", "256 x 50257"): "DQN, 256 x 50257",
+    ("masked double", "1024 x 512"): "masked double DQN, 1024 x 512",
+    ("munchausen", "1024 x 512"): "Munchausen, 1024 x 512",
+    ("cql", "1024 x 512"): "CQL, 1024 x 512",
+    ("QR-DQN", "32 x 18 x 200"): "QR-DQN, 32 x 18 x 200 quantiles",
+    ("IQN", "32 x 18 x 64"): "IQN, 32 x 18 x 64 samples",
+    ("C51", "32 x 18 x 51"): "C51, 32 x 18 x 51 atoms",
+}
+SUMMARY_HEAD = (50257, 512)
+
+
+def summary(loss: Sequence[Row], distributional: Sequence[Row], linear: Sequence[Row]) -> str:
+    """A line each for some sizes of every family: eager's lines, the loss with its backward, loss and gradient."""
+    found: dict[str, dict[str, Row]] = {}
+    for row in (*loss, *distributional):
+        size = " x ".join(str(row[name]) for name in ("n", "A", "K") if name in row)
+        label = SUMMARY.get((row["variant"], size)) if row["dtype"] == "float32" else None
+        if label is not None:
+            found.setdefault(label, {})[row["provider"]] = row
+    names = {"eager": "eager", "fused[compiled]": "fused", "loss_and_grad[compiled]": "loss and gradient"}
+    lines = ["| loss, forward and backward | " + " | ".join(names.values()) + " |", "|---|" + "---:|" * len(names)]
+    for label in SUMMARY.values():
+        if all(name in found.get(label, ()) for name in names):
+            lines.append(f"| {label} | " + " | ".join(cell(found[label][name], True) for name in names) + " |")
+    A, D = SUMMARY_HEAD
+    heads = {row["provider"]: row for row in linear if (row["A"], row["D"], row["variant"]) == (A, D, "dqn")}
+    if "eager" in heads and "fused" in heads:
+        size = f"{heads['fused']['n']} x {A}, {D} features"
+        lines.append(f"| linear head, {size} | {cell(heads['eager'], True)} | {cell(heads['fused'], True)} | |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
 def seen(rows: Iterable[Row], variant: str | None = None) -> list[str]:
     return list(dict.fromkeys(row["provider"] for row in rows if variant in (None, row.get("variant"))))
 

@@ -47,7 +47,7 @@ def sweep_backward(work: SweepBackward) -> Gradients:
         of_weight, of_bias = None, hidden.new_zeros(columns.stop - columns.start, dtype=dtype)
         if grad_weight is not None:
             of_weight = grad_weight[columns]
-            if len({weight.dtype, hidden.dtype, dtype}) > 1:
+            if weight.dtype is not dtype:
                 of_weight = torch.empty_like(of_weight, dtype=dtype)
         for rows in rows_at_once:
             h, w = hidden[rows], weight[columns].to(hidden.dtype)
