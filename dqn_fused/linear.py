@@ -86,7 +86,8 @@ def fused_linear_dqn_loss(
         delta: of huber and smooth_l1.
         reduction: ``"mean"``, ``"weighted_mean"``, ``"sum"`` or ``"none"``.
         target: ``"max"``, ``"soft"``, ``"munchausen"``, :class:`Soft` or :class:`Munchausen`.
-        cql_alpha: weight of the conservative term of CQL(H) (Kumar et al., 2020). Its second derivative raises.
+        cql_alpha: weight of the conservative term of CQL(H) (Kumar et al., 2020). Its second derivative is
+            right, a third one raises.
         return_td_error: also return the signed TD errors, (\\*N), without gradient.
         return_cql: also return the conservative term of each sample, (\\*N), unweighted and without gradient.
         sparse_grad: give weight and bias row-sparse gradients, as ``nn.Embedding(sparse=True)`` does, for

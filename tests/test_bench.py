@@ -184,7 +184,11 @@ MEASURED: dict[str, Any] = {
     "loss": lambda problems: loss.measure(
         loss.Work("cql", 5, 4, compiled=False), "cpu", 0.001, problems, RlaxProcess()
     ),
-    "linear": lambda problems: linear.measure(linear.Work(30, 8, double=True, n=6), "cpu", 0.001, problems, rounds=2),
+    "linear": lambda problems: [
+        row
+        for variant in linear.OPTIONS
+        for row in linear.measure(linear.Work(30, 8, variant, n=6), "cpu", 0.001, problems, rounds=2)
+    ],
     "update": lambda problems: update.measure(update.CARTPOLE, "cpu", 0.001, problems),
     "graph": lambda problems: graph.measure(graph.Work("prioritised", 8, 4), "cpu", 0.001, problems),
 }

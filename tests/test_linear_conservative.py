@@ -7,7 +7,7 @@ import torch
 from conftest import Road
 from data import source
 from test_autograd import Allocations
-from test_linear import Arguments, Operations, check, legal, legal_here, make, small_tiles  # noqa: F401
+from test_linear import Arguments, Operations, check, legal, legal_here, make, matrices, small_tiles  # noqa: F401
 from test_loss import to_device
 from torch import Tensor, nn
 
@@ -15,6 +15,7 @@ import dqn_fused.arguments
 import dqn_fused.reference
 from dqn_fused import FusedLinearDQNLoss, fused_linear_dqn_loss, fused_linear_td_loss
 from dqn_fused.head import sweep
+from dqn_fused.reference import dqn_loss
 
 LEARNED = ("hidden", "weight", "bias")
 FAMILY: dict[str, Any] = {
@@ -45,19 +46,44 @@ def test_gradcheck(road: Road, name: str, reduction: str) -> None:
         )
 
     assert torch.autograd.gradcheck(function, given)
+    assert torch.autograd.gradgradcheck(function, given)
 
 
-def test_the_second_derivative_raises(road: Road) -> None:
-    """create_graph alone may be asked for by a library that never differentiates again."""
+def test_create_graph_gives_the_same_bits(road: Road) -> None:
+    """It may be asked for by a library that never differentiates again."""
     arguments = family("cql", (4, 3), road)
     given = learned(arguments)
     loss = fused_linear_dqn_loss(**arguments, backend=road.backend)
     first = torch.autograd.grad(loss, given, create_graph=True)
     plain = torch.autograd.grad(fused_linear_dqn_loss(**arguments, backend=road.backend), given)
     assert all(torch.equal(x, y) for x, y in zip(first, plain, strict=True))
-    for gradient in first:
-        with pytest.raises(NotImplementedError, match="second derivative of the conservative term"):
-            torch.autograd.grad(gradient.square().sum(), given, retain_graph=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("learns", [LEARNED, ("hidden",), ("weight",), ("bias",)], ids="-".join)
+def test_the_second_order_is_that_of_the_matrix(road: Road, learns: tuple[str, ...], dtype: torch.dtype) -> None:
+    """A penalty of some of the gradients; in half precision the policy is that of rounded Q-values."""
+    arguments = family("cql-mask", (7, 3), road, dtype=dtype)
+    both = []
+    for loss_of in (fused_linear_dqn_loss, lambda **a: dqn_loss(**matrices(a))):
+        given = [arguments[k].detach().requires_grad_(k in learns) for k in LEARNED]
+        inputs = [x for x in given if x.requires_grad]
+        loss = loss_of(**{**arguments, **dict(zip(LEARNED, given, strict=True))})
+        first = torch.autograd.grad(loss, inputs, create_graph=True)
+        penalty = sum(x.float().square().sum() for x in first)
+        both.append(torch.autograd.grad(penalty, inputs))
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 0.05, "atol": 0.05}
+    torch.testing.assert_close(*both, **tolerance)
+
+
+def test_a_third_order_raises(road: Road) -> None:
+    arguments = family("cql", (4, 3), road)
+    hidden = arguments["hidden"].requires_grad_()
+    loss = fused_linear_dqn_loss(**arguments, backend=road.backend)
+    (first,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), hidden, create_graph=True)
+    with pytest.raises(NotImplementedError, match="third derivative of the conservative term"):
+        torch.autograd.grad(second.sum(), hidden)
 
 
 def test_two_backwards_with_different_upstream_gradients(road: Road) -> None:

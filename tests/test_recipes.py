@@ -343,9 +343,12 @@ class TestMicroBatches:
             torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize(
-    "name", ["sb3_dqn", "torchrl_dqn", "cleanrl_dqn", "ddp", "micro_batches", "cartpole", "large_actions"]
-)
+EXAMPLES = (
+    "sb3_dqn", "torchrl_dqn", "cleanrl_dqn", "ddp", "micro_batches", "cartpole", "large_actions", "token_q_learning",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_help(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Every example says what it takes."""
     import runpy

@@ -13,9 +13,9 @@ from bench.measure.gate import passed
 from bench.measure.memory import peak_memory
 from bench.measure.providers import Provider
 from bench.measure.timing import figures, interleaved, timer
-from bench.measure.variants import GAMMA, Arguments, dtype_name
+from bench.measure.variants import CQL_ALPHA, GAMMA, Arguments, dtype_name
 from bench.reporting.results import Row
-from dqn_fused import fused_dqn_loss, fused_linear_dqn_loss
+from dqn_fused import Munchausen, fused_dqn_loss, fused_linear_dqn_loss
 from dqn_fused._backends import serving
 
 N = 256
@@ -23,17 +23,19 @@ ACTIONS = (1_000, 10_000, 50_257, 151_936)
 FEATURES = (64, 512, 1024)
 LARGE = 50_000_000  # weights from which a round takes seconds
 CHUNK = 8192  # actions that the expert takes at a time
+# What each variant but the plain one gives to the loss beside its tensors.
+OPTIONS: dict[str, Arguments] = {"double": {}, "cql": {"cql_alpha": CQL_ALPHA}, "munchausen": {"target": "munchausen"}}
 
 
 class Work(NamedTuple):
     A: int
     D: int
-    double: bool = False
+    variant: str = "dqn"
     dtype: torch.dtype = torch.float32
     n: int = N
 
     def __str__(self) -> str:
-        return f"{self.A} x {self.D}{' double' if self.double else ''} {dtype_name(self.dtype)}"
+        return f"{self.A} x {self.D} {self.variant} {dtype_name(self.dtype)}"
 
 
 def quick(device: str, variants: list[str]) -> list[Work]:
@@ -42,7 +44,7 @@ def quick(device: str, variants: list[str]) -> list[Work]:
 
 def full(device: str, variants: list[str]) -> list[Work]:
     """In half precision on a GPU only: a CPU multiplies it no faster."""
-    work = [Work(A, D) for D in FEATURES for A in ACTIONS] + [Work(50_257, 512, double=True)]
+    work = [Work(A, D) for D in FEATURES for A in ACTIONS] + [Work(50_257, 512, variant) for variant in OPTIONS]
     if device == "cuda":
         work += [Work(A, D, dtype=torch.bfloat16) for D in FEATURES[1:] for A in ACTIONS[2:]]
     return work
@@ -50,7 +52,7 @@ def full(device: str, variants: list[str]) -> list[Work]:
 
 def random_arguments(work: Work, device: str, seed: int = 0) -> Arguments:
     torch.manual_seed(seed)
-    n, A, D, double = work.n, work.A, work.D, work.double
+    n, A, D = work.n, work.A, work.D
 
     def normal(*size: int) -> Tensor:
         return torch.randn(size, device=device).to(work.dtype)
@@ -66,21 +68,32 @@ def random_arguments(work: Work, device: str, seed: int = 0) -> Arguments:
         "next_bias": normal(A),
         "terminated": torch.rand(n, device=device) < 0.1,
     }
-    return arguments | ({"next_hidden_online": normal(n, D)} if double else {})
+    more = {"double": "next_hidden_online", "munchausen": "target_hidden"}.get(work.variant)
+    return arguments | ({} if more is None else {more: normal(n, D)})
 
 
-def eager_loss(a: Arguments) -> Tensor:
-    """Two nn.Linear layers and the lines of a DQN script."""
+def eager_loss(a: Arguments, cql_alpha: float = 0.0, target: str = "max") -> Tensor:
+    """nn.Linear layers and the lines of a DQN script."""
+    taken = a["actions"].unsqueeze(1)
     with torch.no_grad():
         next_q = F.linear(a["next_hidden"], a["next_weight"], a["next_bias"])
-        if "next_hidden_online" in a:
+        bonus: float | Tensor = 0.0
+        if target == "munchausen":
+            constants, tau = Munchausen(), Munchausen().temperature
+            target_q = F.linear(a["target_hidden"], a["next_weight"], a["next_bias"])
+            log_policy = tau * torch.log_softmax(target_q / tau, 1).gather(1, taken).squeeze(1)
+            bonus = constants.alpha * log_policy.clamp(constants.clip, 0)
+            value = tau * torch.logsumexp(next_q / tau, 1)
+        elif "next_hidden_online" in a:
             best = F.linear(a["next_hidden_online"], a["weight"], a["bias"]).argmax(1, keepdim=True)
             value = next_q.gather(1, best).squeeze(1)
         else:
             value = next_q.max(1).values
-        target = a["rewards"] + GAMMA * value * (1 - a["terminated"].float())
+        y = a["rewards"] + bonus + GAMMA * value * (1 - a["terminated"].float())
     q = F.linear(a["hidden"], a["weight"], a["bias"])
-    return F.mse_loss(q.gather(1, a["actions"].unsqueeze(1)).squeeze(1).float(), target)
+    value = q.gather(1, taken).squeeze(1).float()
+    loss = F.mse_loss(value, y)
+    return loss + cql_alpha * (torch.logsumexp(q.float(), 1) - value).mean() if cql_alpha else loss
 
 
 def expert_loss(a: Arguments) -> Tensor:
@@ -110,37 +123,45 @@ def _chunked_max(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, 
     return best, index
 
 
-def matrix_loss(a: Arguments) -> Tensor:
-    """Two nn.Linear layers and the fused loss of their matrices."""
+def matrix_loss(a: Arguments, **options: Any) -> Tensor:
+    """nn.Linear layers and the fused loss of their matrices."""
+    layers = {"next_q_online": ("next_hidden_online", "weight", "bias")}
+    layers["target_q"] = ("target_hidden", "next_weight", "next_bias")
     with torch.no_grad():
         next_q = F.linear(a["next_hidden"], a["next_weight"], a["next_bias"])
-        online = a.get("next_hidden_online")
-        online = None if online is None else F.linear(online, a["weight"], a["bias"])
+        more: Arguments = {
+            name: F.linear(*(a[part] for part in parts)) for name, parts in layers.items() if parts[0] in a
+        }
     q = F.linear(a["hidden"], a["weight"], a["bias"])
-    loss = fused_dqn_loss(q, a["actions"], a["rewards"], next_q, a["terminated"], GAMMA, next_q_online=online)
+    loss = fused_dqn_loss(q, a["actions"], a["rewards"], next_q, a["terminated"], GAMMA, **more, **options)
     assert isinstance(loss, Tensor)
     return loss
 
 
-LOSSES: dict[str, Callable[[Arguments], Any]] = {
+def fused_loss(a: Arguments, **options: Any) -> Any:
+    return fused_linear_dqn_loss(**a, gamma=GAMMA, **options)
+
+
+LOSSES: dict[str, Callable[..., Any]] = {
     "eager": eager_loss,
     "expert": expert_loss,
     "matrix": matrix_loss,
-    "fused": lambda a: fused_linear_dqn_loss(**a, gamma=GAMMA),
-    "fused, sparse": lambda a: fused_linear_dqn_loss(**a, gamma=GAMMA, sparse_grad=True),
+    "fused": fused_loss,
+    "fused, sparse": partial(fused_loss, sparse_grad=True),
 }
 PRODUCT = "linear"  # one product of the size of the matrix and nothing else
 
 
-def losses(device: str) -> dict[str, Callable[[Arguments], Any]]:
-    """On a GPU each backend as well, whatever "auto" takes."""
-    if device == "cpu":
-        return LOSSES
-    return LOSSES | {f"fused[{name}]": partial(_fused_by, name) for name in serving(torch.device(device))}
-
-
-def _fused_by(backend: str, a: Arguments) -> Any:
-    return fused_linear_dqn_loss(**a, gamma=GAMMA, backend=backend)
+def losses(work: Work, device: str) -> dict[str, Callable[[Arguments], Any]]:
+    """On a GPU each backend as well, whatever "auto" takes. The conservative term has no sparse gradient."""
+    found = dict(LOSSES)
+    if work.variant in ("cql", "munchausen"):
+        del found["expert"]
+    if work.variant == "cql":
+        del found["fused, sparse"]
+    if device != "cpu":
+        found |= {f"fused[{name}]": partial(fused_loss, backend=name) for name in serving(torch.device(device))}
+    return {name: partial(loss, **OPTIONS.get(work.variant, {})) for name, loss in found.items()}
 
 
 def step(loss: Callable[[Arguments], Any], a: Arguments) -> tuple[Tensor, ...]:
@@ -152,7 +173,7 @@ def step(loss: Callable[[Arguments], Any], a: Arguments) -> tuple[Tensor, ...]:
 def measure(work: Work, device: str, seconds: float, problems: list[str], rounds: int | None = None) -> list[Row]:
     arguments = random_arguments(work, device)
     found = passed(
-        {name: partial(Provider, partial(step, loss, arguments)) for name, loss in losses(device).items()},
+        {name: partial(Provider, partial(step, loss, arguments)) for name, loss in losses(work, device).items()},
         work.dtype,
         work,
         problems,
@@ -169,7 +190,7 @@ def measure(work: Work, device: str, seconds: float, problems: list[str], rounds
     about = machine.about("linear", device)
     return [
         about
-        | {"variant": "double" if work.double else "dqn", "n": work.n, "A": work.A, "D": work.D}
+        | {"variant": work.variant, "n": work.n, "A": work.A, "D": work.D}
         | {"dtype": dtype_name(work.dtype), "provider": name}
         | figures(times[name], times["eager"])._asdict()
         | {"device_us": on_device.get(name, ""), "peak_bytes": peaks.get(name, "")}

@@ -199,8 +199,8 @@ def size_of(row: Row) -> str:
 
 
 def head_of(row: Row) -> str:
-    double = ", double" if row["variant"] == "double" else ""
-    return f"{row['A']:,} x {row['D']}{double}{dtype_of(row)}"
+    variant = "" if row["variant"] == "dqn" else f", {row['variant']}"
+    return f"{row['A']:,} x {row['D']}{variant}{dtype_of(row)}"
 
 
 def dtype_of(row: Row) -> str:

@@ -6,10 +6,11 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from dqn_fused.head.second_order import SecondOrder, second_order
 from dqn_fused.head.sweep import Statistics, Sweep, log_total
 from dqn_fused.head.sweep_backward import Gradients, SweepBackward, sweep_backward
 from dqn_fused.head.taken import taken_values
-from dqn_fused.head.whole import Sweeper, Whole
+from dqn_fused.head.whole import WHOLE, Sweeper, Whole
 
 
 def statistics(sweep: Sweeper, hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None) -> Statistics:
@@ -72,7 +73,7 @@ class ConservativeValues(torch.autograd.Function):
         given = (hidden, weight, bias, mask, largest, total, index, taken, rest)
         needs = tuple(ctx.needs_input_grad[:3])
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            found = RecordedGradients.apply(*given, needs, *ctx.about)
+            found = RecordedGradients.apply(*given, needs, *ctx.about, ctx.shards)
         else:
             found = gradients(*given, needs, *ctx.about)
         return *found, None, None, None, None, None
@@ -102,17 +103,43 @@ def gradients(
 
 
 class RecordedGradients(torch.autograd.Function):
-    """gradients, so that a second derivative, of which nothing is written, leads here and raises."""
+    """gradients, where they may be differentiated once more."""
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Gradients:
         """Sweep once more."""
+        ctx.save_for_backward(*given[:9])
+        ctx.set_materialize_grads(False)
+        *given, ctx.shards = given
+        ctx.has_bias = given[2] is not None
         return gradients(*given)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of hidden, weight, bias and of what came upstream of taken and rest; a third order raises."""
+        if ctx.shards is not WHOLE:
+            raise NotImplementedError("the second derivative of the conservative term over ranks is not implemented")
+        hidden, weight, bias, taken, rest = SecondOrderGradients.apply(*ctx.saved_tensors, *grads)
+        return (
+            hidden, weight, bias if ctx.has_bias else None, None, None, None, None, taken, rest, None, None, None, None,
+        )  # fmt: skip
+
+
+class SecondOrderGradients(torch.autograd.Function):
+    """second_order, so that a third order leads here and raises.
+
+    The error of once_differentiable is passed by where torch.autograd.grad is asked for some inputs only.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> tuple[Tensor, ...]:
+        """Sweep twice."""
+        return second_order(SecondOrder(*given))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
         """Refuse."""
         raise NotImplementedError(
-            "the second derivative of the conservative term of a linear head is not implemented; fused_dqn_loss and "
-            "fused_td_loss of the Q matrix have it"
+            "the third derivative of the conservative term of a linear head is not implemented; dqn_fused.reference.dqn_loss "
+            "of the Q matrix has it"
         )
