@@ -321,7 +321,10 @@ def check_actions(batch: Batch, A: int) -> None:
 
 def action_range(batch: Batch) -> tuple[int, int]:
     """Lowest and highest of the actions, of none (0, 0)."""
-    return tuple(int(x) for x in torch.aminmax(batch.actions)) if batch.actions.numel() else (0, 0)
+    if not batch.actions.numel():
+        return 0, 0
+    low, high = torch.aminmax(batch.actions)
+    return int(low), int(high)
 
 
 def looks_at_values(device: torch.device) -> bool:

@@ -4,10 +4,10 @@
     python examples/micro_batches.py --micro-batches 16 --amp                # bfloat16 on a CPU, float16 on a GPU
     torchrun --nproc-per-node 2 examples/micro_batches.py --micro-batches 8  # DDP, one all-reduce a step
 
-A mean over a batch is not the mean of the means of its parts, once they are unequal or weighted. So each part is a sum,
-reduction="sum", and all are divided by one normaliser: the sum of the weights of the whole batch, on all ranks, which is
-known before the first part runs. The transitions are synthetic. The weights at the end are the same, to rounding,
-whatever the number of micro-batches and of processes.
+The mean over a batch is not the mean of the means of its parts, once they are unequal or weighted. So each part is a
+sum, reduction="sum", and all are divided by one normaliser: the sum of the weights of the whole batch, on all ranks,
+which is known before the first part runs. The transitions are synthetic. The parameters at the end are the same, to
+rounding, whatever the number of micro-batches and of processes.
 """
 
 import argparse
@@ -46,7 +46,9 @@ class QNetwork(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Linear(OBSERVATIONS, FEATURES), nn.ReLU(), nn.Linear(FEATURES, FEATURES), nn.ReLU())
+        self.body = nn.Sequential(
+            nn.Linear(OBSERVATIONS, FEATURES), nn.ReLU(), nn.Linear(FEATURES, FEATURES), nn.ReLU()
+        )
         self.head = nn.Linear(FEATURES, ACTIONS)
 
     def forward(self, target: "QNetwork", data: Samples) -> Tensor:
@@ -79,8 +81,8 @@ def accumulate(
     mean = torch.zeros_like(normaliser)
     for i in range(parts):
         # Ranks meet in the backward of the last part alone, which sends what all of them have added up.
-        waits = isinstance(model, DistributedDataParallel) and i < parts - 1
-        with model.no_sync() if waits else nullcontext():
+        apart = model.no_sync() if isinstance(model, DistributedDataParallel) and i < parts - 1 else nullcontext()
+        with apart:
             with torch.autocast(mean.device.type, dtype=amp, enabled=amp is not None):
                 loss = model(target, {name: x[i] for name, x in pieces.items()}) / normaliser
             scale(loss).backward()

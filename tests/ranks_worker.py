@@ -67,7 +67,10 @@ def nowhere_legal() -> Arguments:
 
 CASES: dict[str, Callable[[], Arguments]] = {
     **{name: lambda name=name: of(name) for name in OPTIONS},  # type: ignore[misc]
-    **{f"{name}-f64": lambda name=name: of(name, torch.float64) for name in ("double", "soft-mask", "cql-munchausen-sum")},  # type: ignore[misc]
+    **{
+        f"{name}-f64": lambda name=name: of(name, torch.float64)
+        for name in ("double", "soft-mask", "cql-munchausen-sum")
+    },  # type: ignore[misc]
     "double-bf16": lambda: of("double", torch.bfloat16),
     "sequence": lambda: of("double-mask-weights-huber", shape=(3, 3, 4)),
     "compact": lambda: compact(of("soft-mask")),
@@ -91,19 +94,22 @@ def local(arguments: Arguments, rank: int, sizes: list[int]) -> Arguments:
     }
 
 
+def counting(name: str, collective: Callable[..., Any], calls: list[tuple[str, int]]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = args[0] if name == "all_reduce" else args[1]
+        calls.append((name, given.nbytes if isinstance(given, Tensor) else 0))
+        return collective(*args, **kwargs)
+
+    return call
+
+
 @contextmanager
 def counted() -> Iterator[list[tuple[str, int]]]:
     """Collectives that are called: name, and bytes that each rank gives."""
     calls: list[tuple[str, int]] = []
     with pytest.MonkeyPatch.context() as patch:
         for name in ("all_reduce", "all_gather", "all_gather_object", "broadcast", "reduce_scatter"):
-
-            def call(*args: Any, name: str = name, do: Any = getattr(dist, name), **kwargs: Any) -> Any:
-                given = args[0] if name == "all_reduce" else args[1]
-                calls.append((name, given.nbytes if isinstance(given, Tensor) else 0))
-                return do(*args, **kwargs)
-
-            patch.setattr(dist, name, call)
+            patch.setattr(dist, name, counting(name, getattr(dist, name), calls))
         yield calls
 
 
@@ -294,7 +300,7 @@ def others(mine: Arguments, group: Any) -> dict[str, Any]:
     hidden, weight, actions = (mine[k] for k in ("hidden", "weight", "actions"))
     layers = []
     for k in ("", "next_"):
-        layer = nn.Linear(4, 1)
+        layer = nn.Linear(4, 1, dtype=torch.float64)
         layer.weight, layer.bias = (nn.Parameter(mine[f"{k}{x}"].clone()) for x in ("weight", "bias"))
         layers.append(layer)
     criterion = FusedLinearDQNLoss(gamma=0.9, tensor_parallel_group=group, hidden_grad="partial")
@@ -310,6 +316,7 @@ def others(mine: Arguments, group: Any) -> dict[str, Any]:
         "module": loss.detach(),
         "partial": states.grad,
         "partial_calls": calls,
+        "second": error_of(lambda: second_order(mine | {"cql_alpha": 1.0}, tensor_parallel_group=group)),
     }
 
 
@@ -330,7 +337,7 @@ def work(rank: int, ranks: int, folder: str) -> None:
     found["errors"] = errors(local(of("plain"), rank, sizes), group)
     plain = local(of("double", torch.float64), rank, sizes)
     found["second order"] = second_order(plain, tensor_parallel_group=group)
-    found["others"] = others(local(of("plain"), rank, sizes), group)
+    found["others"] = others(local(of("plain", torch.float64), rank, sizes), group)
     found["dtensors"] = dtensors(rank, ranks)
     if ranks == 4:
         found["two by two"] = mesh_of_two_by_two(rank)

@@ -52,7 +52,9 @@ def check_head(head: Head, samples: Batch, spec: LossSpec, sharded: bool = False
     batch = Batch(
         head.hidden, actions, rewards, next_hidden, terminated, gamma, mask, weights=weights, shape=shape[:-1]
     )
-    return head, check_values(batch, None if sharded else A, 0 if next_hidden is None else next_hidden.shape[0], "next_hidden")
+    return head, check_values(
+        batch, None if sharded else A, 0 if next_hidden is None else next_hidden.shape[0], "next_hidden"
+    )
 
 
 def check_layers(head: Head, least: int) -> int:

@@ -110,9 +110,8 @@ class RecordedGradients(torch.autograd.Function):
         """Sweep once more."""
         ctx.save_for_backward(*given[:9])
         ctx.set_materialize_grads(False)
-        *given, ctx.shards = given
-        ctx.has_bias = given[2] is not None
-        return gradients(*given)
+        ctx.has_bias, ctx.shards = given[2] is not None, given[-1]
+        return gradients(*given[:-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -140,6 +139,6 @@ class SecondOrderGradients(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
         """Refuse."""
         raise NotImplementedError(
-            "the third derivative of the conservative term of a linear head is not implemented; dqn_fused.reference.dqn_loss "
-            "of the Q matrix has it"
+            "the third derivative of the conservative term of a linear head is not implemented; "
+            "dqn_fused.reference.dqn_loss of the Q matrix has it"
         )

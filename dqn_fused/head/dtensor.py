@@ -4,7 +4,6 @@ import sys
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
 
 from dqn_fused.head.arguments import Head
 
@@ -18,7 +17,7 @@ def is_dtensor(x: object) -> bool:
 
 
 def local_layers(head: Head, group: "dist.ProcessGroup | None") -> "tuple[Head, dist.ProcessGroup | None]":
-    """The head with the rows of this rank, whose gradients become DTensors again, and the group that has all of them."""
+    """The head with the rows of this rank, whose gradients become DTensors again, and the group that has all."""
     given: dict[str, Any] = {name: x for name in LAYERS if (x := getattr(head, name)) is not None}
     if not any(map(is_dtensor, given.values())):
         return head, group
@@ -60,4 +59,7 @@ def refuse_dtensors(*arguments: tuple[Any, ...]) -> None:
     for found in arguments:
         for name, x in found._asdict().items():  # type: ignore[attr-defined]
             if is_dtensor(x):
-                raise TypeError(f"{name}: expected an ordinary tensor beside a sharded weight, got a DTensor; write {name}.to_local()")
+                raise TypeError(
+                    f"{name}: expected an ordinary tensor beside a sharded weight, got a DTensor; write "
+                    f"{name}.to_local()"
+                )

@@ -35,7 +35,7 @@ def taken_values(
 
 
 def _with_a_row(weight: Tensor) -> Tensor:
-    """Of a rank without rows one of zeros: no action is it, and what is made of it leads to the ranks that have some."""
+    """Of a rank without rows one of zeros: no action is it, but what is made of it takes part in the backward."""
     return weight if weight.shape[0] else F.pad(weight, (0, 0, 0, 1))
 
 
