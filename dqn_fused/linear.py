@@ -229,11 +229,14 @@ def _run_eagerly(
     """The loss of a weight whose rows are those of a rank. What is before the agreement is the same on every rank."""
     if group is not None:
         check_member(group)
+    row_sparse = sparse_grad and is_dtensor(head.weight)
     head, group = local_layers(head, group)
     assert group is not None
     with Agreement(group, process_group) as agreement:
         if hidden_grad not in HIDDEN_GRADS:
             wrong_choice("hidden_grad", hidden_grad, HIDDEN_GRADS)
+        if row_sparse:
+            raise ValueError("sparse_grad: expected False with DTensors, whose gradients are dense")
         refuse_dtensors(head, samples)
         checked = _checked(head, samples, chosen, True, name, backend, sparse_grad, process_group)
         head, samples, spec, options = checked

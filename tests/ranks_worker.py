@@ -15,9 +15,6 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from dqn_fused import FusedLinearDQNLoss, Soft, fused_linear_dqn_loss, fused_linear_td_loss
-from dqn_fused.head.agreement import EQUAL
-
-__all__ = ["EQUAL"]
 
 A, N = 41, 9
 # Rows of each rank, by the number of ranks.
@@ -223,6 +220,8 @@ def dtensors(rank: int, ranks: int) -> dict[str, Any]:
         "two dimensions": {"weight": square},
         "mixed": {"next_weight": plain["next_weight"]},
         "hidden": {"hidden": state},
+        "sparse": {"sparse_grad": True},
+        "outside": {"tensor_parallel_group": dist.new_group([0])},
     }
     found["refused"] = {
         name: error_of(lambda change=change: fused_linear_dqn_loss(**arguments | sharded | change))  # type: ignore[misc]

@@ -20,6 +20,7 @@ import ranks_worker  # noqa: E402
 from ranks_worker import CASES, SHARES, SIZES, WRONG, A, Model, N, joined, local, of, run, second_order  # noqa: E402
 from test_linear import compare  # noqa: E402
 
+from bench.reporting.ranks import AGREEMENT, SENT  # noqa: E402
 from dqn_fused import fused_linear_dqn_loss, fused_linear_td_loss  # noqa: E402
 
 Found = dict[str, Any]
@@ -78,23 +79,11 @@ def test_the_bits_of_one_process(ranks: list[Found], name: str) -> None:
     assert all(same(grads[k], x) for k, x in alone["grads"].items())
 
 
-# Numbers that are sent of each sample or next state, 32 bits each: those of every collective behind the first.
-SENT = {
-    "plain": [1, 1],  # the largest, the value taken
-    "double": [2, 1, 1],  # the largest with its index; its value; the value taken
-    "soft": [1, 2, 1],  # the largest, the sum of exponentials, the value taken
-    "cql": [1, 1, 2, 1],
-    "munchausen": [1, 2, 1, 2, 1, 1],
-    "cql-munchausen-sum": [1, 2, 1, 2, 1, 1, 2, 1],
-}
-
-
 @pytest.mark.parametrize("name", SENT)
 def test_what_a_step_sends(ranks: list[Found], name: str) -> None:
-    """Numbers of a sample, whatever A and D are; in the backward the gradient of hidden, once."""
-    facts = 8 * (4 + len(ranks_worker.EQUAL))
+    """Numbers of a sample, as docs/ranks.md has them, whatever A is; in the backward the gradient of hidden, once."""
     for each in ranks:
-        assert each[name]["forward"] == [("all_gather", facts), *(("all_reduce", 4 * N * k) for k in SENT[name])]
+        assert each[name]["forward"] == [("all_gather", AGREEMENT), *(("all_reduce", 4 * N * k) for k in SENT[name])]
         assert each[name]["backward"] == [("all_reduce", 4 * N * 4)]
 
 
@@ -145,6 +134,14 @@ def test_dtensors(ranks: list[Found]) -> None:
     assert refused["two dimensions"][0] == "ValueError"
     assert refused["two dimensions"][1].startswith("weight: expected a DTensor on a mesh of one dimension")
     assert refused["mixed"][1].startswith("next_weight: expected a DTensor, as weight, got Tensor; write DTensor.from")
+    assert refused["sparse"] == ("ValueError", "sparse_grad: expected False with DTensors, whose gradients are dense")
+    assert refused["outside"] == (
+        "ValueError",
+        "tensor_parallel_group: expected None, or the group of the mesh of weight",
+    )
+    for other in found[1:]:
+        text = "tensor_parallel_group: expected a group that this process is in"
+        assert other["refused"]["outside"] == ("ValueError", text)
     assert refused["hidden"] == (
         "TypeError",
         "hidden: expected an ordinary tensor beside a sharded weight, got a DTensor; write hidden.to_local()",

@@ -92,13 +92,13 @@ class Agreement:
 
 def check_member(group: object) -> None:
     """Check that this process is in the group."""
+    if group == dist.GroupMember.NON_GROUP_MEMBER:  # what new_group returns to others
+        raise ValueError("tensor_parallel_group: expected a group that this process is in")
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(
             f"tensor_parallel_group: expected a torch.distributed.ProcessGroup, got {type(group).__name__}; "
             "torch.distributed.group.WORLD is the one of all ranks"
         )
-    if dist.get_rank(group) < 0:
-        raise ValueError("tensor_parallel_group: expected a group that this process is in")
 
 
 def _number(x: object) -> int:
