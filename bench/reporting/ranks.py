@@ -65,7 +65,7 @@ def memory() -> str:
         cells = [size(x) for x in (*parts, sum(parts), matrices)]
         lines.append(f"| {ranks} | {rows:,} | {' | '.join(cells)} |")
     return "\n".join(lines) + (
-        f"\n\nOn paper: A = {A:,}, D = {D:,}, {N:,} tokens, bfloat16. Weights are those of the online and of the target "
+        f"\n\nOn paper: A = {A:,}, D = {D:,}, {N:,} tokens, bfloat16. Weights are those of the online and the target "
         "network; AdamW keeps a copy of the weight and two moments in float32; states are hidden, next_hidden and the "
         "gradient of hidden; the Q matrices are Q(s, .), Q(s', .) and the gradient, which eager code on sharded rows "
         "would have."
