@@ -56,14 +56,16 @@ for _kind, _more in (("", ""), ("triton_", ", bool auto")):
         "-> (Tensor largest, Tensor first, Tensor total)"
     )
 # taken and policy are coefficients; a gradient that needs says no of is empty, (0,).
-_library.define(
-    "sweep_backward(Tensor hidden, Tensor weight, Tensor? bias, Tensor? mask, Tensor largest, Tensor policy, "
-    "Tensor actions, Tensor taken, bool[] needs) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
-)
+for _kind, _more in (("", ""), ("triton_", ", bool auto")):
+    _library.define(
+        f"{_kind}sweep_backward(Tensor hidden, Tensor weight, Tensor? bias, Tensor? mask, Tensor largest, "
+        f"Tensor policy, Tensor actions, Tensor taken, bool[] needs{_more}) "
+        "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
+    )
 # Of torch.compile alone, whose own code for a sum by index adds by atomics on a GPU.
 _library.define("add_rows(Tensor values, Tensor index, int A, ScalarType dtype) -> Tensor")
 NAMES = tuple(f"{kind}td_loss{what}" for kind in ("", "general_", "triton_") for what in ("", "_and_grad", "_backward"))
-for _name in (*NAMES, "sweep", "triton_sweep", "sweep_backward", "add_rows"):
+for _name in (*NAMES, "sweep", "triton_sweep", "sweep_backward", "triton_sweep_backward", "add_rows"):
     # Autograd stops here: TDLoss has the derivative, and loss_and_grad gives it.
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
@@ -132,12 +134,21 @@ def _sweep(
 
 
 @torch.library.register_fake("dqn_fused::sweep_backward", lib=_library)
+@torch.library.register_fake("dqn_fused::triton_sweep_backward", lib=_library)
 def _sweep_backward(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: object
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    largest: Tensor,
+    policy: Tensor,
+    actions: Tensor,
+    taken: Tensor,
+    needs: list[bool],
+    auto: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    *_, needs = rest
-    on_one_device(hidden, weight, bias, *rest)
-    given = zip((hidden, weight, bias), needs, strict=True)  # type: ignore[call-overload]
+    on_one_device(hidden, weight, bias, mask, largest, policy, actions, taken)
+    given = zip((hidden, weight, bias), needs, strict=True)
     a, b, c = (
         hidden.new_empty(0) if x is None or not need else torch.empty(x.shape, dtype=x.dtype, device=x.device)
         for x, need in given
@@ -178,4 +189,5 @@ triton_td_loss_backward = torch.ops.dqn_fused.triton_td_loss_backward.default
 sweep = torch.ops.dqn_fused.sweep.default
 triton_sweep = torch.ops.dqn_fused.triton_sweep.default
 sweep_backward = torch.ops.dqn_fused.sweep_backward.default
+triton_sweep_backward = torch.ops.dqn_fused.triton_sweep_backward.default
 add_rows = torch.ops.dqn_fused.add_rows.default

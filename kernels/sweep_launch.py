@@ -51,24 +51,54 @@ class Sweep(NamedTuple):
 
 def sweep(rows: int, columns: int, features: int, itemsize: int, masked: bool, units: str, sms: int) -> Sweep:
     """Tiles by what multiplies them, dealt out so that the device is left idle least."""
-    most_rows, tile_columns, step = TILES[units]
-    if masked:
-        tile_columns = min(tile_columns, MASKED_COLUMNS)
-    tile_rows = min(next((size for size in RESIDENT if rows <= size), most_rows), most_rows)
+    tile_rows, tile_columns, tile_features = _tile(rows, features, itemsize, masked, units)
     row_tiles, tiles, at_once = cdiv(rows, tile_rows), cdiv(columns, tile_columns), RESIDENT[tile_rows] * sms
     splits = best_splits(row_tiles, tiles, at_once)
     return Sweep(
         tile_rows,
         tile_columns,
-        max(16, min(next_power_of_2(features), step // itemsize)),
+        tile_features,
         row_tiles,
         max(1, at_once // splits),
         splits,
         cdiv(tiles, splits) * tile_columns,
-        num_warps=8 if tile_rows == 128 else 4,
-        # What the AMD compiler counts as two is one tile in shared memory, of 64 KiB, and the next in registers.
-        num_stages=2 if units in ("mfma", "wmma", "valu") else 3,
+        num_warps=_warps(tile_rows),
+        num_stages=_stages(units),
     )
+
+
+class Backward(NamedTuple):
+    """Launch of ``sweep_bwd_kernel``: a program a tile."""
+
+    rows: int
+    columns: int
+    features: int
+    num_warps: int
+    num_stages: int
+
+
+def backward(rows: int, features: int, itemsize: int, masked: bool, units: str) -> Backward:
+    """The tiles of the sweep, which is what is multiplied again."""
+    tile = _tile(rows, features, itemsize, masked, units)
+    return Backward(*tile, _warps(tile[0]), _stages(units))
+
+
+def _tile(rows: int, features: int, itemsize: int, masked: bool, units: str) -> tuple[int, int, int]:
+    """Rows and columns of a tile, and the features that are multiplied at once."""
+    most_rows, columns, step = TILES[units]
+    if masked:
+        columns = min(columns, MASKED_COLUMNS)
+    tile_rows = min(next((size for size in RESIDENT if rows <= size), most_rows), most_rows)
+    return tile_rows, columns, max(16, min(next_power_of_2(features), step // itemsize))
+
+
+def _warps(rows: int) -> int:
+    return 8 if rows == 128 else 4
+
+
+def _stages(units: str) -> int:
+    """What the AMD compiler counts as two is one tile in shared memory, of 64 KiB, and the next in registers."""
+    return 2 if units in ("mfma", "wmma", "valu") else 3
 
 
 @lru_cache(1024)  # 15 to 30 us otherwise

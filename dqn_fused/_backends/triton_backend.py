@@ -12,7 +12,8 @@ from torch import Tensor
 
 from dqn_fused._backends import capturing, triton_ops, triton_program
 from dqn_fused._backends.triton_program import OLDEST, VERSION, Program, Run
-from dqn_fused._backends.triton_sweep import auto_sweep, auto_sweep_backward, sweep, sweep_backward
+from dqn_fused._backends.triton_sweep import auto_sweep, sweep
+from dqn_fused._backends.triton_sweep_backward import auto_sweep_backward, sweep_backward
 from dqn_fused.arguments import Batch, LossSpec, accumulation_dtype
 from dqn_fused.autograd import Saved, loss_gradient
 from dqn_fused.kernels import launch

@@ -15,7 +15,9 @@ from dqn_fused import _ops
 from dqn_fused._backends import boxed
 from dqn_fused.arguments import Batch, LossSpec
 from dqn_fused.autograd import Saved
+from dqn_fused.head import sweep_backward as backwards
 from dqn_fused.head.sweep import Statistics, Sweep, pack, unpack
+from dqn_fused.head.sweep_backward import Gradients, SweepBackward
 
 _library = Library("dqn_fused", "IMPL")
 
@@ -41,6 +43,11 @@ def loss_and_grad(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor,
 def sweep(work: Sweep, auto: bool) -> Statistics:
     """Return statistics of all actions."""
     return unpack(work.kind, *_ops.triton_sweep(*work, auto))
+
+
+def sweep_backward(work: SweepBackward, auto: bool) -> Gradients:
+    """Return gradients of hidden, weight and bias."""
+    return backwards.unpack(work.needs, *_ops.triton_sweep_backward(*backwards.pack(work), auto))
 
 
 def _forward(*given: object) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,10 +88,19 @@ def _sweep(
     return pack(run(Sweep(hidden, weight, bias, mask, kind, temperature)))
 
 
+def _sweep_backward(*given: object) -> tuple[Tensor, Tensor, Tensor]:
+    from dqn_fused._backends import triton_sweep_backward
+
+    *rest, auto = given
+    run = triton_sweep_backward.auto_sweep_backward if auto else triton_sweep_backward.sweep_backward
+    return backwards.run_packed(run, *rest)  # type: ignore[arg-type]
+
+
 for _name, _call in {
     "triton_td_loss": _forward,
     "triton_td_loss_and_grad": _loss_and_grad,
     "triton_td_loss_backward": _backward,
     "triton_sweep": _sweep,
+    "triton_sweep_backward": _sweep_backward,
 }.items():
     _library.impl(_name, _call, "CompositeExplicitAutograd")

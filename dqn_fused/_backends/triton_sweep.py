@@ -5,18 +5,14 @@ import math
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from dqn_fused._backends import BackendUnavailableError, triton_ops
 from dqn_fused.head import sweep as tiles
 from dqn_fused.head.sweep import Statistics, Sweep
-from dqn_fused.head.sweep_backward import sweep_backward
 from dqn_fused.kernels import sweep_launch
 from dqn_fused.kernels.launch import cdiv
 from dqn_fused.kernels.sweep import sweep_combine_kernel, sweep_fwd_kernel
-
-__all__ = ["auto_sweep", "auto_sweep_backward", "sweep", "sweep_backward"]
-
-auto_sweep_backward = sweep_backward  # tiles of the library
 
 COMBINE_ROWS, COMBINE_SPLITS = 16, 64  # a tile of 8 elements a thread
 OPERAND = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -57,16 +53,12 @@ def sweep(work: Sweep) -> Statistics:
     found, aux = Statistics(largest, first, total), total if first is None else first
     if m == 0:
         return found
-    itemsizes = hidden.element_size(), weight.element_size()
-    vec = 16 // min(itemsizes)
-    if weight.stride(1) != 1 or any(size % vec for size in (D, hidden.stride(0), weight.stride(0))):
-        vec = 1
+    itemsize, vec = vectors(hidden, weight)
     scale = _power_of_two(work.temperature)
     with backend._on(device):
-        units, precision = _units(hidden.dtype, interpreted=backend.INTERPRETED)
-        plan = sweep_launch.sweep(m, A, D, max(itemsizes), work.mask is not None, units, backend._sms(device))
-        # The interpreter multiplies no bfloat16.
-        operand = tl.float32 if backend.INTERPRETED else OPERAND[hidden.dtype]
+        units, precision = units_of(hidden.dtype, interpreted=backend.INTERPRETED)
+        plan = sweep_launch.sweep(m, A, D, itemsize, work.mask is not None, units, backend._sms(device))
+        operand = operand_of(hidden.dtype, backend.INTERPRETED)
         partial, partial_aux = largest, aux
         if plan.splits > 1:
             partial = torch.empty((plan.splits, m), dtype=torch.float32, device=device)
@@ -97,6 +89,20 @@ def auto_sweep(work: Sweep) -> Statistics:
         return triton_ops.sweep(work, auto=True)
     hidden = work.hidden
     return sweep(work) if refuses(hidden.dtype, hidden.device) is None and pays(work) else tiles.sweep(work)
+
+
+def vectors(hidden: Tensor, weight: Tensor) -> tuple[int, int]:
+    """The larger size of an element, and how many elements are read at once: as many as divide every row."""
+    itemsizes = hidden.element_size(), weight.element_size()
+    vec = 16 // min(itemsizes)
+    if weight.stride(1) != 1 or any(size % vec for size in (hidden.shape[1], hidden.stride(0), weight.stride(0))):
+        vec = 1
+    return max(itemsizes), vec
+
+
+def operand_of(dtype: torch.dtype, interpreted: bool) -> tl.dtype:
+    """What is multiplied; the interpreter multiplies no bfloat16."""
+    return tl.float32 if interpreted else OPERAND[dtype]
 
 
 def refuses(dtype: torch.dtype, device: torch.device) -> str | None:
@@ -145,7 +151,7 @@ def _precision() -> str:
         return "tf32"
 
 
-def _units(dtype: torch.dtype, interpreted: bool) -> tuple[str, str]:
+def units_of(dtype: torch.dtype, interpreted: bool) -> tuple[str, str]:
     """What multiplies, as sweep_launch.sweep has it, and the precision of tl.dot."""
     precision = _precision() if dtype is torch.float32 else "ieee"
     if interpreted:

@@ -19,6 +19,7 @@ from dqn_fused.arguments import accumulation_dtype
 # every operation of a tile costs 5 us to issue.
 TILE = {"cpu": 1 << 20, "cuda": 1 << 23}
 TILE_ROWS, MIN_COLUMNS = 4096, 256
+ALIGNED = 128  # columns of a large tile are a multiple of it: of a kernel's tile, and of what is stored at once
 NO_ACTION = torch.iinfo(torch.int64).max
 
 
@@ -134,6 +135,8 @@ def row_blocks(m: int) -> Iterator[slice]:
 def column_blocks(hidden: Tensor, A: int) -> Iterator[slice]:
     """Actions that are multiplied at once with rows of hidden."""
     columns = max(TILE.get(hidden.device.type, TILE["cpu"]) // max(hidden.shape[0], 1), MIN_COLUMNS)
+    if columns > ALIGNED:
+        columns -= columns % ALIGNED
     return (slice(start, min(start + columns, A)) for start in range(0, A, columns))
 
 

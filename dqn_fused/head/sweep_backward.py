@@ -1,5 +1,7 @@
 """Gradients of a layer through the softmax of its Q-values: tiles are multiplied again and used up in the cache."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -29,6 +31,11 @@ class SweepBackward(NamedTuple):
     needs: tuple[bool, bool, bool]  # hidden, weight and bias
 
 
+# Gradient of a tile of Q-values, (rows, columns), in hidden's dtype, and its sum over the rows, in the accumulation
+# dtype, from the rows of hidden and of the weight.
+TileGradient = Callable[[SweepBackward, Tensor, Tensor, slice, slice], tuple[Tensor, Tensor]]
+
+
 def sweep_backward(work: SweepBackward) -> Gradients:
     """Gradients of hidden, (n, D), weight, (A, D), and bias, (A,), in their dtypes; None where none is needed.
 
@@ -37,12 +44,17 @@ def sweep_backward(work: SweepBackward) -> Gradients:
     """
     if torch.compiler.is_compiling():
         return unpack(work.needs, *_ops.sweep_backward(*pack(work)))
+    return sweep_backward_by(_tile_gradient, work)
+
+
+def sweep_backward_by(tile_gradient: TileGradient, work: SweepBackward) -> Gradients:
+    """sweep_backward, with the gradients of tiles from elsewhere."""
     hidden, weight, bias, needs = work.hidden, work.weight, work.bias, work.needs
     dtype, (n, D), A = accumulation_dtype(hidden), hidden.shape, weight.shape[0]
     grad_hidden = hidden.new_zeros((n, D), dtype=dtype) if needs[0] else None
     grad_weight = torch.empty((A, D), dtype=weight.dtype, device=weight.device) if needs[1] else None
     grad_bias = None if bias is None or not needs[2] else bias.new_empty(A)
-    shift, rows_at_once = origin(work.largest), list(row_blocks(n))
+    rows_at_once = list(row_blocks(n))
     for columns in column_blocks(hidden[rows_at_once[0]], A):
         of_weight, of_bias = None, hidden.new_zeros(columns.stop - columns.start, dtype=dtype)
         if grad_weight is not None:
@@ -51,10 +63,8 @@ def sweep_backward(work: SweepBackward) -> Gradients:
                 of_weight = torch.empty_like(of_weight, dtype=dtype)
         for rows in rows_at_once:
             h, w = hidden[rows], weight[columns].to(hidden.dtype)
-            q = tile(h, w, bias, None if work.mask is None else work.mask[rows], columns)
-            grad = _tile_gradient(q.to(dtype), work, shift, rows, columns)
-            of_bias += grad.sum(0)
-            grad = grad.to(hidden.dtype)
+            grad, sums = tile_gradient(work, h, w, rows, columns)
+            of_bias += sums
             if grad_hidden is not None:
                 _add_product(grad_hidden[rows], grad, w)
             if of_weight is not None:
@@ -66,14 +76,16 @@ def sweep_backward(work: SweepBackward) -> Gradients:
     return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias
 
 
-def _tile_gradient(q: Tensor, work: SweepBackward, shift: Tensor, rows: slice, columns: slice) -> Tensor:
-    """Gradient of a tile of Q-values, (rows, columns), in their place."""
-    grad = q.sub_(shift[rows].unsqueeze(1)).exp_().mul_(work.policy[rows].unsqueeze(1))
+def _tile_gradient(work: SweepBackward, h: Tensor, w: Tensor, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
+    q = tile(h, w, work.bias, None if work.mask is None else work.mask[rows], columns).to(accumulation_dtype(h))
+    shift, policy = origin(work.largest[rows]).unsqueeze(1), work.policy[rows].unsqueeze(1)
+    grad = q.sub_(shift).exp_().mul_(policy)  # in its place
     column = (work.actions[rows] - columns.start).unsqueeze(1)
     inside = (column >= 0) & (column < columns.stop - columns.start)
     column = column.clamp(0, columns.stop - columns.start - 1)
     # One action a row: no two of them are the same element.
-    return grad.scatter_(1, column, grad.gather(1, column) + torch.where(inside, work.taken[rows].unsqueeze(1), 0))
+    grad.scatter_(1, column, grad.gather(1, column) + torch.where(inside, work.taken[rows].unsqueeze(1), 0))
+    return grad.to(h.dtype), grad.sum(0)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool = False) -> None:
@@ -97,8 +109,8 @@ def unpack(needs: tuple[bool, bool, bool], *grads: Tensor) -> Gradients:
     return hidden, weight, bias
 
 
-@torch.library.impl("dqn_fused::sweep_backward", "CompositeExplicitAutograd")
-def _sweep_backward_op(
+def run_packed(
+    run: Callable[[SweepBackward], Gradients],
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -109,11 +121,15 @@ def _sweep_backward_op(
     taken: Tensor,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """An op, of arguments as pack gives them."""
     for_hidden, for_weight, for_bias = needs
-    grads = sweep_backward(
+    grads = run(
         SweepBackward(
             hidden, weight, bias, mask, largest, policy, actions, taken, (for_hidden, for_weight, for_bias)
         )
     )  # fmt: skip
     a, b, c = (hidden.new_empty(0) if grad is None else grad for grad in grads)
     return a, b, c
+
+
+torch.library.impl("dqn_fused::sweep_backward", "CompositeExplicitAutograd", partial(run_packed, sweep_backward))
