@@ -62,6 +62,14 @@ def nowhere_legal() -> Arguments:
     return arguments
 
 
+def one_nan() -> Arguments:
+    """A Q-value of the state that is NaN, of the last action: so is the gradient of that row on every rank."""
+    arguments = of("cql", reduction="none", terminated=torch.ones(N, dtype=torch.bool))
+    arguments["bias"] = arguments["bias"].clone()
+    arguments["bias"][-1] = torch.nan
+    return arguments | {"action_mask": (torch.arange(N) == 2).unsqueeze(1) | (torch.arange(A) < A - 1)}
+
+
 CASES: dict[str, Callable[[], Arguments]] = {
     **{name: lambda name=name: of(name) for name in OPTIONS},  # type: ignore[misc]
     **{
@@ -70,6 +78,8 @@ CASES: dict[str, Callable[[], Arguments]] = {
     },  # type: ignore[misc]
     "double-bf16": lambda: of("double", torch.bfloat16),
     "sequence": lambda: of("double-mask-weights-huber", shape=(3, 3, 4)),
+    "one-nan": one_nan,
+    "no-samples": lambda: of("cql", shape=(0, 4)),
     "compact": lambda: compact(of("soft-mask")),
     "equal-in-all": equal_actions([*range(A)]),
     "equal-at-a-seam": equal_actions([16, 17, 24, 25]),

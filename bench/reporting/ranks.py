@@ -15,9 +15,9 @@ SENT = {
     "plain": [1, 1],
     "double": [2, 1, 1],
     "soft": [1, 2, 1],
-    "cql": [1, 1, 2, 1],
-    "munchausen": [1, 2, 1, 2, 1, 1],
-    "cql-munchausen-sum": [1, 2, 1, 2, 1, 1, 2, 1],
+    "cql": [2, 2, 1],
+    "munchausen": [2, 4, 1, 1],
+    "cql-munchausen-sum": [3, 6, 1, 1],
 }
 LOSSES = {
     "plain": ("DQN", 1),

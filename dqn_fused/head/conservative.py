@@ -6,28 +6,32 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from dqn_fused.arguments import LossSpec
+from dqn_fused.head.arguments import Head
 from dqn_fused.head.second_order import SecondOrder, second_order
 from dqn_fused.head.sweep import Statistics, Sweep, log_total
 from dqn_fused.head.sweep_backward import Gradients, SweepBackward, sweep_backward
 from dqn_fused.head.taken import taken_values
-from dqn_fused.head.whole import WHOLE, Sweeper, Whole
+from dqn_fused.head.whole import WHOLE, Whole
 
 
-def statistics(sweep: Sweeper, hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None) -> Statistics:
-    """Largest Q-value and sum of exponentials below it, of the legal actions; NaN where none is legal."""
-    found = sweep(Sweep(hidden, weight, bias, mask, "soft", 1.0))
-    if mask is None:
-        return found
-    return found._replace(largest=torch.where(found.largest == -torch.inf, torch.nan, found.largest))
+def state_sweep(head: Head, spec: LossSpec) -> Sweep | None:
+    """What the conservative term needs of all actions; None without it."""
+    return Sweep(head.hidden, head.weight, head.bias, head.action_mask, "soft", 1.0) if spec.cql else None
 
 
-def conservative_term(taken: Tensor, found: Statistics) -> Tensor:
+def largest_legal(found: Statistics, mask: Tensor | None) -> Tensor:
+    """Largest Q-value, (n,); NaN where no action is legal."""
+    return found.largest if mask is None else torch.where(found.largest == -torch.inf, torch.nan, found.largest)
+
+
+def conservative_term(taken: Tensor, found: Statistics, mask: Tensor | None) -> Tensor:
     """logsumexp_a q[i, a] - q[i, a_i], (n,), the term of CQL(H) (Kumar et al., 2020)."""
-    return (found.largest - taken) + log_total(found, 1.0)
+    return (largest_legal(found, mask) - taken) + log_total(found, 1.0)
 
 
 class ConservativeValues(torch.autograd.Function):
-    """(taken, rest, largest), each (n,): the value of the action taken, and the two parts of the log-sum-exp.
+    """(taken, rest), each (n,): the value of the action taken, and what the log-sum-exp is above the largest Q-value.
 
     By the weights, rest has the derivative of the whole log-sum-exp, and largest none: on it their sum does not depend.
     taken and rest are NaN where the action is illegal, and the gradient of that row is zero. Every action has a share
@@ -42,28 +46,27 @@ class ConservativeValues(torch.autograd.Function):
         bias: Tensor | None,
         actions: Tensor,
         mask: Tensor | None,
+        largest: Tensor,
+        total: Tensor,
         backend: ModuleType,
         auto: bool,
         shards: Whole,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """One sweep over the actions."""
-        sweep = shards.sweep(backend.auto_sweep if auto else backend.sweep)
-        found = statistics(sweep, hidden, weight, bias, mask)
-        taken, rest = taken_values(hidden, weight, bias, actions, shards), log_total(found, 1.0)
+    ) -> tuple[Tensor, Tensor]:
+        """Of what a sweep has found: largest, of the legal actions, and total, (n,)."""
+        taken, rest = taken_values(hidden, weight, bias, actions, shards), total.log()
         legal = shards.legal(actions, weight.shape[0])
         if legal is not None:
             rest = torch.where(legal, rest, torch.nan)
-        ctx.save_for_backward(hidden, weight, bias, actions, mask, found.largest, found.total)
+        ctx.save_for_backward(hidden, weight, bias, actions, mask, largest, total)
         ctx.about, ctx.shards = (backend, auto), shards
-        ctx.mark_non_differentiable(found.largest)
         ctx.set_materialize_grads(False)
-        return taken, rest, found.largest
+        return taken, rest
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of hidden, (n, D), of weight, (A, D), and of bias, (A,)."""
         hidden, weight, bias, actions, mask, largest, total = ctx.saved_tensors
-        taken, rest = (torch.zeros_like(total) if x is None else x for x in grads[:2])
+        taken, rest = (torch.zeros_like(total) if x is None else x for x in grads)
         index, here = ctx.shards.locate(actions, weight.shape[0])
         if here is not None:
             taken = torch.where(here, taken, 0)
@@ -76,7 +79,7 @@ class ConservativeValues(torch.autograd.Function):
             found = RecordedGradients.apply(*given, needs, *ctx.about, ctx.shards)
         else:
             found = gradients(*given, needs, *ctx.about)
-        return *found, None, None, None, None, None
+        return *found, None, None, None, None, None, None, None
 
 
 def gradients(

@@ -4,6 +4,7 @@ Collectives of a number or two a sample. They compare and add integers, whose re
 that every rank has the same bits. What only one rank knows is selected, never multiplied by zero.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,26 +25,22 @@ class Ranks(Whole):
     def __init__(self, group: "dist.ProcessGroup", start: int, actions: int) -> None:
         self.group, self.start, self.actions = group, start, actions
 
-    def sweep(self, sweep: Sweeper) -> Sweeper:
-        """Two collectives where exponentials are summed, else one; of float64 one more for the first of the largest."""
-
-        def of_all(work: Sweep) -> Statistics:
-            found = sweep(work) if work.weight.shape[0] else no_actions(work.hidden, work.kind)
-            return self._merge(found, work.temperature)
-
-        return of_all
-
-    def _merge(self, found: Statistics, temperature: float) -> Statistics:
-        largest, first, total = found
-        if first is not None:
-            return Statistics(*self._first_of_largest(largest, first.clamp(max=LOW - self.start) + self.start))
-        overall = self._largest(largest)
-        if total is not None:
-            below = torch.where(largest == overall, 0, largest - overall)  # inf - inf would be NaN
-            scale = min(1 / temperature, torch.finfo(below.dtype).max)
-            total = self._sum(torch.where(total > 0, total * (below * scale).exp(), 0))
-            total = torch.where(overall == torch.inf, torch.inf, total)
-        return Statistics(overall, None, total)
+    def sweeps(self, sweep: Sweeper, works: Sequence[Sweep | None]) -> list[Statistics | None]:
+        """One collective for all largest values, one for all sums of exponentials, one or two for each argmax."""
+        mine = {i: _swept(sweep, work) for i, work in enumerate(works) if work is not None}
+        merged = {
+            i: Statistics(*self._first_of_largest(x.largest, x.first)) for i, x in mine.items() if x.first is not None
+        }
+        others = [i for i in mine if i not in merged]
+        largest = dict(zip(others, self._joined(self._largest, [mine[i].largest for i in others]), strict=True))
+        soft = [i for i in others if mine[i].total is not None]
+        shares = [_share(mine[i], largest[i], works[i]) for i in soft]
+        totals = dict(zip(soft, self._joined(self._sum, shares), strict=True))
+        for i, x in largest.items():
+            # Infinite or NaN as the largest is, as in one process.
+            total = torch.where(x < torch.inf, totals[i], x) if i in totals else None
+            merged[i] = Statistics(x, None, total)
+        return [merged.get(i) for i in range(len(works))]
 
     def locate(self, actions: Tensor, rows: int) -> tuple[Tensor, Tensor]:
         """No collective."""
@@ -66,12 +63,21 @@ class Ranks(Whole):
         entered: Tensor = ToRanks.apply(x, self)
         return entered
 
+    def _joined(self, reduce: Callable[[Tensor], Tensor], parts: list[Tensor]) -> list[Tensor]:
+        """Reduce several tensors at once; each keeps its dtype."""
+        if not parts:
+            return []
+        together = reduce(torch.cat(parts))  # in the wider dtype, which holds the others
+        pieces = together.split([len(x) for x in parts])
+        return [piece.to(x.dtype) for piece, x in zip(pieces, parts, strict=True)]
+
     def _largest(self, values: Tensor) -> Tensor:
         return numbers(self._reduce(ordered(values), dist.ReduceOp.MAX), values.dtype)
 
-    def _first_of_largest(self, values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    def _first_of_largest(self, values: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
         """Largest value and the lowest index where it is; of float32 both in one word."""
         key, dtype = ordered(values), values.dtype
+        index = first.clamp(max=LOW - self.start) + self.start
         if dtype is torch.float32:
             both = self._reduce((key.to(torch.int64) << 32) + (LOW - index), dist.ReduceOp.MAX)
             return numbers((both >> 32).to(torch.int32), dtype), LOW - (both & LOW)
@@ -91,6 +97,20 @@ class Ranks(Whole):
     def _reduce(self, x: Tensor, operation: Any) -> Tensor:
         dist.all_reduce(x, op=operation, group=self.group)
         return x
+
+
+def _swept(sweep: Sweeper, work: Sweep) -> Statistics:
+    """Statistics of the rows of this rank, which may be none."""
+    return sweep(work) if work.weight.shape[0] else no_actions(work.hidden, work.kind)
+
+
+def _share(mine: Statistics, largest: Tensor, work: Sweep | None) -> Tensor:
+    """Sum of exponentials of this rank, below the largest Q-value of all ranks."""
+    assert mine.total is not None
+    assert work is not None
+    below = torch.where(mine.largest == largest, 0, mine.largest - largest)  # inf - inf would be NaN
+    scale = min(1 / work.temperature, torch.finfo(below.dtype).max)
+    return torch.where(mine.total > 0, mine.total * (below * scale).exp(), 0)
 
 
 def ordered(x: Tensor) -> Tensor:

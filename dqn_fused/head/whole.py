@@ -1,6 +1,6 @@
 """Who has the rows of the weight: this process has them all, or, as ranks.Ranks, some of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,9 +14,9 @@ Sweeper = Callable[[Sweep], Statistics]
 class Whole:
     """All rows are here, and nobody is asked."""
 
-    def sweep(self, sweep: Sweeper) -> Sweeper:
-        """A backend's sweep over the rows that are here, as one over all actions."""
-        return sweep
+    def sweeps(self, sweep: Sweeper, works: Sequence[Sweep | None]) -> list[Statistics | None]:
+        """Statistics of all actions, by a backend's sweep over the rows that are here."""
+        return [None if work is None else sweep(work) for work in works]
 
     def locate(self, actions: Tensor, rows: int) -> tuple[Tensor, Tensor | None]:
         """Row of each action, (n,), some row where it is not here; and which are here, None for all."""
