@@ -85,6 +85,7 @@ format: $(READY)
 pictures: $(READY)
 	$(PY) docs/gradient.py docs/gradient.png
 	$(PY) examples/large_actions.py --plot docs/large_actions.png
+	$(PY) examples/token_q_learning.py --plot docs/token_q_learning.png
 
 # The documentation as a site, in out/site, built in an environment of its own.
 docs:

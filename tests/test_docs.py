@@ -52,6 +52,7 @@ def names(page: str) -> dict[str, Any]:
     found: dict[str, Any] = {
         "torch": torch, "nn": nn, "n": N, "actions": actions, "rewards": rewards, "gamma": 0.99,
         "terminated": torch.rand(N) < 0.3, "states": torch.randn(N, FEATURES), "next_states": torch.randn(N, FEATURES),
+        "next_value": torch.randn(N),
     }  # fmt: skip
     if page == "docs/distributional.md":
         outputs = lambda: nn.Sequential(nn.Linear(FEATURES, A * K), nn.Unflatten(1, (A, K)))  # noqa: E731

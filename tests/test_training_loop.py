@@ -376,3 +376,6 @@ def test_the_backward_of_a_sweep_that_a_graph_holds(road: Road, needs: list[bool
     coefficients = torch.rand(3, 6, device=road.device)
     given = (hidden, weight, bias, mask, coefficients[0], coefficients[1], actions, coefficients[2], needs)
     torch.library.opcheck(_ops.sweep_backward, given)
+    if road.backend == "triton":
+        for auto in (True, False):
+            torch.library.opcheck(_ops.triton_sweep_backward, (*given, auto))
