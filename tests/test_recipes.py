@@ -1,6 +1,7 @@
 """The examples that sit inside other libraries: their first hundred losses are those of the library's own code."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -361,3 +362,19 @@ def test_help(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
         pytest.skip(str(error))
     assert stopped.value.code == 0
     assert "--" in capsys.readouterr().out
+
+
+def test_token_q_learning(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The fused and the eager losses of a few updates are the same curve; the picture is drawn."""
+    import runpy
+
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("tqdm")
+    small = ["--steps", "12", "--vocabulary", "700", "--features", "8", "--length", "5", "--batch-size", "3"]
+    monkeypatch.setattr(sys, "argv", ["token_q_learning", *small, "--plot", str(tmp_path / "curve.png")])
+    runpy.run_path(str(ROOT / "examples/token_q_learning.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    apart = re.search(r"furthest apart: (\S+) of a loss", out)
+    assert apart is not None
+    assert float(apart[1]) < 1e-3
+    assert (tmp_path / "curve.png").stat().st_size > 0

@@ -45,6 +45,9 @@ class Statistics(NamedTuple):
     total: Tensor | None = None
 
 
+Sweeper = Callable[[Sweep], Statistics]
+
+
 def merge(parts: Statistics, temperature: float = 1.0) -> Statistics:
     """Statistics of ranges of actions, (ranges, m), as those of all of them, (m,). The order of sums is theirs."""
     found, first, total = parts

@@ -1,8 +1,9 @@
 """Gradients of a layer through the softmax of its Q-values: tiles are multiplied again and used up in the cache."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,6 +50,11 @@ def sweep_backward(work: SweepBackward) -> Gradients:
 
 def sweep_backward_by(tile_gradient: TileGradient, work: SweepBackward) -> Gradients:
     """sweep_backward, with the gradients of tiles from elsewhere."""
+    with without_autocast(work.hidden.device):
+        return _by_tiles(tile_gradient, work)
+
+
+def _by_tiles(tile_gradient: TileGradient, work: SweepBackward) -> Gradients:
     hidden, weight, bias, needs = work.hidden, work.weight, work.bias, work.needs
     dtype, (n, D), A = accumulation_dtype(hidden), hidden.shape, weight.shape[0]
     grad_hidden = hidden.new_zeros((n, D), dtype=dtype) if needs[0] else None
@@ -96,6 +102,13 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool = False) -> No
         total.copy_(a @ b)
     else:
         total += a @ b
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Products in the dtypes of their factors, also where a backward is called under autocast."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def pack(work: SweepBackward) -> tuple[object, ...]:
