@@ -48,7 +48,7 @@ def sweep_bwd_kernel(
     if mask is not None:
         q = tl.where(unpack_legal(words, ROWS, COLUMNS), q, float("-inf"))
     origin = tl.load(largest + row, mask=inside, other=0.0)
-    origin = tl.where(tl.abs(origin) == float("inf"), 0.0, origin)
+    origin = tl.where(tl.abs(origin) < float("inf"), origin, 0.0)  # NaN, too: no action is legal
     share = tl.load(policy + row, mask=inside, other=0.0)
     x = tl.exp2((q - origin[:, None]) * LOG2_E) * share[:, None]
     action = tl.load(actions + row, mask=inside, other=-1) - first_action

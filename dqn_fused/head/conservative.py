@@ -9,8 +9,8 @@ from torch import Tensor
 from dqn_fused.arguments import LossSpec
 from dqn_fused.head.arguments import Head
 from dqn_fused.head.second_order import SecondOrder, second_order
-from dqn_fused.head.sweep import Sweep
-from dqn_fused.head.sweep_backward import Gradients, SweepBackward, sweep_backward, without_autocast
+from dqn_fused.head.sweep import Statistics, Sweep, log_total
+from dqn_fused.head.sweep_backward import Gradients, SweepBackward, sweep_backward
 from dqn_fused.head.taken import taken_values
 from dqn_fused.head.whole import WHOLE, Whole
 
@@ -20,12 +20,14 @@ def state_sweep(head: Head, spec: LossSpec) -> Sweep | None:
     return Sweep(head.hidden, head.weight, head.bias, head.action_mask, "soft", 1.0) if spec.cql else None
 
 
-def conservative_term(taken: Tensor, largest: Tensor, rest: Tensor) -> Tensor:
-    """logsumexp_a q[i, a] - q[i, a_i], (n,), the term of CQL(H) (Kumar et al., 2020); NaN where no action is legal.
+def largest_legal(found: Statistics, mask: Tensor | None) -> Tensor:
+    """Largest Q-value, (n,); NaN where no action is legal."""
+    return found.largest if mask is None else torch.where(found.largest == -torch.inf, torch.nan, found.largest)
 
-    The log-sum-exp is in two parts, the largest Q-value and the log of the sum of exponentials below it.
-    """
-    return (torch.where(largest == -torch.inf, torch.nan, largest) - taken) + rest
+
+def conservative_term(taken: Tensor, found: Statistics, mask: Tensor | None) -> Tensor:
+    """logsumexp_a q[i, a] - q[i, a_i], (n,), the term of CQL(H) (Kumar et al., 2020)."""
+    return (largest_legal(found, mask) - taken) + log_total(found, 1.0)
 
 
 class ConservativeValues(torch.autograd.Function):
@@ -134,8 +136,7 @@ class SecondOrderGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *given: Any) -> tuple[Tensor, ...]:
         """Sweep twice."""
-        with without_autocast(given[0].device):
-            return second_order(SecondOrder(*given))
+        return second_order(SecondOrder(*given))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> NoReturn:

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from dqn_fused.arguments import Batch, LossSpec, accumulation_dtype, normalise_weights
 from dqn_fused.head.arguments import Head
-from dqn_fused.head.conservative import ConservativeValues, conservative_term, state_sweep
-from dqn_fused.head.sweep import Statistics, Sweeper, log_total
+from dqn_fused.head.conservative import ConservativeValues, conservative_term, largest_legal, state_sweep
+from dqn_fused.head.sweep import Statistics
 from dqn_fused.head.taken import TakenValues
 from dqn_fused.head.targets import bonus, bonus_sweep, next_sweep, next_values
-from dqn_fused.head.whole import WHOLE, Whole
+from dqn_fused.head.whole import WHOLE, Sweeper, Whole
 from dqn_fused.node import td_loss
 
 if TYPE_CHECKING:
@@ -30,9 +30,8 @@ class Options(NamedTuple):
 
     @property
     def sweep(self) -> Sweeper:
-        """The backend's sweep."""
-        found: Sweeper = self.backend.auto_sweep if self.auto else self.backend.sweep
-        return found
+        """The backend's."""
+        return self.backend.auto_sweep if self.auto else self.backend.sweep
 
 
 def head_loss(head: Head, samples: Batch, spec: LossSpec, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -70,14 +69,15 @@ def _values_of_state(
     """Value of the action taken, and the conservative term if it is asked for, both (n,); NaN where one is illegal."""
     hidden, weight, bias, mask = head.hidden, head.weight, head.bias, head.action_mask
     if found is not None and spec.dense_gradient:
-        given = (hidden, weight, bias, actions, mask, found.largest, found.total)
-        taken, rest = ConservativeValues.apply(*given, options.backend, options.auto, options.shards)
-        return taken, conservative_term(taken, found.largest, rest)
+        largest = largest_legal(found, mask)
+        how = (options.backend, options.auto, options.shards)
+        taken, rest = ConservativeValues.apply(hidden, weight, bias, actions, mask, largest, found.total, *how)
+        return taken, (largest - taken) + rest
     taken = TakenValues.apply(hidden, weight, bias, actions, options.sparse_grad, options.shards)
     if found is None:
         return taken, None
     with torch.no_grad():
-        return taken, conservative_term(taken, found.largest, log_total(found, 1.0))
+        return taken, conservative_term(taken, found, mask)
 
 
 def _reduced(each: Tensor, weights: Tensor | None, reduction: str) -> Tensor:

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dqn_fused.head.sweep import Statistics, Sweep, Sweeper, no_actions
-from dqn_fused.head.whole import Whole
+from dqn_fused.head.sweep import Statistics, Sweep, no_actions
+from dqn_fused.head.whole import Sweeper, Whole
 
 WORD = {torch.float32: torch.int32, torch.float64: torch.int64}  # an integer of as many bits
 LOW = (1 << 32) - 1

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dqn_fused.arguments import accumulation_dtype
 from dqn_fused.head.sweep import column_blocks, origin, row_blocks, tile
+from dqn_fused.head.sweep_backward import without_autocast
 
 
 class SecondOrder(NamedTuple):
@@ -31,6 +32,11 @@ class SecondOrder(NamedTuple):
 
 def second_order(work: SecondOrder) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight, bias, taken and rest, by two sweeps: means of z under the policy, and the rest."""
+    with without_autocast(work.hidden.device):
+        return _by_tiles(work)
+
+
+def _by_tiles(work: SecondOrder) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     hidden, weight, dtype = work.hidden, work.weight, accumulation_dtype(work.hidden)
     A, bias_dtype = weight.shape[0], weight.dtype if work.bias is None else work.bias.dtype
     taken, mean = (torch.zeros_like(work.rest) for _ in range(2))

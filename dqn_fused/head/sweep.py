@@ -45,9 +45,6 @@ class Statistics(NamedTuple):
     total: Tensor | None = None
 
 
-Sweeper = Callable[[Sweep], Statistics]
-
-
 def merge(parts: Statistics, temperature: float = 1.0) -> Statistics:
     """Statistics of ranges of actions, (ranges, m), as those of all of them, (m,). The order of sums is theirs."""
     found, first, total = parts
@@ -151,8 +148,8 @@ def tile(hidden: Tensor, some_weight: Tensor, bias: Tensor | None, mask: Tensor 
 
 
 def origin(largest: Tensor) -> Tensor:
-    """What exponents are differences from: inf - inf would be NaN."""
-    return torch.where(largest.isinf(), 0, largest)
+    """What exponents are differences from: inf - inf would be NaN, as is the largest of no legal action."""
+    return torch.where(largest.isfinite(), largest, 0)
 
 
 def _powers(difference: Tensor, temperature: float) -> Tensor:

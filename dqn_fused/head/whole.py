@@ -1,12 +1,14 @@
 """Who has the rows of the weight: this process has them all, or, as ranks.Ranks, some of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from dqn_fused.head.sweep import Statistics, Sweep, Sweeper
+from dqn_fused.head.sweep import Statistics, Sweep
 from dqn_fused.reference import legal_actions
+
+Sweeper = Callable[[Sweep], Statistics]
 
 
 class Whole:
