@@ -62,13 +62,14 @@ def _by_tiles(tile_gradient: TileGradient, work: SweepBackward) -> Gradients:
     grad_bias = None if bias is None or not needs[2] else bias.new_empty(A)
     rows_at_once = list(row_blocks(n))
     for columns in column_blocks(hidden[rows_at_once[0]], A):
+        w = weight[columns].to(hidden.dtype)
         of_weight, of_bias = None, hidden.new_zeros(columns.stop - columns.start, dtype=dtype)
         if grad_weight is not None:
             of_weight = grad_weight[columns]
             if weight.dtype is not dtype:
                 of_weight = torch.empty_like(of_weight, dtype=dtype)
         for rows in rows_at_once:
-            h, w = hidden[rows], weight[columns].to(hidden.dtype)
+            h = hidden[rows]
             grad, sums = tile_gradient(work, h, w, rows, columns)
             of_bias += sums
             if grad_hidden is not None:
