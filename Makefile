@@ -19,7 +19,8 @@ endif
 PTX_TARGETS := sm_75 sm_80 sm_90 sm_120
 PTX_TRITON := 3.6
 
-.PHONY: test suite interpret test-all test-anywhere ptx demo bench asan lint format pictures docs install clean
+.PHONY: test suite interpret test-all test-anywhere ptx demo bench asan lint format pictures docs \
+	release-check environment install clean
 
 # All cores; of GPU code and of graphs a sample, which moves with DQN_FUSED_TEST_SEED (tests/conftest.py).
 PYTEST := $(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal
@@ -92,6 +93,22 @@ docs:
 	test -x build/docs/bin/mkdocs || $(PYTHON) -m venv build/docs
 	build/docs/bin/python -m pip install --quiet --requirement requirements-docs.txt
 	NO_MKDOCS_2_WARNING=1 build/docs/bin/mkdocs build --site-dir $(OUT)/site
+
+# Wheel and sdist: built, looked into, installed away from the sources, tested there; ALSO names other interpreters.
+RELEASE := build/release/bin
+ALSO ?=
+release-check: $(READY)
+	test -x $(RELEASE)/auditwheel || { $(PYTHON) -m venv build/release \
+		&& $(RELEASE)/python -m pip install --quiet --requirement requirements-release.txt; } || true
+	$(PY) -m tools.release_check --out $(OUT)/release $(ALSO:%=--python %) \
+		$$(test -x $(RELEASE)/auditwheel && echo --auditwheel $(RELEASE)/auditwheel)
+
+# Another environment: make environment VENV=build/torch-2.10 PACKAGES="torch==2.10.* triton==3.6.*"
+PACKAGES ?= torch
+environment:
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	grep -vE "^(torch|triton)==" requirements-dev.txt > $(VENV)/requirements.txt
+	$(PY) -m pip install --quiet $(foreach package,$(PACKAGES),"$(package)") --requirement $(VENV)/requirements.txt
 
 $(VENV)/.ready: requirements-dev.txt requirements-extras.txt pyproject.toml setup.py $(CSRC)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)

@@ -15,7 +15,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from setuptools import Extension, setup
+from setuptools import Extension, __version__, setup
+
+if int(__version__.split(".")[0]) < 77:  # pip looks at build-system.requires in an isolated build only
+    raise SystemExit(f"dqn_fused: expected setuptools 77 or later, got {__version__}; pip install --upgrade setuptools")
+
 from setuptools.command.bdist_wheel import bdist_wheel
 
 SOURCES = {
@@ -48,9 +52,9 @@ class CannotBuildError(Exception):
     """A library cannot be compiled here; the message says why."""
 
 
-def leave_out(which: str, reason: object) -> None:
+def leave_out(which: str, reason: object, then: str = RETRY) -> None:
     """Go on without a library, unless it was asked for by name."""
-    line = f"dqn_fused: the {which} library is left out: {reason}; {RETRY}"
+    line = f"dqn_fused: the {which} library is left out: {reason}; {then}"
     if which in MODE.split(",") or which == MODE:
         raise SystemExit(line)
     print(line, file=sys.stderr)
@@ -94,7 +98,8 @@ def library(which: str, torch: Any) -> Extension:
             library_dirs=[str(root / "lib")],
             extra_compile_args={"cxx": ["-O3", "-g0", "-fvisibility=hidden"]},
         )
-    include, libraries, link = [str(root / "include")], ["torch_cpu", "c10"], [str(root / "lib")]
+    # Not c10: it exports parts of std::, which would then be asked of it, and other versions of torch export others.
+    include, libraries, link = [str(root / "include")], ["torch_cpu"], [str(root / "lib")]
     if which == "cuda":
         from torch.utils import cpp_extension
 
@@ -126,6 +131,10 @@ def libraries() -> tuple[list[Extension], dict[str, Any]]:
     if not set(wanted) <= SOURCES.keys():
         raise SystemExit(f"DQN_FUSED_BUILD: expected auto, 0, or of {', '.join(SOURCES)} one or more, got {MODE!r}")
     if not wanted:
+        return [], {}
+    if sys.platform == "win32" or (sys.platform == "darwin" and MODE == "auto"):
+        then = "the torch backend serves" if sys.platform == "win32" else "DQN_FUSED_BUILD=cpu tries it"
+        leave_out("compiled" if MODE == "auto" else MODE, "it is tested on Linux only", then)
         return [], {}
     try:
         import torch

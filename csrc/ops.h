@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
+#include <vector>
 
 #include "tensors.h"
 
@@ -51,6 +52,11 @@ struct Ops {
                             type);
   }
 
+  static Options checked(const std::vector<double>& options) {
+    fits(options.size() == OPTIONS, "options");
+    return unpack(options.data());
+  }
+
   static Outputs general(const Tensor& q, const Tensor& actions, const Tensor& rewards, const Maybe& next_q,
                          const Maybe& terminated, const Maybe& non_final_mask, const Maybe& gammas, double gamma,
                          const Maybe& next_q_online, const Maybe& next_action_mask, const Maybe& weights,
@@ -67,11 +73,9 @@ struct Ops {
       const Tensor& q, const Tensor& actions, const Tensor& rewards, const Maybe& next_q, const Maybe& terminated,
       const Maybe& non_final_mask, const Maybe& gammas, double gamma, const Maybe& next_q_online,
       const Maybe& next_action_mask, const Maybe& weights, const Maybe& target_q, const Maybe& action_mask,
-      int64_t loss, double delta, int64_t target, double temperature, double alpha, double clip, bool cql,
-      double cql_alpha, int64_t reduction, bool check) {
-    const Options options{reduction, loss, target, delta, temperature, alpha, clip, cql_alpha, cql};
+      const std::vector<double>& options, bool check) {
     Outputs out = general(q, actions, rewards, next_q, terminated, non_final_mask, gammas, gamma, next_q_online,
-                          next_action_mask, weights, target_q, action_mask, options, check, false);
+                          next_action_mask, weights, target_q, action_mask, checked(options), check, false);
     return {std::move(out.loss), std::move(out.td), std::move(*out.normaliser)};
   }
 
@@ -79,24 +83,18 @@ struct Ops {
       const Tensor& q, const Tensor& actions, const Tensor& rewards, const Maybe& next_q, const Maybe& terminated,
       const Maybe& non_final_mask, const Maybe& gammas, double gamma, const Maybe& next_q_online,
       const Maybe& next_action_mask, const Maybe& weights, const Maybe& target_q, const Maybe& action_mask,
-      int64_t loss, double delta, int64_t target, double temperature, double alpha, double clip, bool cql,
-      double cql_alpha, int64_t reduction, bool check) {
-    const Options options{reduction, loss, target, delta, temperature, alpha, clip, cql_alpha, cql};
+      const std::vector<double>& options, bool check) {
     Outputs out = general(q, actions, rewards, next_q, terminated, non_final_mask, gammas, gamma, next_q_online,
-                          next_action_mask, weights, target_q, action_mask, options, check, true);
+                          next_action_mask, weights, target_q, action_mask, checked(options), check, true);
     return {std::move(out.loss), std::move(*out.grad_q), std::move(out.td), std::move(*out.normaliser)};
   }
 
   static Tensor general_td_loss_backward(const Tensor& grad_loss, const Tensor& td, const Tensor& actions,
                                          const Maybe& weights, const Maybe& normaliser, const Maybe& q,
-                                         const Maybe& action_mask, int64_t A, ScalarType type, int64_t loss,
-                                         double delta, double cql_alpha, int64_t reduction) {
-    Options options;
-    options.reduction = reduction;
-    options.loss = loss;
-    options.delta = delta;
-    options.cql_alpha = cql_alpha;
-    Saved s = saved(grad_loss, td, actions, A, type, reduction);
+                                         const Maybe& action_mask, int64_t A, ScalarType type,
+                                         const std::vector<double>& numbers) {
+    const Options options = checked(numbers);
+    Saved s = saved(grad_loss, td, actions, A, type, options.reduction);
     extend(s, options, td, type, weights, normaliser, q, action_mask);
     return Device::gradient(s, options, grad_loss, td, normaliser, type);
   }

@@ -6,6 +6,7 @@
 #include <torch/headeronly/macros/Macros.h>
 
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <limits>
 
@@ -83,17 +84,33 @@ struct Matrix {
   }
 };
 
-// The numbers are those of dqn_fused/_ops.py.
+// The numbers are those of dqn_fused/options.py.
 enum Reduction : int64_t { NONE = 0, MEAN = 1, SUM = 2 };
 enum Loss : int64_t { MSE = 0, HUBER = 1, SMOOTH_L1 = 2 };
 enum Target : int64_t { MAX = 0, SOFT = 1, MUNCHAUSEN = 2 };
+enum ValueTransform : int64_t { IDENTITY = 0, SIGNED_HYPERBOLIC = 1 };
 
-// What is computed of a batch: arguments.LossSpec. Every branch on it always goes the same way.
+// What is computed of a batch: LossSpec of dqn_fused/options.py. Every branch on it always goes the same way.
 struct Options {
-  int64_t reduction = MEAN, loss = MSE, target = MAX;
-  double delta = 1, temperature = 1, alpha = 0, clip = 0, cql_alpha = 0;
+  int64_t loss = MSE;
+  double delta = 1;
+  int64_t reduction = MEAN, target = MAX;
+  double temperature = 1, alpha = 0, clip = 0;
   bool cql = false;
+  double cql_alpha = 0;
+  int64_t value_transform = IDENTITY;
+
+  bool plain() const { return loss == MSE && target == MAX && !cql && value_transform == IDENTITY; }
 };
+
+// How many there are.
+constexpr size_t OPTIONS = 10;
+
+// Of numbers, as an op is given them.
+inline Options unpack(const double* x) {
+  const auto code = [](double value) { return static_cast<int64_t>(value); };
+  return {code(x[0]), x[1], code(x[2]), code(x[3]), x[4], x[5], x[6], x[7] != 0, x[8], code(x[9])};
+}
 
 // A batch of n transitions. final is terminated, or with `compacted` the mask of the rows that are not final
 // and whose next values next_q, next_online and next_legal hold, in order. discount is a number where its column is
@@ -122,11 +139,27 @@ C10_HOST_DEVICE T nan_max(T a, T b) {
   return a > b || a != a ? a : b;
 }
 
+// R2D2's h(x) = sign(x) (sqrt(|x| + 1) - 1) + 0.001 x and its inverse, in forms in which nothing cancels: see
+// dqn_fused/value_transform.py.
+template <class T>
+C10_HOST_DEVICE T signed_hyperbolic(T x) {
+  return x * (1 / (std::sqrt(std::abs(x) + 1) + 1) + T(1e-3));
+}
+
+template <class T>
+C10_HOST_DEVICE T signed_parabolic(T x) {
+  const T t = 2 * x / (std::sqrt(T(4e-3) * std::abs(x) + T(1.004004)) + T(1.002));
+  return std::abs(x) == INFINITE<T> ? x : t * (std::abs(t) + 2);
+}
+
 // The TD error of q[a]. Selected, not multiplied: what stands in a terminated row's next_q never reaches the target.
 template <class T>
-C10_HOST_DEVICE T td_error(T taken, T reward, bool live, T gamma, T next_value) {
+C10_HOST_DEVICE T td_error(const Options& options, T taken, T reward, bool live, T gamma, T next_value) {
+  const bool transformed = options.value_transform == SIGNED_HYPERBOLIC;
+  if (transformed) next_value = signed_parabolic(next_value);
   const T bootstrapped = reward + gamma * next_value;  // on both ways, so that a loop over it vectorises
-  return taken - (live ? bootstrapped : reward);
+  const T target = live ? bootstrapped : reward;
+  return taken - (transformed ? signed_hyperbolic(target) : target);
 }
 
 // temperature * logsumexp(x / temperature) of a row in two parts, which are not added before a difference is taken: the

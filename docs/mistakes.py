@@ -4,6 +4,7 @@ python docs/mistakes.py docs/mistakes.md
 """
 
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,9 @@ MISTAKES = [
     ("actions as floats", "fused_dqn_loss(q, actions.float(), rewards, next_q)"),
     ("one-hot actions", "fused_dqn_loss(q, nn.functional.one_hot(actions, 4), rewards, next_q)"),
     ("an action out of range", "fused_dqn_loss(q, actions + 3, rewards, next_q)"),
+    ("keywords of other libraries", "fused_dqn_loss(q, actions, rewards, next_q, done=terminated)"),
+    ("keywords of other libraries, in a module", "FusedDQNLoss(discount=0.99)"),
+    ("`q` and `next_q` exchanged", "fused_dqn_loss(next_q, actions, rewards, q)"),
     (
         "`terminated` and `non_final_mask`",
         "fused_dqn_loss(q, actions, rewards, next_q, terminated, non_final_mask=final)",
@@ -46,12 +50,14 @@ def prepared() -> dict[str, object]:
 
 
 def message(call: str) -> str:
-    """What the call raises."""
+    """What the call raises, or warns of."""
     try:
-        result = eval(call, prepared())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            result = eval(call, prepared())
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-    return f"no error: {result}"
+    return f"{caught[0].category.__name__}: {caught[0].message}" if caught else f"no error: {result}"
 
 
 def page() -> str:

@@ -25,7 +25,7 @@ from dqn_fused.module import FusedDQNLoss
 from dqn_fused.quantile import FusedQuantileLoss, fused_quantile_loss, fused_quantile_loss_and_grad
 from dqn_fused.targets import Munchausen, Soft
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = [
     "BackendUnavailableError",
     "FusedCategoricalLoss",

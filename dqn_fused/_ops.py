@@ -1,6 +1,7 @@
 """Schemas and fakes of the compiled ops; the libraries built from csrc/ add the kernels.
 
-The plain loss has ops of its own: a boxed call of 10 arguments costs 2.8 us, and one of 22 costs 5.6.
+The plain loss has ops of its own: a boxed call of 10 arguments costs 2.8 us, and one of 22 costs 5.6. The general ops
+take the options as options.packed has them: options: a LossSpec in numbers.
 """
 
 import torch
@@ -8,6 +9,8 @@ from torch import Tensor
 from torch.library import Library
 
 from dqn_fused.arguments import accumulation_dtype
+from dqn_fused.options import REDUCTIONS as REDUCTIONS
+from dqn_fused.options import unpacked
 
 BATCH = (
     "Tensor q, Tensor actions, Tensor rewards, Tensor next_q, Tensor? terminated, Tensor? non_final_mask, "
@@ -16,14 +19,6 @@ BATCH = (
 GENERAL_BATCH = BATCH.replace("Tensor next_q", "Tensor? next_q") + (
     ", Tensor? next_q_online, Tensor? next_action_mask, Tensor? weights, Tensor? target_q, Tensor? action_mask"
 )
-GENERAL_LOSS = (
-    "int loss, float delta, int target, float temperature, float alpha, float clip, bool cql, float cql_alpha"
-)
-# Enumerations of csrc/td_loss.h.
-REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
-LOSSES = {"mse": 0, "huber": 1, "smooth_l1": 2}
-TARGETS = {"max": 0, "soft": 1, "munchausen": 2}
-
 _library = Library("dqn_fused", "DEF")
 _library.define(f"td_loss({BATCH}, int reduction, bool check) -> (Tensor loss, Tensor td_error)")
 _library.define(
@@ -37,17 +32,17 @@ _library.define(
 # calls a launch from its graph without a look into it, and check no values.
 for _kind, _check in (("general", ", bool check"), ("triton", "")):
     _library.define(
-        f"{_kind}_td_loss({GENERAL_BATCH}, {GENERAL_LOSS}, int reduction{_check}) "
+        f"{_kind}_td_loss({GENERAL_BATCH}, float[] options{_check}) "
         "-> (Tensor loss, Tensor td_error, Tensor normaliser)"
     )
     _library.define(
-        f"{_kind}_td_loss_and_grad({GENERAL_BATCH}, {GENERAL_LOSS}, int reduction{_check}) "
+        f"{_kind}_td_loss_and_grad({GENERAL_BATCH}, float[] options{_check}) "
         "-> (Tensor loss, Tensor grad_q, Tensor td_error, Tensor normaliser)"
     )
     _library.define(
         f"{_kind}_td_loss_backward(Tensor grad_loss, Tensor td_error, Tensor actions, Tensor? weights, "
-        "Tensor? normaliser, Tensor? q, Tensor? action_mask, int A, ScalarType dtype, int loss, float delta, "
-        "float cql_alpha, int reduction) -> Tensor grad_q"
+        "Tensor? normaliser, Tensor? q, Tensor? action_mask, int A, ScalarType dtype, "
+        "float[] options) -> Tensor grad_q"
     )
 # first is empty, (0,), but for "argmax", and total but for "soft".
 for _kind, _more in (("", ""), ("triton_", ", bool auto")):
@@ -94,10 +89,11 @@ def _td_loss_backward(
 
 @torch.library.register_fake("dqn_fused::triton_td_loss", lib=_library)
 def _general_td_loss(q: Tensor, actions: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
-    *others, cql, _, reduction = rest
+    *others, options = rest
     on_one_device(q, actions, *others)
-    normaliser = q.new_empty((2, actions.shape[0]) if cql else (0,), dtype=accumulation_dtype(q))
-    return loss_like(q, actions, reduction), _per_sample(q, actions), normaliser
+    spec = unpacked(options)  # type: ignore[arg-type]
+    normaliser = q.new_empty((2, actions.shape[0]) if spec.cql else (0,), dtype=accumulation_dtype(q))
+    return loss_like(q, actions, REDUCTIONS[spec.reduction]), _per_sample(q, actions), normaliser
 
 
 @torch.library.register_fake("dqn_fused::triton_td_loss_and_grad", lib=_library)
@@ -115,7 +111,7 @@ for _name, _fake in (("td_loss", _general_td_loss), ("td_loss_and_grad", _genera
 @torch.library.register_fake("dqn_fused::general_td_loss_backward", lib=_library)
 @torch.library.register_fake("dqn_fused::triton_td_loss_backward", lib=_library)
 def _general_td_loss_backward(grad_loss: Tensor, td_error: Tensor, actions: Tensor, *rest: object) -> Tensor:
-    *_, A, dtype, _, _, _, _ = rest
+    *_, A, dtype, _ = rest
     return td_error.new_empty((actions.shape[0], A), dtype=dtype)  # type: ignore[call-overload]
 
 

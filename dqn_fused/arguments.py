@@ -1,8 +1,7 @@
 """The one place that checks arguments: user's tensors in, a flat and immutable description of the batch out."""
 
 import os
-from math import inf
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,17 +20,13 @@ from dqn_fused.checks import (
     row_index,
     rows,
     show,
-    wrong_choice,
 )  # fmt: skip
-from dqn_fused.targets import Munchausen, Soft, number
+from dqn_fused.options import LossSpec as LossSpec
+from dqn_fused.options import check_loss as check_loss
+from dqn_fused.targets import number
 
 CPU = torch.device("cpu")
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
-
-LOSSES = ("mse", "huber", "smooth_l1")
-REDUCTIONS = ("mean", "sum", "none", "weighted_mean")
-TARGETS = {"max": None, "soft": Soft(), "munchausen": Munchausen()}
-
 
 UNCHECKED = torch.Size((-1,))  # shape of a batch before the checks: one dimension, of whatever size q has
 
@@ -73,78 +68,22 @@ class Batch(NamedTuple):
         return 0 if self.next_q is None else self.next_q.shape[0]
 
 
-class LossSpec(NamedTuple):
-    """What is computed from a batch: options, all of them checked."""
-
-    loss: str = "mse"
-    delta: float = 1.0
-    reduction: str = "mean"
-    target: str = "max"
-    temperature: float = 1.0
-    alpha: float = 0.0
-    clip: float = 0.0
-    cql: bool = False  # whether the conservative term is asked for, to be added or only returned
-    cql_alpha: float = 0.0
+class Reduced(Protocol):
+    """What is computed from a batch, of any family: one of its options is the reduction."""
 
     @property
-    def dense_gradient(self) -> bool:
-        """Whether every action gets a gradient, not only the one taken."""
-        return self.cql_alpha != 0
+    def reduction(self) -> str:
+        """One of REDUCTIONS."""
+
+    def _replace(self: "SpecT", *, reduction: str) -> "SpecT": ...
+
+
+SpecT = TypeVar("SpecT", bound=Reduced)
 
 
 def accumulation_dtype(q: Tensor) -> torch.dtype:
     """Dtype of the arithmetic, the loss and the TD errors: float32, and float64 for a float64 q."""
     return torch.float64 if q.dtype is torch.float64 else torch.float32
-
-
-def check_loss(
-    loss: str = "mse",
-    delta: float = 1.0,
-    reduction: str = "mean",
-    target: str | Soft | Munchausen = "max",
-    cql_alpha: float = 0.0,
-    return_cql: bool = False,
-) -> LossSpec:
-    """Check the options."""
-    key = (loss, delta, reduction, target, cql_alpha, return_cql)
-    spec = _PLAIN.get(key) if type(target) is str and type(delta) is type(cql_alpha) is float else None
-    if spec is not None:
-        return spec
-    if loss not in LOSSES:
-        wrong_choice("loss", loss, LOSSES)
-    if reduction not in REDUCTIONS:
-        wrong_choice("reduction", reduction, REDUCTIONS)
-    delta, cql_alpha = number("delta", delta), number("cql_alpha", cql_alpha)
-    if not (0 < delta < inf or (loss == "smooth_l1" and delta == 0)):
-        raise ValueError(f"delta: expected a finite number above 0, got {delta}")
-    if not -inf < cql_alpha < inf:  # torch.compile may hold a number for which math.isfinite has no rule
-        raise ValueError(f"cql_alpha: expected a finite number, got {cql_alpha}")
-    if isinstance(target, str):
-        if target not in TARGETS:
-            wrong_choice("target", target, tuple(TARGETS))
-        chosen = TARGETS[target]
-    elif isinstance(target, (Soft, Munchausen)):
-        chosen = target
-    else:
-        raise TypeError(f"target: expected a name, Soft or Munchausen, got {type(target).__name__}")
-    spec = LossSpec(loss, delta, reduction, cql=return_cql or cql_alpha != 0, cql_alpha=cql_alpha)
-    if isinstance(chosen, Munchausen):
-        return spec._replace(
-            target="munchausen",
-            temperature=float(chosen.temperature),
-            alpha=float(chosen.alpha),
-            clip=float(chosen.clip),
-        )
-    if isinstance(chosen, Soft):
-        return spec._replace(target="soft", temperature=float(chosen.temperature))
-    return spec
-
-
-_PLAIN: dict[tuple[object, ...], LossSpec] = {
-    (loss, 1.0, reduction, "max", 0.0, False): LossSpec(loss, 1.0, reduction)
-    for loss in LOSSES
-    for reduction in REDUCTIONS
-}
 
 
 def check_batch(batch: Batch, spec: LossSpec) -> Batch:
@@ -189,12 +128,6 @@ def constants(batch: Batch) -> Batch:
     """The batch with everything but q detached: no_grad would not stop a tangent of forward mode."""
     detached: dict[str, Any] = {name: x.detach() for name, x in batch._asdict().items() if isinstance(x, Tensor)}
     return batch._replace(**detached | {"q": batch.q})
-
-
-def require_next_q(next_q: Tensor | None) -> None:
-    """Refuse None, which in a Batch stands for a ready target."""
-    if next_q is None:
-        raise TypeError("next_q: expected a torch.Tensor, got NoneType; for a ready target there is fused_td_loss")
 
 
 def check_double(name: str, spec: LossSpec) -> None:
@@ -252,7 +185,7 @@ def check_compacted(name: str, x: Tensor, columns: int, non_final_mask: Tensor) 
         )
 
 
-def check_group(process_group: "dist.ProcessGroup", spec: LossSpec) -> None:
+def check_group(process_group: "dist.ProcessGroup", spec: Reduced) -> None:
     """Check that a process group is one, and has something to sum."""
     if not isinstance(process_group, dist.ProcessGroup):
         raise TypeError(
@@ -266,8 +199,8 @@ def check_group(process_group: "dist.ProcessGroup", spec: LossSpec) -> None:
 
 
 def normalise_weights(
-    batch: Batch, spec: LossSpec, process_group: "dist.ProcessGroup | None" = None
-) -> tuple[Batch, LossSpec]:
+    batch: Batch, spec: SpecT, process_group: "dist.ProcessGroup | None" = None
+) -> tuple[Batch, SpecT]:
     """Turn the weighted mean into a sum with weights that add up to one, so that no backend need know of it.
 
     In a process group they add up to one on average over its ranks, as gradients are averaged over them.

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from dqn_fused._backends import choose_distributional
-from dqn_fused.arguments import Batch, check_values, looks_at_values
-from dqn_fused.autograd import inside_transform, refuse_tangent
+from dqn_fused.arguments import Batch
+from dqn_fused.autograd import refuse_tangent
 from dqn_fused.categorical_arguments import (
     CategoricalSpec,
     Support,
@@ -15,9 +15,11 @@ from dqn_fused.categorical_arguments import (
     check_even,
     check_logits,
 )
-from dqn_fused.distributional import without_weighted_mean
+from dqn_fused.distributional_call import backend_that_checks, check_call, prepare
 from dqn_fused.row_loss import row_loss
-from dqn_fused.transforms import refuse
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def fused_categorical_loss(
@@ -35,6 +37,7 @@ def fused_categorical_loss(
     weights: Tensor | None = None,
     reduction: str = "mean",
     return_td_error: bool = False,
+    process_group: "ProcessGroup | None" = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, ...]:
     """Loss of C51 (Bellemare et al., 2017): the cross-entropy of a return's distribution and its projected target.
@@ -67,6 +70,8 @@ def fused_categorical_loss(
             the weights, ``"sum"``, or ``"none"`` for the loss of each sample, (\\*N): priorities as Rainbow has them.
         return_td_error: also return the expectation of the distribution of the action taken less that of the projected
             target, (\\*N), signed, unweighted and without gradient.
+        process_group: with ``"weighted_mean"``, the ranks over which weights are summed, as in
+            :func:`fused_dqn_loss`.
         backend: ``"auto"``, or by name as in :func:`dqn_fused.backends`.
 
     Returns:
@@ -91,7 +96,7 @@ def fused_categorical_loss(
         logits, actions, rewards, next_logits, terminated, gamma, non_final_mask,
         next_logits_online, next_action_mask, weights,
     )  # fmt: skip
-    loss, values = _run(_loss, batch, spec, backend)
+    loss, values = _run(_loss, batch, spec, backend, process_group)
     return (loss, values[0]) if return_td_error else loss
 
 
@@ -110,6 +115,7 @@ def fused_categorical_loss_and_grad(
     weights: Tensor | None = None,
     reduction: str = "mean",
     return_td_error: bool = False,
+    process_group: "ProcessGroup | None" = None,
     backend: str = "auto",
 ) -> tuple[Tensor, ...]:
     """:func:`fused_categorical_loss` and its gradient by logits in one pass, without autograd.
@@ -135,7 +141,7 @@ def fused_categorical_loss_and_grad(
         logits, actions, rewards, next_logits, terminated, gamma, non_final_mask,
         next_logits_online, next_action_mask, weights,
     )  # fmt: skip
-    loss, gradient, values = _run(_loss_and_grad, batch, spec, backend)
+    loss, gradient, values = _run(_loss_and_grad, batch, spec, backend, process_group)
     return (loss, gradient, values[0]) if return_td_error else (loss, gradient)
 
 
@@ -151,6 +157,7 @@ def fused_categorical_td_loss(
     reduction: str = "mean",
     return_td_error: bool = False,
     return_expectation: bool = False,
+    process_group: "ProcessGroup | None" = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, ...]:
     """A scalar target learned by classification (Farebrother et al., 2024), whose Q-value is an expectation.
@@ -183,7 +190,7 @@ def fused_categorical_td_loss(
     (tensor(3.), tensor([1.]))
     """
     spec = check_categorical_options(support, reduction, projection, sigma)
-    found = _run(_loss, Batch(logits, actions, target, None, weights=weights), spec, backend)
+    found = _run(_loss, Batch(logits, actions, target, None, weights=weights), spec, backend, process_group)
     return _returned(found, return_td_error, return_expectation)
 
 
@@ -199,6 +206,7 @@ def fused_categorical_td_loss_and_grad(
     reduction: str = "mean",
     return_td_error: bool = False,
     return_expectation: bool = False,
+    process_group: "ProcessGroup | None" = None,
     backend: str = "auto",
 ) -> tuple[Tensor, ...]:
     """:func:`fused_categorical_td_loss` and its gradient by logits in one pass, without autograd.
@@ -218,7 +226,7 @@ def fused_categorical_td_loss_and_grad(
     (tensor(0.6931), tensor([[[ 0.2500, -0.2500]]]))
     """
     spec = check_categorical_options(support, reduction, projection, sigma)
-    found = _run(_loss_and_grad, Batch(logits, actions, target, None, weights=weights), spec, backend)
+    found = _run(_loss_and_grad, Batch(logits, actions, target, None, weights=weights), spec, backend, process_group)
     return tuple(_returned(found, return_td_error, return_expectation))
 
 
@@ -255,23 +263,19 @@ def _loss_and_grad(x: Tensor, batch: Batch, spec: CategoricalSpec, road: ModuleT
     return found
 
 
-def _run(what: Run, given: Batch, spec: CategoricalSpec, backend: str) -> tuple[Tensor, ...]:
-    """Check the arguments and run a backend; as loss._run does, an op that checks them itself is asked first."""
-    if inside_transform():
-        refuse("the categorical losses", "give an ensemble as a leading dimension, or call "
-               "dqn_fused.categorical_reference")  # fmt: skip
+def _run(
+    what: Run, given: Batch, spec: CategoricalSpec, backend: str, process_group: "ProcessGroup | None"
+) -> tuple[Tensor, ...]:
+    """Check the arguments and run a backend."""
+    check_call("the categorical losses", "categorical", spec, process_group)
     try:
-        device = given.q.device
-        road = choose_distributional("categorical", backend, device)
-        plain = given.q.dim() == 3 and spec.reduction != "weighted_mean" and isinstance(given.gamma, (float, Tensor))
-        if road.CHECKS_CPU and plain and looks_at_values(device):
+        road = backend_that_checks("categorical", given, spec, backend)
+        if road is not None:
             if isinstance(spec.support, Tensor):
                 check_even(spec.support)
             return what(given.q, given, spec, road)
     except (RuntimeError, ValueError, AttributeError, TypeError):
         pass
     batch = check_logits(given, spec)
-    road = choose_distributional("categorical", backend, batch.q.device)
-    batch = check_values(batch, batch.q.shape[1], batch.next_count, "next_logits")
-    batch, reduction = without_weighted_mean(batch, spec.reduction)
-    return what(given.q, batch, spec._replace(reduction=reduction), road)
+    batch, spec, road = prepare("categorical", "logits", batch, spec, backend, process_group)
+    return what(given.q, batch, spec, road)

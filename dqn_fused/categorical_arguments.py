@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dqn_fused.arguments import REDUCTIONS, Batch, looks_at_values
+from dqn_fused.arguments import Batch, looks_at_values
 from dqn_fused.checks import FLOATS, dense, show, wrong_choice, wrong_device
 from dqn_fused.distributional import check_distributions
+from dqn_fused.options import REDUCTION_NAMES
 from dqn_fused.targets import number
 
 PROJECTIONS = ("two_hot", "hl_gauss")
@@ -30,8 +31,8 @@ def check_categorical_options(
     support: Support, reduction: str, projection: str = "two_hot", sigma: float | None = None
 ) -> CategoricalSpec:
     """Check the options; of a support that is a tensor only that it is one."""
-    if reduction not in REDUCTIONS:
-        wrong_choice("reduction", reduction, REDUCTIONS)
+    if reduction not in REDUCTION_NAMES:
+        wrong_choice("reduction", reduction, REDUCTION_NAMES)
     if projection not in PROJECTIONS:
         wrong_choice("projection", projection, PROJECTIONS)
     if isinstance(support, Tensor):

@@ -1,9 +1,14 @@
 """The categorical losses as modules."""
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 
 from dqn_fused.categorical import fused_categorical_loss, fused_categorical_td_loss
 from dqn_fused.categorical_arguments import Support, check_categorical_options, check_even
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class _OnSupport(nn.Module):
@@ -46,6 +51,7 @@ class FusedCategoricalLoss(_OnSupport):
         *,
         reduction: str = "mean",
         return_td_error: bool = False,
+        process_group: "ProcessGroup | None" = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -55,7 +61,8 @@ class FusedCategoricalLoss(_OnSupport):
             self.register_buffer("gamma", gamma)
         else:
             self.gamma = gamma
-        self.reduction, self.return_td_error, self.backend = reduction, return_td_error, backend
+        self.reduction, self.return_td_error = reduction, return_td_error
+        self.process_group, self.backend = process_group, backend
 
     def forward(
         self,
@@ -86,6 +93,7 @@ class FusedCategoricalLoss(_OnSupport):
             weights=weights,
             reduction=self.reduction,
             return_td_error=self.return_td_error,
+            process_group=self.process_group,
             backend=self.backend,
         )
 
@@ -114,13 +122,15 @@ class FusedCategoricalTDLoss(_OnSupport):
         reduction: str = "mean",
         return_td_error: bool = False,
         return_expectation: bool = False,
+        process_group: "ProcessGroup | None" = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
         check_categorical_options(support, reduction, projection, sigma)
         self._keep(support)
-        self.projection, self.sigma, self.reduction, self.backend = projection, sigma, reduction, backend
+        self.projection, self.sigma, self.reduction = projection, sigma, reduction
         self.return_td_error, self.return_expectation = return_td_error, return_expectation
+        self.process_group, self.backend = process_group, backend
 
     def forward(
         self, logits: Tensor, actions: Tensor, target: Tensor, *, weights: Tensor | None = None
@@ -137,6 +147,7 @@ class FusedCategoricalTDLoss(_OnSupport):
             reduction=self.reduction,
             return_td_error=self.return_td_error,
             return_expectation=self.return_expectation,
+            process_group=self.process_group,
             backend=self.backend,
         )
 

@@ -4,14 +4,18 @@ A distribution is K probabilities on K evenly spaced atoms, the support. Where i
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from dqn_fused.arguments import Batch, accumulation_dtype, check_values, constants
+from dqn_fused.arguments import Batch, accumulation_dtype, check_group, check_values, constants, normalise_weights
 from dqn_fused.categorical_arguments import CategoricalSpec, Support, check_categorical_options, check_logits
-from dqn_fused.distributional import chosen, per_row, reduced, taken, without_weighted_mean
+from dqn_fused.distributional import chosen, per_row, reduced, taken
 from dqn_fused.reference import bootstrapped
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def categorical_loss(
@@ -29,6 +33,7 @@ def categorical_loss(
     weights: Tensor | None = None,
     reduction: str = "mean",
     return_td_error: bool = False,
+    process_group: "ProcessGroup | None" = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, ...]:
     """Loss of C51 (Bellemare et al., 2017) by PyTorch operations, differentiated by autograd, on any device.
@@ -46,7 +51,7 @@ def categorical_loss(
         logits, actions, rewards, next_logits, terminated, gamma, non_final_mask,
         next_logits_online, next_action_mask, weights,
     )  # fmt: skip
-    loss, values = _differentiable(batch, spec, backend)
+    loss, values = _differentiable(batch, spec, process_group, backend)
     return (loss, values[0]) if return_td_error else loss
 
 
@@ -62,6 +67,7 @@ def categorical_td_loss(
     reduction: str = "mean",
     return_td_error: bool = False,
     return_expectation: bool = False,
+    process_group: "ProcessGroup | None" = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, ...]:
     """Regression as classification (Farebrother et al., 2024) by PyTorch operations, differentiated by autograd.
@@ -75,7 +81,7 @@ def categorical_td_loss(
     tensor(3.)
     """
     spec = check_categorical_options(support, reduction, projection, sigma)
-    loss, values = _differentiable(Batch(logits, actions, target, None, weights=weights), spec, backend)
+    loss, values = _differentiable(Batch(logits, actions, target, None, weights=weights), spec, process_group, backend)
     found = [loss]
     if return_td_error:
         found.append(values[0])
@@ -84,18 +90,23 @@ def categorical_td_loss(
     return loss if len(found) == 1 else tuple(found)
 
 
-def _differentiable(given: Batch, spec: CategoricalSpec, backend: str) -> tuple[Tensor, Tensor]:
+def _differentiable(
+    given: Batch, spec: CategoricalSpec, process_group: "ProcessGroup | None", backend: str
+) -> tuple[Tensor, Tensor]:
     if backend not in ("auto", "torch"):
         raise ValueError(f"backend: the reference is PyTorch, expected 'auto' or 'torch', got {backend!r}")
+    if process_group is not None:
+        check_group(process_group, spec)
     batch = check_logits(given, spec)
     batch = check_values(batch, batch.q.shape[1], batch.next_count, "next_logits")
-    batch, reduction = without_weighted_mean(batch, spec.reduction)
+    if spec.reduction == "weighted_mean":
+        batch, spec = normalise_weights(batch, spec, process_group)
     batch = constants(batch)
     logits, support = taken(batch), atoms(batch, spec)
     with torch.no_grad():
         target = target_distribution(batch, spec, support)
         values = values_of(logits, target, support, batch)
-    return reduced(cross_entropy(logits, target), batch, reduction), values
+    return reduced(cross_entropy(logits, target), batch, spec.reduction), values
 
 
 def atoms(batch: Batch, spec: CategoricalSpec) -> Tensor:

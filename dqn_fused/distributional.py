@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dqn_fused.arguments import Batch, LossSpec, accumulation_dtype, check_samples, normalise_weights
+from dqn_fused.arguments import Batch, accumulation_dtype, check_samples
 from dqn_fused.checks import BOOL, FLOATS, dense, show, wrong_device
 from dqn_fused.reference import legal_actions, legal_values, of_samples
 
@@ -123,11 +123,3 @@ def reduced(per_sample: Tensor, batch: Batch, reduction: str) -> Tensor:
     if reduction == "none":
         return per_sample.view(batch.shape)
     return per_sample.mean() if reduction == "mean" else per_sample.sum()
-
-
-def without_weighted_mean(batch: Batch, reduction: str) -> tuple[Batch, str]:
-    """arguments.normalise_weights for a reduction alone."""
-    if reduction != "weighted_mean":
-        return batch, reduction
-    batch, spec = normalise_weights(batch, LossSpec(reduction=reduction))
-    return batch, spec.reduction

@@ -1,6 +1,29 @@
-"""What to write instead: the ends of error messages about mistakes that people make."""
+"""What to write instead: messages about mistakes that people make, or the ends of such."""
 
-from torch import nn
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor, nn
+
+# What an argument is called elsewhere: docs/migrating.md says where.
+_ELSEWHERE = {
+    "q": ("q_values", "current_q", "state_action_values", "q_tm1"),
+    "actions": ("action", "act", "a_tm1"),
+    "rewards": ("reward", "rew", "r_t"),
+    "next_q": ("next_q_values", "target_max", "q_t"),
+    "terminated": ("done", "dones", "terminal", "terminals"),
+    "~terminated": ("not_terminal", "not_done"),
+    "gamma": ("discount", "discount_factor", "discounts", "discount_t"),
+    "non_final_mask, next_action_mask or action_mask": ("mask",),
+    "next_q_online": ("q_t_selector",),
+    "weights": ("weight", "importance_weights", "is_weights"),
+    "delta": ("beta", "huber_loss_delta"),
+    "loss": ("loss_fn", "loss_function", "td_error_loss_fn"),
+    "cql_alpha": ("alpha", "cql_scale"),
+}
+CALLED_HERE = {elsewhere: here for here, names in _ELSEWHERE.items() for elsewhere in names}
 
 ALL_ACTIONS = "; give the values of all actions: the choice among them is made here"
 
@@ -12,6 +35,8 @@ def of_type(name: str, x: object) -> str:
     if type(x).__module__ == "numpy":
         return f"; torch.from_numpy({name}) is one"
     if isinstance(x, (list, tuple)):
+        if name.startswith("next_hidden"):
+            return "; only fused_dqn_loss takes several target networks"
         return f"; torch.tensor({name}) is one, torch.stack({name}) of tensors"
     return ""
 
@@ -24,3 +49,29 @@ def of_dtype(name: str, integers: bool) -> str:
 def of_actions(like: str) -> str:
     """Of actions that have one dimension too many."""
     return f"; {like} is of all actions, not gathered, and one-hot actions are given as their argmax(-1)"
+
+
+def unexpected(function: str, given: Mapping[str, object]) -> NoReturn:
+    """Raise for keywords that a function does not know."""
+    name = next(iter(given))
+    here = CALLED_HERE.get(name)
+    more = "" if here is None else f"; it is called {here} here"
+    raise TypeError(f"{function}: unexpected argument {name!r}{more}")
+
+
+def warn_if_swapped(q: Tensor, networks: Sequence[Tensor | None]) -> None:
+    """Warn where a loss is not recorded, though it would be with q and next_q exchanged.
+
+    For what a public function calls, outside graphs and transforms; before any check.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or not torch.is_grad_enabled():
+        return
+    if not isinstance(q, Tensor) or q.requires_grad:
+        return
+    if any(isinstance(x, Tensor) and x.requires_grad for x in networks):
+        warnings.warn(
+            "q does not require a gradient and next_q does: are they swapped? q is of the online network, which is "
+            "trained, and next_q is a constant",
+            UserWarning,
+            stacklevel=4,
+        )

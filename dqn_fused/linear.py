@@ -44,6 +44,7 @@ def fused_linear_dqn_loss(
     reduction: str = "mean",
     target: str | Soft | Munchausen = "max",
     cql_alpha: float = 0.0,
+    value_transform: str = "identity",
     return_td_error: bool = False,
     return_cql: bool = False,
     sparse_grad: bool = False,
@@ -88,6 +89,7 @@ def fused_linear_dqn_loss(
         target: ``"max"``, ``"soft"``, ``"munchausen"``, :class:`Soft` or :class:`Munchausen`.
         cql_alpha: weight of the conservative term of CQL(H) (Kumar et al., 2020). Its second derivative is
             right, a third one raises.
+        value_transform: ``"identity"`` or ``"signed_hyperbolic"``, as in :func:`fused_dqn_loss`.
         return_td_error: also return the signed TD errors, (\\*N), without gradient.
         return_cql: also return the conservative term of each sample, (\\*N), unweighted and without gradient.
         sparse_grad: give weight and bias row-sparse gradients, as ``nn.Embedding(sparse=True)`` does, for
@@ -118,7 +120,7 @@ def fused_linear_dqn_loss(
     >>> loss.detach(), weight.grad.abs().sum(1).nonzero().flatten()
     (tensor(12.5000), tensor([  7, 900]))
     """
-    chosen = (loss, delta, reduction, target, cql_alpha, return_cql)
+    chosen = (loss, delta, reduction, target, cql_alpha, return_cql, value_transform)
     head = Head(
         hidden, weight, bias, next_hidden, next_weight, next_bias,
         next_hidden_online, next_action_mask, target_hidden, action_mask,

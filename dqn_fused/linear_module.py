@@ -37,6 +37,7 @@ class FusedLinearDQNLoss(nn.Module):
         reduction: str = "mean",
         target: str | Soft | Munchausen = "max",
         cql_alpha: float = 0.0,
+        value_transform: str = "identity",
         return_td_error: bool = False,
         return_cql: bool = False,
         sparse_grad: bool = False,
@@ -46,13 +47,13 @@ class FusedLinearDQNLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        check_loss(loss, delta, reduction, target, cql_alpha, return_cql)
+        check_loss(loss, delta, reduction, target, cql_alpha, return_cql, value_transform)
         if isinstance(gamma, Tensor):
             self.register_buffer("gamma", gamma)
         else:
             self.gamma = gamma
         self.loss, self.delta, self.reduction = loss, delta, reduction
-        self.target, self.cql_alpha = target, cql_alpha
+        self.target, self.cql_alpha, self.value_transform = target, cql_alpha, value_transform
         self.return_td_error, self.return_cql, self.sparse_grad = return_td_error, return_cql, sparse_grad
         self.process_group, self.backend = process_group, backend
         self.tensor_parallel_group, self.hidden_grad = tensor_parallel_group, hidden_grad
@@ -98,6 +99,7 @@ class FusedLinearDQNLoss(nn.Module):
             reduction=self.reduction,
             target=self.target,
             cql_alpha=self.cql_alpha,
+            value_transform=self.value_transform,
             return_td_error=self.return_td_error,
             return_cql=self.return_cql,
             sparse_grad=self.sparse_grad,

@@ -1,13 +1,13 @@
 """The public loss: a function, the same for a ready target, and the same with its gradient."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from dqn_fused import arguments, node, transforms
+from dqn_fused import arguments, hints, node, transforms
 from dqn_fused._backends import choose
 from dqn_fused.arguments import (
     Batch,
@@ -17,9 +17,9 @@ from dqn_fused.arguments import (
     check_loss,
     check_values,
     normalise_weights,
-    require_next_q,
 )
 from dqn_fused.autograd import apart, inside_transform, refuse_tangent
+from dqn_fused.ensemble import one_next_q
 from dqn_fused.node import td_loss
 from dqn_fused.reference import conservative_term
 from dqn_fused.targets import Munchausen, Soft
@@ -32,7 +32,7 @@ def fused_dqn_loss(
     q: Tensor,
     actions: Tensor,
     rewards: Tensor,
-    next_q: Tensor,
+    next_q: Tensor | Sequence[Tensor],
     terminated: Tensor | None = None,
     gamma: float | Tensor = 0.99,
     *,
@@ -47,10 +47,13 @@ def fused_dqn_loss(
     target_q: Tensor | None = None,
     cql_alpha: float = 0.0,
     action_mask: Tensor | None = None,
+    value_transform: str = "identity",
+    ensemble: str = "min",
     return_td_error: bool = False,
     return_cql: bool = False,
     process_group: "ProcessGroup | None" = None,
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> Tensor | tuple[Tensor, ...]:
     """DQN loss (Mnih et al., 2015): the TD error of the action taken against the Bellman target.
 
@@ -63,6 +66,7 @@ def fused_dqn_loss(
         actions: (\\*N) or (\\*N, 1), any integer dtype, in [0, A): the action taken.
         rewards: (\\*N) or (\\*N, 1), floating or integer.
         next_q: (\\*N, A) Q-values of the target network in the next state, floating. With ``non_final_mask``: (M, A).
+            Or a list of those of several target networks: see ``ensemble``.
         terminated: (\\*N) or (\\*N, 1), bool, integer or floating, nonzero where the episode ended in the next
             state: nothing is bootstrapped, that row of ``next_q`` is not used. A truncated episode is not terminated.
         gamma: discount: a number, a 0-d tensor, or (\\*N) / (\\*N, 1) floating, for n-step returns.
@@ -86,6 +90,12 @@ def fused_dqn_loss(
             sample: ``logsumexp(q) - q[a]``. Every action then receives a gradient.
         action_mask: (\\*N, A) bool, true for the actions that are legal in the state itself: the policy of Munchausen
             and the sum of CQL are taken over them.
+        value_transform: ``"identity"``, or ``"signed_hyperbolic"``: the networks learn h of the value, of R2D2
+            (Kapturowski et al., 2019), ``y = h(rewards + gamma * h_inverse(max(next_q)))``, and ``y = h(rewards)`` if
+            terminated, with ``h(x) = sign(x) * (sqrt(abs(x) + 1) - 1) + 0.001 * x``. Rewards need then not be clipped.
+        ensemble: what counts of several target networks: ``"min"``, for each action the least of their values, as in
+            clipped double Q-learning (Fujimoto et al., 2018), Maxmin Q-learning (Lan et al., 2020) and REDQ (Chen et
+            al., 2021), or their ``"mean"`` (Anschel et al., 2017).
         return_td_error: also return the signed, unweighted TD errors, (\\*N), without gradient: priorities of replay.
         return_cql: also return the conservative term of each sample, (\\*N), unweighted and without gradient.
         process_group: with ``"weighted_mean"``, sum the weights over the ranks of the group,
@@ -125,10 +135,11 @@ def fused_dqn_loss(
     >>> td_error
     tensor([0.5000, 1.2000])
     """
-    spec = check_loss(loss, delta, reduction, target, cql_alpha, return_cql)
-    require_next_q(next_q)
+    if unknown:
+        hints.unexpected("fused_dqn_loss", unknown)
+    spec = check_loss(loss, delta, reduction, target, cql_alpha, return_cql, value_transform)
     batch = Batch(
-        q, actions, rewards, next_q, terminated, gamma, non_final_mask,
+        q, actions, rewards, one_next_q(q, next_q, ensemble), terminated, gamma, non_final_mask,
         next_q_online, next_action_mask, weights, target_q, action_mask,
     )  # fmt: skip
     return _returned(*_run(td_loss, batch, spec, backend, process_group), return_td_error, return_cql)
@@ -149,6 +160,7 @@ def fused_td_loss(
     return_cql: bool = False,
     process_group: "ProcessGroup | None" = None,
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> Tensor | tuple[Tensor, ...]:
     """:func:`fused_dqn_loss` for a target that is already there: n-step returns, Q(lambda), the V(s') of ILQL.
 
@@ -167,6 +179,8 @@ def fused_td_loss(
     >>> fused_td_loss(q, torch.tensor([0, 1]), torch.tensor([0.5, 5.0]), return_td_error=True)
     (tensor(0.6250), tensor([ 0.5000, -1.0000]))
     """
+    if unknown:
+        hints.unexpected("fused_td_loss", unknown)
     spec = check_loss(loss, delta, reduction, "max", cql_alpha, return_cql)
     batch = Batch(q, actions, target, None, weights=weights, action_mask=action_mask)
     return _returned(*_run(td_loss, batch, spec, backend, process_group), return_td_error, return_cql)
@@ -176,7 +190,7 @@ def fused_dqn_loss_and_grad(
     q: Tensor,
     actions: Tensor,
     rewards: Tensor,
-    next_q: Tensor,
+    next_q: Tensor | Sequence[Tensor],
     terminated: Tensor | None = None,
     gamma: float | Tensor = 0.99,
     *,
@@ -191,10 +205,13 @@ def fused_dqn_loss_and_grad(
     target_q: Tensor | None = None,
     cql_alpha: float = 0.0,
     action_mask: Tensor | None = None,
+    value_transform: str = "identity",
+    ensemble: str = "min",
     return_td_error: bool = False,
     return_cql: bool = False,
     process_group: "ProcessGroup | None" = None,
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> tuple[Tensor, ...]:
     """DQN loss and its gradient by q in one pass, without autograd: the fastest road.
 
@@ -220,10 +237,11 @@ def fused_dqn_loss_and_grad(
     >>> torch.equal(network.bias.grad, grad_q.sum(0))
     True
     """
-    spec = check_loss(loss, delta, reduction, target, cql_alpha, return_cql)
-    require_next_q(next_q)
+    if unknown:
+        hints.unexpected("fused_dqn_loss_and_grad", unknown)
+    spec = check_loss(loss, delta, reduction, target, cql_alpha, return_cql, value_transform)
     batch = Batch(
-        q, actions, rewards, next_q, terminated, gamma, non_final_mask,
+        q, actions, rewards, one_next_q(q, next_q, ensemble), terminated, gamma, non_final_mask,
         next_q_online, next_action_mask, weights, target_q, action_mask,
     )  # fmt: skip
     batch, (result, grad_q, td_error, normaliser) = _run(_loss_and_grad, batch, spec, backend, process_group)
@@ -272,6 +290,7 @@ def _run(
         if found is not None:
             return given, found
     q, next_q, gamma = given.q, given.next_q, given.gamma
+    hints.warn_if_swapped(q, (next_q,))
     transformed = inside_transform()
     if process_group is not None:
         check_group(process_group, spec)

@@ -1,10 +1,13 @@
 """The loss as a module."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NoReturn
 
 from torch import Tensor, nn
 
+from dqn_fused import hints
 from dqn_fused.arguments import check_loss
+from dqn_fused.ensemble import check_ensemble
 from dqn_fused.loss import fused_dqn_loss
 from dqn_fused.targets import Munchausen, Soft
 
@@ -36,19 +39,26 @@ class FusedDQNLoss(nn.Module):
         reduction: str = "mean",
         target: str | Soft | Munchausen = "max",
         cql_alpha: float = 0.0,
+        value_transform: str = "identity",
+        ensemble: str = "min",
         return_td_error: bool = False,
         return_cql: bool = False,
         process_group: "ProcessGroup | None" = None,
         backend: str = "auto",
+        **unknown: NoReturn,
     ) -> None:
+        if unknown:
+            hints.unexpected("FusedDQNLoss", unknown)
         super().__init__()
-        check_loss(loss, delta, reduction, target, cql_alpha, return_cql)
+        check_ensemble(ensemble)
+        check_loss(loss, delta, reduction, target, cql_alpha, return_cql, value_transform)
         if isinstance(gamma, Tensor):
             self.register_buffer("gamma", gamma)
         else:
             self.gamma = gamma
         self.loss, self.delta, self.reduction = loss, delta, reduction
-        self.target, self.cql_alpha = target, cql_alpha
+        self.target, self.cql_alpha, self.value_transform = target, cql_alpha, value_transform
+        self.ensemble = ensemble
         self.return_td_error, self.return_cql = return_td_error, return_cql
         self.process_group, self.backend = process_group, backend
 
@@ -57,7 +67,7 @@ class FusedDQNLoss(nn.Module):
         q: Tensor,
         actions: Tensor,
         rewards: Tensor,
-        next_q: Tensor,
+        next_q: Tensor | Sequence[Tensor],
         terminated: Tensor | None = None,
         gamma: float | Tensor | None = None,
         *,
@@ -67,8 +77,11 @@ class FusedDQNLoss(nn.Module):
         weights: Tensor | None = None,
         target_q: Tensor | None = None,
         action_mask: Tensor | None = None,
+        **unknown: NoReturn,
     ) -> Tensor | tuple[Tensor, ...]:
         """Loss of a batch; see :func:`fused_dqn_loss`."""
+        if unknown:
+            hints.unexpected("FusedDQNLoss", unknown)
         return fused_dqn_loss(
             q,
             actions,
@@ -87,6 +100,8 @@ class FusedDQNLoss(nn.Module):
             target_q=target_q,
             cql_alpha=self.cql_alpha,
             action_mask=action_mask,
+            value_transform=self.value_transform,
+            ensemble=self.ensemble,
             return_td_error=self.return_td_error,
             return_cql=self.return_cql,
             process_group=self.process_group,
@@ -103,4 +118,8 @@ class FusedDQNLoss(nn.Module):
             options.append(f"target={self.target!r}")
         if self.cql_alpha != 0:
             options.append(f"cql_alpha={self.cql_alpha}")
+        if self.value_transform != "identity":
+            options.append(f"value_transform={self.value_transform!r}")
+        if self.ensemble != "min":
+            options.append(f"ensemble={self.ensemble!r}")
         return ", ".join(options)

@@ -19,8 +19,8 @@ from torch.autograd import forward_ad
 
 from dqn_fused import arguments, autograd
 from dqn_fused._backends.boxed import shaped_forward, unpack_backward
-from dqn_fused._ops import LOSSES, REDUCTIONS, TARGETS
 from dqn_fused.arguments import UNCHECKED, Batch, LossSpec
+from dqn_fused.options import FIELD_CODES
 
 FOLDER = Path(__file__).parent
 Result = TypeVar("Result")
@@ -45,9 +45,9 @@ def load(folder: Path = FOLDER) -> tuple[ModuleType | None, str]:
     try:
         module = module_from_spec(spec)
         loader.exec_module(module)
-    except ImportError as error:
+        module.prepare(recorded_backward, FIELD_CODES)
+    except (ImportError, ValueError) as error:  # a ValueError: it was built with other options
         return None, f"{path.name} cannot be loaded: {error}"
-    module.prepare(recorded_backward, LOSSES, REDUCTIONS, TARGETS)
     return module, ""
 
 

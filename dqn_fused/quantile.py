@@ -2,17 +2,18 @@
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from dqn_fused._backends import choose_distributional
-from dqn_fused.arguments import Batch, check_values, looks_at_values
-from dqn_fused.autograd import inside_transform, refuse_tangent
-from dqn_fused.distributional import without_weighted_mean
+from dqn_fused.arguments import Batch
+from dqn_fused.autograd import refuse_tangent
+from dqn_fused.distributional_call import backend_that_checks, check_call, prepare
 from dqn_fused.quantile_arguments import QuantileSpec, check_quantile_options, check_quantiles
 from dqn_fused.row_loss import row_loss
-from dqn_fused.transforms import refuse
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def fused_quantile_loss(
@@ -32,6 +33,7 @@ def fused_quantile_loss(
     quantile_reduction: str = "sum",
     reduction: str = "mean",
     return_td_error: bool = False,
+    process_group: "ProcessGroup | None" = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Quantile regression loss of QR-DQN (Dabney et al., 2018), IQN and FQF, whose pairs are never stored.
@@ -69,6 +71,8 @@ def fused_quantile_loss(
             the weights, ``"sum"``, or ``"none"`` for the loss of each sample, (\\*N).
         return_td_error: also return the mean of the predicted less the mean of the target quantiles, (\\*N), signed,
             unweighted and without gradient.
+        process_group: with ``"weighted_mean"``, the ranks over which weights are summed, as in
+            :func:`fused_dqn_loss`.
         backend: ``"auto"``, or by name as in :func:`dqn_fused.backends`.
 
     Returns:
@@ -91,7 +95,7 @@ def fused_quantile_loss(
         quantiles, actions, rewards, next_quantiles, terminated, gamma, non_final_mask,
         next_quantiles_online, next_action_mask, weights,
     )  # fmt: skip
-    loss, td_error = _run(_loss, samples, taus, kappa, quantile_reduction, reduction, backend)
+    loss, td_error = _run(_loss, samples, taus, kappa, quantile_reduction, reduction, backend, process_group)
     return (loss, td_error) if return_td_error else loss
 
 
@@ -112,6 +116,7 @@ def fused_quantile_loss_and_grad(
     quantile_reduction: str = "sum",
     reduction: str = "mean",
     return_td_error: bool = False,
+    process_group: "ProcessGroup | None" = None,
     backend: str = "auto",
 ) -> tuple[Tensor, ...]:
     """Quantile regression loss and its gradient by quantiles in one pass, without autograd.
@@ -139,7 +144,9 @@ def fused_quantile_loss_and_grad(
         quantiles, actions, rewards, next_quantiles, terminated, gamma, non_final_mask,
         next_quantiles_online, next_action_mask, weights,
     )  # fmt: skip
-    loss, gradient, td_error = _run(_loss_and_grad, samples, taus, kappa, quantile_reduction, reduction, backend)
+    loss, gradient, td_error = _run(
+        _loss_and_grad, samples, taus, kappa, quantile_reduction, reduction, backend, process_group
+    )
     return (loss, gradient, td_error) if return_td_error else (loss, gradient)
 
 
@@ -166,24 +173,20 @@ def _run(
     quantile_reduction: str,
     reduction: str,
     backend: str,
+    process_group: "ProcessGroup | None",
 ) -> tuple[Any, ...]:
-    """Check the arguments and run a backend; as loss._run does, an op that checks them itself is asked first."""
+    """Check the arguments and run a backend."""
     spec = check_quantile_options(kappa, quantile_reduction, reduction)
-    if inside_transform():
-        refuse("fused_quantile_loss", "give an ensemble as a leading dimension, or call dqn_fused.quantile_reference")
+    check_call("fused_quantile_loss", "quantile", spec, process_group)
     try:
-        device = given.q.device
-        road = choose_distributional("quantile", backend, device)
-        plain = given.q.dim() == 3 and reduction != "weighted_mean" and isinstance(given.gamma, (float, Tensor))
-        if road.CHECKS_CPU and plain and looks_at_values(device):
+        road = backend_that_checks("quantile", given, spec, backend)
+        if road is not None:
             return what(given.q, given, taus, spec, road)
-    except (RuntimeError, AttributeError, TypeError):
+    except (RuntimeError, ValueError, AttributeError, TypeError):
         pass
     batch, taus = check_quantiles(given, taus)
-    road = choose_distributional("quantile", backend, batch.q.device)
-    batch = check_values(batch, batch.q.shape[1], batch.next_count, "next_quantiles")
-    batch, reduction = without_weighted_mean(batch, spec.reduction)
-    return what(given.q, batch, taus, spec._replace(reduction=reduction), road)
+    batch, spec, road = prepare("quantile", "quantiles", batch, spec, backend, process_group)
+    return what(given.q, batch, taus, spec, road)
 
 
 class FusedQuantileLoss(nn.Module):
@@ -209,6 +212,7 @@ class FusedQuantileLoss(nn.Module):
         quantile_reduction: str = "sum",
         reduction: str = "mean",
         return_td_error: bool = False,
+        process_group: "ProcessGroup | None" = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -218,7 +222,7 @@ class FusedQuantileLoss(nn.Module):
         else:
             self.gamma = gamma
         self.kappa, self.quantile_reduction, self.reduction = kappa, quantile_reduction, reduction
-        self.return_td_error, self.backend = return_td_error, backend
+        self.return_td_error, self.process_group, self.backend = return_td_error, process_group, backend
 
     def forward(
         self,
@@ -252,6 +256,7 @@ class FusedQuantileLoss(nn.Module):
             quantile_reduction=self.quantile_reduction,
             reduction=self.reduction,
             return_td_error=self.return_td_error,
+            process_group=self.process_group,
             backend=self.backend,
         )
 

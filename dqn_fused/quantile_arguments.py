@@ -5,9 +5,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from dqn_fused.arguments import REDUCTIONS, Batch
+from dqn_fused.arguments import Batch
 from dqn_fused.checks import FLOATS, dense, show, wrong_choice, wrong_device
 from dqn_fused.distributional import check_distributions
+from dqn_fused.options import REDUCTION_NAMES
 from dqn_fused.targets import number
 
 QUANTILE_REDUCTIONS = ("sum", "mean")
@@ -28,8 +29,8 @@ def check_quantile_options(kappa: float, quantile_reduction: str, reduction: str
         raise ValueError(f"kappa: expected a finite number of at least 0, got {kappa}")
     if quantile_reduction not in QUANTILE_REDUCTIONS:
         wrong_choice("quantile_reduction", quantile_reduction, QUANTILE_REDUCTIONS)
-    if reduction not in REDUCTIONS:
-        wrong_choice("reduction", reduction, REDUCTIONS)
+    if reduction not in REDUCTION_NAMES:
+        wrong_choice("reduction", reduction, REDUCTION_NAMES)
     return QuantileSpec(kappa, quantile_reduction, reduction)
 
 

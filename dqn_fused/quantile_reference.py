@@ -1,13 +1,18 @@
 """The quantile loss in plain PyTorch: each pair of quantiles is an element of a (n, K, K') tensor."""
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dqn_fused.arguments import Batch, accumulation_dtype, check_values, constants
-from dqn_fused.distributional import chosen, per_row, reduced, taken, without_weighted_mean
+from dqn_fused.arguments import Batch, accumulation_dtype, check_group, check_values, constants, normalise_weights
+from dqn_fused.distributional import chosen, per_row, reduced, taken
 from dqn_fused.quantile_arguments import QuantileSpec, check_quantile_options, check_quantiles
 from dqn_fused.reference import bootstrapped
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def quantile_loss(
@@ -27,6 +32,7 @@ def quantile_loss(
     quantile_reduction: str = "sum",
     reduction: str = "mean",
     return_td_error: bool = False,
+    process_group: "ProcessGroup | None" = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Quantile regression loss (Dabney et al., 2018) by PyTorch operations, differentiated by autograd, on any device.
@@ -42,18 +48,21 @@ def quantile_loss(
     if backend not in ("auto", "torch"):
         raise ValueError(f"backend: the reference is PyTorch, expected 'auto' or 'torch', got {backend!r}")
     spec = check_quantile_options(kappa, quantile_reduction, reduction)
+    if process_group is not None:
+        check_group(process_group, spec)
     samples = Batch(
         quantiles, actions, rewards, next_quantiles, terminated, gamma, non_final_mask,
         next_quantiles_online, next_action_mask, weights,
     )  # fmt: skip
     batch, taus = check_quantiles(samples, taus)
     batch = check_values(batch, batch.q.shape[1], batch.next_count, "next_quantiles")
-    batch, reduction = without_weighted_mean(batch, spec.reduction)
+    if spec.reduction == "weighted_mean":
+        batch, spec = normalise_weights(batch, spec, process_group)
     batch = constants(batch)
     predicted = taken(batch)
     with torch.no_grad():
         target = target_quantiles(batch)
-    loss = reduced(loss_of_pairs(predicted, target, taus, spec), batch, reduction)
+    loss = reduced(loss_of_pairs(predicted, target, taus, spec), batch, spec.reduction)
     return (loss, td_error(predicted, target, batch).detach()) if return_td_error else loss
 
 

@@ -5,13 +5,14 @@
 gather.
 """
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dqn_fused import hints
 from dqn_fused.arguments import (
     Batch,
     LossSpec,
@@ -23,9 +24,10 @@ from dqn_fused.arguments import (
     constants,
     looks_at_values,
     normalise_weights,
-    require_next_q,
 )
+from dqn_fused.ensemble import one_next_q
 from dqn_fused.targets import Munchausen, Soft
+from dqn_fused.value_transform import signed_hyperbolic, signed_parabolic
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -38,7 +40,7 @@ def dqn_loss(
     q: Tensor,
     actions: Tensor,
     rewards: Tensor,
-    next_q: Tensor,
+    next_q: Tensor | Sequence[Tensor],
     terminated: Tensor | None = None,
     gamma: float | Tensor = 0.99,
     *,
@@ -53,10 +55,13 @@ def dqn_loss(
     target_q: Tensor | None = None,
     cql_alpha: float = 0.0,
     action_mask: Tensor | None = None,
+    value_transform: str = "identity",
+    ensemble: str = "min",
     return_td_error: bool = False,
     return_cql: bool = False,
     process_group: "ProcessGroup | None" = None,
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> Tensor | tuple[Tensor, ...]:
     """DQN loss (Mnih et al., 2015) by PyTorch operations, differentiated by autograd, on any device.
 
@@ -68,14 +73,15 @@ def dqn_loss(
     >>> dqn_loss(q, torch.tensor([1]), torch.tensor([0.7]), torch.zeros(1, 3), torch.tensor([True]))
     tensor(0.2500)
     """
+    if unknown:
+        hints.unexpected("dqn_loss", unknown)
     if backend not in ("auto", "torch"):
         raise ValueError(f"backend: the reference is PyTorch, expected 'auto' or 'torch', got {backend!r}")
-    spec = check_loss(loss, delta, reduction, target, cql_alpha, return_cql)
-    require_next_q(next_q)
+    spec = check_loss(loss, delta, reduction, target, cql_alpha, return_cql, value_transform)
     if process_group is not None:
         check_group(process_group, spec)
     batch = Batch(
-        q, actions, rewards, next_q, terminated, gamma, non_final_mask,
+        q, actions, rewards, one_next_q(q, next_q, ensemble), terminated, gamma, non_final_mask,
         next_q_online, next_action_mask, weights, target_q, action_mask,
     )  # fmt: skip
     batch = check_batch(batch, spec)
@@ -101,7 +107,12 @@ def td_error(batch: Batch, spec: LossSpec) -> Tensor:
         if spec.target == "munchausen":
             target = target + spec.alpha * _log_policy(batch, spec, dtype).clamp(spec.clip, 0)
         if batch.next_q is not None:
-            target = bootstrapped(target, _next_values(batch, batch.next_q, spec, dtype), batch, dtype)
+            values = _next_values(batch, batch.next_q, spec, dtype)
+            if spec.value_transform == "signed_hyperbolic":
+                values = signed_parabolic(values)
+            target = bootstrapped(target, values, batch, dtype)
+        if spec.value_transform == "signed_hyperbolic":
+            target = signed_hyperbolic(target)
     taken, legal = _taken(batch, batch.q)
     td = _cast(taken, dtype).view(batch.shape) - target.view(batch.shape)
     return td if legal is None else torch.where(legal.view(batch.shape), td, torch.nan)

@@ -105,12 +105,12 @@ def forward(rows: int, columns: int, share: int, summed: bool) -> Forward:
     return Forward(tile_rows, block, tiles, cdiv(rows, tile_rows * tiles), 4)
 
 
-def counts(rows: int, plan: Forward) -> int:
+def counts(rows: int, num_warps: int) -> int:
     """Programs of count_kernel, or 0 where those of the forward count all entries of non_final_mask themselves.
 
     That is a load after the other; the launch, and the load of its counts, is as much as four of them.
     """
-    loads = cdiv(rows, COUNTED_A_WARP * plan.num_warps)
+    loads = cdiv(rows, COUNTED_A_WARP * num_warps)
     return 0 if loads * LOAD <= LAUNCH + LOAD else cdiv(rows, COUNTED)
 
 

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from .mask import count_before
 from .rows import load_legal, reduce_partials, reduce_tile, row_offset, scalar
+from .value_transform import signed_hyperbolic, signed_parabolic
 
 
 @triton.jit
@@ -102,7 +103,7 @@ def td_loss_fwd_kernel(
     mask_inner, mask_stride_outer, mask_stride_inner, mask_stride_action,
     count,  # the sum is divided by it: n for the mean
     LOSS: tl.constexpr, VALUE: tl.constexpr,  # VALUE: of the next state, a KIND of rows.py, or None without next_q
-    GAMMA: tl.constexpr, PER_ROW: tl.constexpr, NARROW: tl.constexpr,
+    GAMMA: tl.constexpr, TRANSFORM: tl.constexpr, PER_ROW: tl.constexpr, NARROW: tl.constexpr,
     TILES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     COUNTED: tl.constexpr, COUNT_BLOCK: tl.constexpr,  # entries of non_final: of a count, and read at once
     ACC: tl.constexpr, CHOICE_ACC: tl.constexpr,  # of the arithmetic, and of the comparison of next_q_online
@@ -220,9 +221,13 @@ def td_loss_fwd_kernel(
                 discount = tl.load(gamma).to(ACC)
             else:
                 discount = tl.load(gamma + row, mask=inside, other=0.0).to(ACC)
+            if TRANSFORM == "signed_hyperbolic":
+                value = signed_parabolic(value)
             # Selected, not multiplied: what stands in a terminated row's next_q never reaches the target.
             target = tl.where(live, target + discount * value, target)
 
+        if TRANSFORM == "signed_hyperbolic":
+            target = signed_hyperbolic(target)
         td = tl.where(legal, taken - target, float("nan"))
         tl.store(td_error + row, td, mask=inside)
         sample = td_loss(td, margin, LOSS)

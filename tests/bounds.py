@@ -20,6 +20,7 @@ from dqn_fused.arguments import accumulation_dtype
 
 TRUNCATES = os.environ.get("TRITON_INTERPRET") == "1"  # to bfloat16, which a GPU rounds to the nearest
 EXP, LOG = 4, 4  # units of roundoff: GPUs compute powers and logarithms of two to 2 ulp, and multiply
+SQRT, QUOTIENT = 2, 4  # of a GPU's fast square root, 2^-23 of float32, and of its quotient, 2 ulp
 ARGUMENT = 5  # of an exponential: a difference, a temperature inverted and multiplied, the base changed and rounded
 
 

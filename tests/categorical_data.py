@@ -6,7 +6,7 @@ import pytest
 import torch
 from bounds import assert_close
 from categorical_oracle import Expected, categorical_oracle
-from conftest import INTERPRETED, Road
+from conftest import Road, distributional_roads
 from data import source
 from torch import Tensor
 
@@ -16,22 +16,11 @@ from dqn_fused import (
     fused_categorical_td_loss,
     fused_categorical_td_loss_and_grad,
 )
-from dqn_fused._backends import serving
 
 SUPPORT = (-5.0, 10.0)
 
 
-def _roads() -> list[Any]:
-    found = [pytest.param(Road(name, "cpu"), id=f"{name}-cpu") for name in serving(torch.device("cpu"), "categorical")]
-    if torch.cuda.is_available() and not INTERPRETED:
-        found += [
-            pytest.param(Road(name, "cuda"), id=f"{name}-cuda", marks=pytest.mark.gpu)
-            for name in serving(torch.device("cuda"), "categorical")
-        ]
-    return found
-
-
-every_road = pytest.mark.parametrize("backend", _roads())
+every_road = pytest.mark.parametrize("backend", distributional_roads("categorical"))
 
 
 def clear_winner(logits: Tensor) -> Tensor:

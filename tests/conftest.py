@@ -16,7 +16,7 @@ import torch
 from data import SEED
 
 from dqn_fused import node
-from dqn_fused._backends import serving
+from dqn_fused._backends import DISTRIBUTIONAL, serving
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; their threads would wait for each other
     torch.set_num_threads(1)
@@ -63,6 +63,24 @@ def _roads() -> list[object]:
         roads.append(pytest.param(Road("compiled", "cpu"), id="cuda-ptx", marks=pytest.mark.ptx("cuda")))
     if _GPU:
         for name in serving(torch.device("cuda")):
+            roads.append(pytest.param(Road(name, "cuda"), id=f"{name}-cuda", marks=pytest.mark.gpu))
+    return roads
+
+
+def distributional_roads(family: str) -> list[Any]:
+    """What serves a family of losses of distributions."""
+    roads = [
+        pytest.param(Road(name, "cpu"), id=f"{name}-cpu")
+        for name in serving(torch.device("cpu"), family)
+        if name != "triton"
+    ]
+    if "triton" in DISTRIBUTIONAL[family]:
+        if INTERPRETED:
+            roads.append(pytest.param(Road("triton", "cpu"), id="triton-interpreter", marks=pytest.mark.interpret))
+        elif EXECUTED and importlib.util.find_spec("triton") is not None:
+            roads.append(pytest.param(Road("triton", "cpu"), id="triton-ptx", marks=pytest.mark.ptx))
+    if _GPU:
+        for name in serving(torch.device("cuda"), family):
             roads.append(pytest.param(Road(name, "cuda"), id=f"{name}-cuda", marks=pytest.mark.gpu))
     return roads
 

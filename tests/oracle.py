@@ -6,12 +6,13 @@ It shares no code and no operation with the package. ``eager`` is the loss as us
 import itertools
 import math
 from collections.abc import Iterator
+from decimal import Decimal, localcontext
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from bounds import ARGUMENT, EXP, LOG, Arithmetic, LogSum, Number, Values, log_sum
+from bounds import ARGUMENT, EXP, LOG, QUOTIENT, SQRT, Arithmetic, LogSum, Number, Values, log_sum
 from torch import Tensor
 
 from dqn_fused import Munchausen, Soft
@@ -87,6 +88,44 @@ def _rho(arithmetic: Arithmetic, td: Number, loss: str, delta: float) -> tuple[N
     return value, slope
 
 
+# R2D2's h and its inverse as the paper writes them, with digits enough for what cancels. Their bounds are those of the
+# forms x (1 / (sqrt(|x| + 1) + 1) + epsilon) and t (t + 2), t = 2 x / (sqrt(4 epsilon |x| + b^2) + b).
+DIGITS = 60
+H_EPSILON = Decimal("0.001")
+
+
+def signed_hyperbolic(arithmetic: Arithmetic, x: Number) -> Number:
+    """h(x). |x| + 1 has an error of 1 unit, its root of half of that and its own, and so on; h' falls with |x|."""
+    if not math.isfinite(x.value):
+        return Number(x.value)
+    with localcontext() as context:
+        context.prec = DIGITS
+        size = abs(Decimal(x.value))
+        value = math.copysign(float((size + 1).sqrt() - 1 + H_EPSILON * size), x.value)
+    root = 0.5 + SQRT
+    factor = (root + 1) + QUOTIENT  # of 1 / (root + 1)
+    nearest = max(abs(x.value) - x.error, 0.0)
+    slope = 0.5 / math.sqrt(nearest + 1) + float(H_EPSILON)
+    return Number(value, slope * x.error + (factor + 1 + 1) * arithmetic.unit * abs(value))
+
+
+def signed_parabolic(arithmetic: Arithmetic, x: Number) -> Number:
+    """The inverse of h. An error of t counts twice in t (t + 2); the slope grows with |x|."""
+    if not math.isfinite(x.value):
+        return Number(x.value)
+    with localcontext() as context:
+        context.prec = DIGITS
+        size = abs(Decimal(x.value))
+        root = ((1 + 4 * H_EPSILON * (size + 1 + H_EPSILON)).sqrt() - 1) / (2 * H_EPSILON)
+        value = math.copysign(float(root**2 - 1), x.value)
+    quotient = (0.5 * (2 + 1) + SQRT) + 1 + QUOTIENT  # of t: 4 epsilon |x|, the sum, its root, the sum, the quotient
+    epsilon, farthest = float(H_EPSILON), abs(x.value) + x.error
+    b = 1 + 2 * epsilon
+    t = 2 * farthest / (math.sqrt(4 * epsilon * farthest + b * b) + b)
+    slope = (2 * t + 2) / (b + 2 * epsilon * t)
+    return Number(value, slope * x.error + (2 * quotient + 1 + 1) * arithmetic.unit * abs(value))
+
+
 def _policy(arithmetic: Arithmetic, sums: LogSum) -> Values:
     """Softmax of a row, as exp(x - largest - log(total)), which keeps its digits however large Q-values are."""
     if not math.isfinite(sums.number.value):
@@ -116,6 +155,7 @@ def oracle(
     target_q: Tensor | None = None,
     cql_alpha: float = 0.0,
     action_mask: Tensor | None = None,
+    value_transform: str = "identity",
     grad_loss: Tensor | None = None,
     dtype: torch.dtype | None = None,
     errors: dict[str, np.ndarray] | None = None,
@@ -167,7 +207,11 @@ def oracle(
                 value = log_sum(arithmetic, *next_row, next_mask, target.temperature).number
             else:
                 value = chosen(online_row, next_row, next_mask)
+            if value_transform == "signed_hyperbolic":
+                value = signed_parabolic(arithmetic, value)
             y = add(y, multiply(given(gammas[i]), value))
+        if value_transform == "signed_hyperbolic":
+            y = signed_hyperbolic(arithmetic, y)
         td.append(arithmetic.subtract(taken, y))
         sums = log_sum(arithmetic, *row, mask)
         cqls.append(arithmetic.subtract(sums.number, taken))
@@ -219,6 +263,7 @@ def eager(
     target_q: Tensor | None = None,
     cql_alpha: float = 0.0,
     action_mask: Tensor | None = None,
+    value_transform: str = "identity",
 ) -> tuple[Tensor, Tensor]:
     """(loss, td_error) as users write it, in the dtype the tensors have: its error is the yardstick."""
 
@@ -249,8 +294,13 @@ def eager(
         else:
             ends = torch.zeros(n, device=q.device) if terminated is None else terminated.reshape(-1)
             values = torch.where(ends != 0, 0, value)
+        if value_transform == "signed_hyperbolic":
+            root = ((1 + 4e-3 * (values.abs() + 1 + 1e-3)).sqrt() - 1) / 2e-3
+            values = values.sign() * (root.square() - 1)
         discount = gamma.reshape(-1) if isinstance(gamma, Tensor) else gamma
         y = y + discount * values
+    if value_transform == "signed_hyperbolic":
+        y = y.sign() * ((y.abs() + 1).sqrt() - 1) + 1e-3 * y
     td = taken - y.detach()
     zero = torch.zeros_like(td)
     if loss == "mse":

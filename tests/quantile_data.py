@@ -5,28 +5,14 @@ from typing import Any
 import pytest
 import torch
 from bounds import assert_close
-from conftest import INTERPRETED, Road
+from conftest import Road, distributional_roads
 from data import source
 from quantile_oracle import Expected, eager, quantile_oracle
 from torch import Tensor
 
 from dqn_fused import fused_quantile_loss, fused_quantile_loss_and_grad
-from dqn_fused._backends import serving
 
-
-def roads(*more: str) -> list[Any]:
-    found = [
-        pytest.param(Road(name, "cpu"), id=f"{name}-cpu") for name in [*serving(torch.device("cpu"), "quantile"), *more]
-    ]
-    if torch.cuda.is_available() and not INTERPRETED:
-        found += [
-            pytest.param(Road(name, "cuda"), id=f"{name}-cuda", marks=pytest.mark.gpu)
-            for name in serving(torch.device("cuda"), "quantile")
-        ]
-    return found
-
-
-every_road = pytest.mark.parametrize("backend", roads())
+every_road = pytest.mark.parametrize("backend", distributional_roads("quantile"))
 
 
 def clear_winner(values: Tensor, g: torch.Generator) -> Tensor:

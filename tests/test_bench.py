@@ -207,8 +207,9 @@ def test_rows_hold_what_their_schema_says(kind: str, tmp_path: Path, monkeypatch
     table.add(rows)
     assert read(table.path) == table.rows
     eager = next(row for row in table.rows if row["provider"] == "eager")
+    scalar = {"K"} if kind == "graph" else set()
     assert [name for name in COLUMNS[kind] if eager[name] == ""] == [
-        name for name in COLUMNS[kind] if name in ("device_us", "graph_us")
+        name for name in COLUMNS[kind] if name in ("device_us", "graph_us", *scalar)
     ]
     assert eager["speedup"] == 1.0
     assert eager["us_p20"] <= eager["us"] <= eager["us_p80"]
@@ -322,6 +323,22 @@ def test_a_changed_digit_in_a_page_is_noticed() -> None:
                 assert report.stale(whole.replace(text, other), wanted) == [name]
 
 
+@pytest.mark.parametrize("name", graph.DISTRIBUTIONAL_SIZES)
+def test_graphs_of_distributional_losses(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "can_compile", lambda: True)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    problems: list[str] = []
+    rows = graph.measure(graph.Work(name, 6, 3, 5), "cpu", 0.001, problems)
+    assert not problems
+    backends = serving(torch.device("cpu"), distributional.FAMILIES[name].backends)
+    expected = ["no loss", "eager", "fused", *(f"fused[{x}]" for x in backends if x != "triton")]
+    assert [row["provider"] for row in rows] == expected
+    table = Table(tmp_path, "graph")
+    table.add(rows)
+    assert read(table.path) == table.rows
+    assert f"| {name}, 6 x 3 x 5 |" in tables.graph(table.rows)
+
+
 def test_report_of_graphs(tmp_path: Path) -> None:
     folder = tmp_path / "nvidia-h200"
     row = {"n": 32, "A": 18, "dtype": "float32", "threads": 1, "cores": 2, "device": "H200"}
@@ -334,7 +351,7 @@ def test_report_of_graphs(tmp_path: Path) -> None:
         ]
     Table(folder, "graph").add(found)
     text = report.sections([folder], tmp_path)["nvidia-h200/graph"]
-    assert "| loss, n x A | no loss | eager | fused |" in text
+    assert "| loss, n x A, or n x A x K | no loss | eager | fused |" in text
     assert "| cql, 32 x 18 | 100 us | +20 us | -10 us (+4.0 %) |" in text
     assert "Furthest behind the graph of eager's lines: fused +4.0 % at cql, 32 x 18." in text
     assert tables.tables("graph", read(folder / "graph.csv"))
@@ -368,11 +385,9 @@ def test_report_of_a_folder(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not has("matplotlib"), reason="no matplotlib")
 def test_pictures(tmp_path: Path) -> None:
-    assert (
-        plots.draw_all(report.RESULTS / "cpu", tmp_path)
-        == "pictures: bench_speed.png, bench_floor.png, bench_memory.png"
-    )
-    assert all((tmp_path / f"bench_{name}.png").stat().st_size > 10_000 for name in ("speed", "floor", "memory"))
+    names = [f"bench_{name}.png" for name in ("speed", "floor", "memory", "distributional")]
+    assert plots.draw_all(report.RESULTS / "cpu", tmp_path) == f"pictures: {', '.join(names)}"
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in names)
     assert plots.draw_all(tmp_path / "nothing", tmp_path) == "pictures: none"
 
 
@@ -452,10 +467,12 @@ def test_the_table_of_kernels() -> None:
 
     index = [target.name for target in aot.TARGETS].index("sm_90")
     cases = [kernels.Case("narrow", "dqn", (8, 4), F32), kernels.Case("wide", "masked double", (16, 512), F32)]
+    cases.append(kernels.Case("quantiles", "quantile", (8, 3, 16), F32))
+    cases.append(kernels.Case("atoms", "categorical", (8, 3, 16), F32))
     rows = list(kernels.of_target(index, cases))
     assert {name for row in rows for name in row} <= set(COLUMNS["kernels"])
     for row in rows:
-        if row["kernel"] == "td_loss_bwd_kernel":
+        if row["kernel"] in ("td_loss_bwd_kernel", "rows_bwd_kernel"):
             assert row["stored_bytes"] == row["bytes"], "the gradient is stored once"
         assert row["instructions"] >= row["integer"] + row["float"] + row["special"] > 0
     found = {(row["case"], row["call"], row["kernel"]): row for row in rows}
@@ -467,3 +484,6 @@ def test_the_table_of_kernels() -> None:
     assert found["wide", "forward", "td_loss_fwd_kernel"]["bytes"] == 0
     assert found["wide", "backward", "td_loss_bwd_kernel"]["store_bits"] == 128
     assert found["wide", "backward", "td_loss_bwd_kernel"]["bytes"] == 16 * 512 * 4
+    for name, forward in (("quantiles", "quantile_fwd_kernel"), ("atoms", "categorical_fwd_kernel")):
+        for call, kernel in (("forward", forward), ("backward", "rows_bwd_kernel")):
+            assert found[name, call, kernel]["bytes"] == 8 * 3 * 16 * 4

@@ -251,6 +251,28 @@ def op_arguments(arguments: dict[str, Any], reduction: int, check: bool) -> tupl
     )  # fmt: skip
 
 
+@every_road
+@pytest.mark.parametrize("reduction", [0, 1])
+@pytest.mark.parametrize("names", OP_CASES)
+def test_the_ops_that_a_graph_holds(backend: Road, names: str, reduction: int) -> None:
+    if backend.backend != "triton":
+        pytest.skip("its graph holds the compiled ops, or PyTorch's operations")
+    from dqn_fused import _distributional_ops as ops
+
+    arguments = {
+        k: x.to(backend.device) if isinstance(x, Tensor) else x
+        for k, x in options((7, 3, 9), set(names.split()), seed=53).items()
+    }
+    if not names:
+        arguments["support"] = torch.linspace(-5, 10, 9, device=backend.device)
+    given = op_arguments(arguments, reduction, False)
+    torch.library.opcheck(ops.triton_categorical_loss, given)
+    torch.library.opcheck(ops.triton_categorical_loss_and_grad, given)
+    loss, _, slopes = ops.triton_categorical_loss(*given)
+    saved = (slopes, arguments["actions"], arguments.get("weights"), 3, torch.float32, reduction)
+    torch.library.opcheck(ops.triton_rows_backward, (torch.ones_like(loss), *saved))
+
+
 @built
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("names", OP_CASES)

@@ -1,5 +1,6 @@
 """The compiled ops by themselves, what their inputs may be, and torch.compile over the whole road."""
 
+import inspect
 import os
 import re
 import subprocess
@@ -17,7 +18,8 @@ from test_loss import REDUCTIONS, compact, make
 from torch import Tensor, nn
 
 from dqn_fused import backends, fused_dqn_loss, fused_dqn_loss_and_grad
-from dqn_fused.arguments import Batch, LossSpec, check_loss
+from dqn_fused.arguments import Batch
+from dqn_fused.options import LossSpec, check_loss, packed
 
 built = pytest.mark.skipif(
     not backends()["compiled"].available, reason=f"compiled ops: {backends()['compiled'].reason}"
@@ -43,7 +45,7 @@ def general_arguments(arguments: dict[str, Any], reduction: str = "mean", check:
 
 
 def described(arguments: dict[str, Any], reduction: str) -> tuple[Batch, LossSpec]:
-    options = {k: arguments[k] for k in ("loss", "delta", "target", "cql_alpha") if k in arguments}
+    options = {k: x for k, x in arguments.items() if k in inspect.signature(check_loss).parameters}
     batch = Batch(**{k: x for k, x in arguments.items() if k in Batch._fields and k not in options})
     return batch, check_loss(**options, reduction=reduction)
 
@@ -98,10 +100,9 @@ def test_opcheck_of_the_family(name: str, reduction: str) -> None:
     loss, td, normaliser = _ops.general_td_loss(*given)
     spec, q = described(arguments, reduction)[1], arguments["q"]
     dense = (normaliser, q, arguments.get("action_mask")) if spec.cql_alpha else (None, None, None)
-    codes = (_ops.LOSSES[spec.loss], spec.delta, spec.cql_alpha, _ops.REDUCTIONS[reduction])
     torch.library.opcheck(
         _ops.general_td_loss_backward,
-        (torch.ones_like(loss), td, arguments["actions"], arguments.get("weights"), *dense, 3, q.dtype, *codes),
+        (torch.ones_like(loss), td, arguments["actions"], arguments.get("weights"), *dense, 3, q.dtype, packed(spec)),
     )
 
 
@@ -205,7 +206,7 @@ def test_error_of_the_exponential() -> None:
     def exponential(x: Tensor) -> Tensor:
         q = torch.cat([x, torch.zeros(1)]).unsqueeze(0)
         one, zero, action = torch.ones(()), torch.zeros(1), torch.tensor([q.shape[1] - 1])
-        rest = (None, q.shape[1], q.dtype, 0, 1.0, 1.0, _ops.REDUCTIONS["sum"])
+        rest = (None, q.shape[1], q.dtype, packed(LossSpec(reduction="sum", cql=True, cql_alpha=1.0)))
         return _ops.general_td_loss_backward(one, zero, action, None, zero.expand(2, 1).contiguous(), q, *rest)[0, :-1]
 
     x = torch.cat([torch.linspace(-87, 0, 1_000_001), -torch.logspace(-30, 0, 1001)])

@@ -14,13 +14,24 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dqn_fused import (
+    FusedCategoricalLoss,
+    FusedCategoricalTDLoss,
     FusedDQNLoss,
     FusedLinearDQNLoss,
+    FusedQuantileLoss,
+    fused_categorical_loss,
+    fused_categorical_loss_and_grad,
+    fused_categorical_td_loss,
+    fused_categorical_td_loss_and_grad,
     fused_dqn_loss,
     fused_dqn_loss_and_grad,
     fused_linear_dqn_loss,
+    fused_quantile_loss,
+    fused_quantile_loss_and_grad,
     fused_td_loss,
 )
+from dqn_fused.categorical_reference import categorical_loss, categorical_td_loss
+from dqn_fused.quantile_reference import quantile_loss
 from dqn_fused.reference import dqn_loss
 
 pytestmark = pytest.mark.skipif(
@@ -41,7 +52,41 @@ CASES = [
     ("linear", "unequal"),
     ("linear_module", "unequal"),
     ("compiled_graph", "unequal"),
+    ("quantile", "unequal"),
+    ("quantile", "one_rank_has_none"),
+    ("quantile_module", "unequal"),
+    ("quantile_loss_and_grad", "unequal"),
+    ("quantile_reference", "unequal"),
+    ("quantile_compiled_graph", "unequal"),
+    ("categorical", "unequal"),
+    ("categorical", "one_rank_has_none"),
+    ("categorical_module", "unequal"),
+    ("categorical_loss_and_grad", "unequal"),
+    ("categorical_reference", "unequal"),
+    ("categorical_compiled_graph", "unequal"),
+    ("categorical_td", "unequal"),
+    ("categorical_td_module", "unequal"),
+    ("categorical_td_loss_and_grad", "unequal"),
+    ("categorical_td_reference", "unequal"),
 ]
+# Of each distributional loss its function, that with the gradient, its module, its reference, and its options.
+FAMILIES: dict[str, tuple[Any, Any, Any, Any, dict[str, Any]]] = {
+    "quantile": (fused_quantile_loss, fused_quantile_loss_and_grad, FusedQuantileLoss, quantile_loss, {"kappa": 0.5}),
+    "categorical_td": (
+        fused_categorical_td_loss,
+        fused_categorical_td_loss_and_grad,
+        FusedCategoricalTDLoss,
+        categorical_td_loss,
+        {"support": (-2.0, 2.0), "projection": "hl_gauss"},
+    ),
+    "categorical": (
+        fused_categorical_loss,
+        fused_categorical_loss_and_grad,
+        FusedCategoricalLoss,
+        categorical_loss,
+        {"support": (-2.0, 2.0)},
+    ),
+}
 
 
 def batch() -> dict[str, Tensor]:
@@ -60,6 +105,8 @@ def loss_of(way: str, model: nn.Module, shard: dict[str, Tensor], group: Any) ->
     """Loss of a shard; with group None the same of the whole batch."""
     shard = dict(shard)
     obs, weights = shard.pop("q"), shard.pop("weights")
+    if way.startswith(("quantile", "categorical")):
+        return distributional_loss_of(way, model(obs), obs, shard | {"weights": weights}, group)
     options: dict[str, Any] = {"reduction": "weighted_mean", "process_group": group, "loss": "huber"}
     if way == "mean":
         return fused_dqn_loss(model(obs), **shard)  # type: ignore[return-value]
@@ -73,7 +120,7 @@ def loss_of(way: str, model: nn.Module, shard: dict[str, Tensor], group: Any) ->
     if way == "loss_and_grad":
         q = model(obs)
         loss, grad_q = fused_dqn_loss_and_grad(q, **shard, **options)
-        return loss.detach() + (q * grad_q).sum() - (q * grad_q).sum().detach()
+        return with_gradient(loss, q, grad_q)
     if way.startswith("linear"):
         del shard["next_q"]
         layer = nn.Linear(A, 50, dtype=torch.float64).requires_grad_(False)
@@ -88,6 +135,33 @@ def loss_of(way: str, model: nn.Module, shard: dict[str, Tensor], group: Any) ->
     if way == "compiled_graph":
         return torch.compile(fused_dqn_loss, fullgraph=True)(model(obs), **shard, **options)
     return fused_dqn_loss(model(obs), **shard, **options)  # type: ignore[return-value]
+
+
+def with_gradient(loss: Tensor, q: Tensor, grad_q: Tensor) -> Tensor:
+    """The loss, whose gradient by q is grad_q."""
+    product = (q * grad_q).sum()
+    return loss.detach() + product - product.detach()
+
+
+def distributional_loss_of(way: str, q: Tensor, obs: Tensor, shard: dict[str, Tensor], group: Any) -> Tensor:
+    """The same of K quantiles or logits of each action, which are multiples of its Q-value."""
+    family = next(name for name in FAMILIES if way.startswith(name))
+    function, both, module, reference, options = FAMILIES[family]
+    options = options | {"reduction": "weighted_mean", "process_group": group}
+    factors = torch.linspace(0.5, 1.5, 4, dtype=q.dtype)
+    x, next_x = q.unsqueeze(2) * factors, obs[:, :A].unsqueeze(2) * factors
+    given: tuple[Tensor, ...] = (x, shard["actions"], shard["rewards"])
+    if family != "categorical_td":
+        given += (next_x, shard["terminated"])
+    weights = shard["weights"]
+    if way.endswith("_module"):
+        return module(**options)(*given, weights=weights)
+    if way.endswith("_loss_and_grad"):
+        loss, grad = both(*given, weights=weights, **options)
+        return with_gradient(loss, x, grad)
+    if way.endswith("_compiled_graph"):
+        function = torch.compile(function, fullgraph=True)
+    return (reference if way.endswith("_reference") else function)(*given, weights=weights, **options)
 
 
 def gradients(way: str, model: nn.Module, shard: dict[str, Tensor], group: Any) -> dict[str, Tensor]:
@@ -163,3 +237,13 @@ def test_what_is_no_process_group() -> None:
     for function, given in calls:
         with pytest.raises(TypeError, match=r"process_group: expected a torch.distributed.ProcessGroup, got str"):
             function(*given, reduction="weighted_mean", process_group="gloo")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_no_process_group_of_a_distributional_loss(family: str) -> None:
+    function, both, _, reference, options = FAMILIES[family]
+    x, n = torch.zeros(2, A, 4), torch.zeros(2)
+    given = (x, n.long(), n) if family == "categorical_td" else (x, n.long(), n, x)
+    for call in (function, both, reference):
+        with pytest.raises(TypeError, match=r"process_group: expected a torch.distributed.ProcessGroup, got str"):
+            call(*given, **options, reduction="weighted_mean", process_group="gloo")

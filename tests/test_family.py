@@ -69,6 +69,11 @@ def cql(a: Arguments, g: torch.Generator) -> Arguments:
     return {"cql_alpha": 0.7}
 
 
+def transform(a: Arguments, g: torch.Generator) -> Arguments:
+    """Rewards as they are where nobody clips them."""
+    return {"value_transform": "signed_hyperbolic", "rewards": 100 * a["rewards"]}
+
+
 VARIANTS: dict[str, tuple[Callable[..., Arguments], ...]] = {
     "double": (double,),
     "mask": (next_mask,),
@@ -85,6 +90,9 @@ VARIANTS: dict[str, tuple[Callable[..., Arguments], ...]] = {
     "cql": (cql,),
     "cql-mask-weights": (cql, mask, weights),
     "double-cql-weights-smooth_l1": (double, cql, weights, smooth_l1),
+    "transform": (transform,),
+    "transform-double-mask-weights": (transform, double, next_mask, weights),
+    "transform-munchausen-cql-huber": (transform, munchausen, cql, huber),
     "munchausen-cql-masks-weights-huber": (munchausen, cql, next_mask, mask, weights, huber),
 }
 
@@ -243,7 +251,7 @@ def test_no_legal_action_in_the_state_itself_is_nan(road: Road, A: int) -> None:
 
 
 @pytest.mark.parametrize("A", [4, 150, 1501])
-@pytest.mark.parametrize("name", ["double", "double-mask", "soft", "munchausen", "cql"])
+@pytest.mark.parametrize("name", ["double", "double-mask", "soft", "munchausen", "cql", "transform"])
 def test_nan_in_a_live_row_is_nan_in_the_loss(road: Road, name: str, A: int) -> None:
     matrix = {"double": "next_q_online", "double-mask": "next_q_online", "munchausen": "target_q", "cql": "q"}
     for column in {0, A // 2, A - 1}:
@@ -258,7 +266,7 @@ def test_nan_in_a_live_row_is_nan_in_the_loss(road: Road, name: str, A: int) -> 
         assert losses.isnan().tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("name", ["double", "soft", "munchausen", "munchausen-cql-masks-weights-huber"])
+@pytest.mark.parametrize("name", ["double", "soft", "munchausen", "munchausen-cql-masks-weights-huber", "transform"])
 def test_nan_in_a_terminated_row_is_not_used(road: Road, name: str) -> None:
     for A in (4, 1500):
         arguments = variant(name, (6, A))
@@ -272,7 +280,7 @@ def test_nan_in_a_terminated_row_is_not_used(road: Road, name: str) -> None:
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf])
-@pytest.mark.parametrize("name", ["double", "soft", "munchausen"])
+@pytest.mark.parametrize("name", ["double", "soft", "munchausen", "transform"])
 def test_infinite_next_values(road: Road, name: str, value: float) -> None:
     for A in (4, 150):
         arguments = variant(name, (3, A))

@@ -29,7 +29,7 @@ def arguments_of(inputs: dict[str, Any], dtype: torch.dtype, device: str) -> dic
     for name, short in {"next_q_online": "online", "weights": "w", "target_q": "target_q"}.items():
         if short in inputs:
             arguments[name] = torch.tensor(inputs[short], dtype=dtype)
-    arguments |= {name: inputs[name] for name in ("loss", "delta", "cql_alpha") if name in inputs}
+    arguments |= {name: inputs[name] for name in ("loss", "delta", "cql_alpha", "value_transform") if name in inputs}
     if "temperature" in inputs:
         arguments["target"] = Munchausen(inputs["temperature"], inputs["alpha"], inputs["clip_low"])
     if "non_final_mask" in inputs:
@@ -38,7 +38,7 @@ def arguments_of(inputs: dict[str, Any], dtype: torch.dtype, device: str) -> dic
 
 
 def test_the_cases_are_all_there() -> None:
-    assert len(CASES) == 13
+    assert len(CASES) == 14
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])

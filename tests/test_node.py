@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dqn_fused
 from dqn_fused import fused_dqn_loss, fused_dqn_loss_and_grad, fused_td_loss, node
-from dqn_fused.__main__ import report
+from dqn_fused.__main__ import facts, report
 
 pytestmark = pytest.mark.skipif(node.MODULE is None, reason=f"no node in C++: {node.MISSING}")
 
@@ -270,4 +270,4 @@ def test_a_build_for_another_torch_is_refused_in_words(tmp_path: Path) -> None:
 
 
 def test_the_report_names_it() -> None:
-    assert "autograd   recorded in C++" in report()
+    assert "autograd   recorded in C++" in report(facts())

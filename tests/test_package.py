@@ -2,11 +2,13 @@
 
 import doctest
 import importlib
+import json
 import os
 import subprocess
 import sys
 import zipfile
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -15,6 +17,7 @@ import torch
 
 import dqn_fused
 from dqn_fused import BackendUnavailableError, _backends, backends, fused_dqn_loss
+from dqn_fused.__main__ import facts, report
 from dqn_fused.head.sweep import Sweep
 
 ROOT = Path(__file__).parent.parent
@@ -101,7 +104,7 @@ def test_a_named_backend_does_not_fall_back() -> None:
 def test_triton_refuses_a_device_that_is_not_its_own() -> None:
     module = pytest.importorskip("dqn_fused._backends.triton_backend")
     assert "got meta" in module.refuses(torch.device("meta"))
-    assert module.refuses(torch.device("cpu" if module.INTERPRETED else "cuda")) is None
+    assert module.refuses(torch.device("cpu" if module.triton_launch.INTERPRETED else "cuda")) is None
 
 
 def test_a_triton_whose_driver_does_not_start_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +116,7 @@ def test_a_triton_whose_driver_does_not_start_is_not_chosen(monkeypatch: pytest.
         def active(self) -> None:
             raise RuntimeError("Failed to find C compiler")
 
-    monkeypatch.setattr(module, "INTERPRETED", False)
+    monkeypatch.setattr(module.triton_launch, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(module.triton.runtime, "driver", Driver())
     assert module.unavailable() == "triton's driver does not start: Failed to find C compiler"
@@ -123,9 +126,9 @@ def test_a_triton_whose_driver_does_not_start_is_not_chosen(monkeypatch: pytest.
 def triton_on_cuda(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The Triton backend as on a machine with a GPU, whose launches do nothing."""
     module: ModuleType = pytest.importorskip("dqn_fused._backends.triton_backend")
-    monkeypatch.setattr(module, "INTERPRETED", False)
-    monkeypatch.setattr(module, "_on", lambda device: nullcontext())
-    monkeypatch.setattr(module, "run", lambda *args, **meta: None)
+    monkeypatch.setattr(module.triton_launch, "INTERPRETED", False)
+    monkeypatch.setattr(module.triton_launch, "on", lambda device: nullcontext())
+    monkeypatch.setattr(module.triton_launch, "run", lambda *args, **meta: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -149,7 +152,7 @@ def test_a_triton_that_cannot_compile_is_not_chosen(
     device = torch.device("cuda", 0)
     assert triton_on_cuda.refuses(device) is None
     triton_on_cuda._probe.cache_clear()
-    monkeypatch.setattr(triton_on_cuda, "run", run)
+    monkeypatch.setattr(triton_on_cuda.triton_launch, "run", run)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert triton_on_cuda.refuses(device) is None
     assert not launches
@@ -187,6 +190,26 @@ def test_the_choice_on_cuda(monkeypatch: pytest.MonkeyPatch, works: tuple[str, .
                 else:
                     with pytest.raises(BackendUnavailableError, match="it does not"):
                         _backends.choose(name, device, actions)
+
+
+@pytest.mark.parametrize("serves", [True, False])
+@pytest.mark.parametrize("family", ["quantile", "categorical"])
+def test_the_choice_of_a_distributional_loss_on_cuda(
+    monkeypatch: pytest.MonkeyPatch, family: str, serves: bool
+) -> None:
+    """Triton, else PyTorch's operations: the compiled ops of these losses are the CPU's."""
+    reasons = {"compiled": None, "triton": None if serves else "it does not", "torch": None}
+    fakes = {name: SimpleNamespace(refuses=lambda device, name=name: reasons[name]) for name in _backends.MODULES}
+    monkeypatch.setattr(_backends, "_missing", lambda name: None)
+    monkeypatch.setattr(_backends, "_LOADED", fakes)
+    monkeypatch.setattr(_backends, "_CHOSEN_DISTRIBUTIONAL", {})
+    device = torch.device("cuda", 0)
+    assert _backends.choose_distributional(family, "auto", device) is fakes["triton" if serves else "torch"]
+    with pytest.raises(BackendUnavailableError, match=f"it has no {family} loss for tensors on cuda"):
+        _backends.choose_distributional(family, "compiled", device)
+    if not serves:
+        with pytest.raises(BackendUnavailableError, match="it does not"):
+            _backends.choose_distributional(family, "triton", device)
 
 
 def test_a_choice_within_a_capture_is_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,6 +255,27 @@ def test_report() -> None:
     assert f"torch      {torch.__version__}" in out
     for name in backends():
         assert f"backend    {name}: " in out
+
+
+def test_report_as_json() -> None:
+    """The same facts, for a program."""
+    command, environment = [sys.executable, "-m", "dqn_fused"], {**os.environ, "DQN_FUSED_CHECK": "1"}
+    run = partial(subprocess.run, cwd="/", capture_output=True, text=True, check=True, env=environment)
+    found = json.loads(run([*command, "--json"]).stdout)
+    assert found["dqn_fused"] == dqn_fused.__version__
+    assert found["torch"]["version"] == torch.__version__
+    assert found["backends"] == {name: status._asdict() for name, status in backends().items()}
+    assert found["environment"]["DQN_FUSED_CHECK"] == "1"
+    assert run(command).stdout.strip() == report(found)
+
+
+def test_report_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    found = facts()
+    assert found["devices"] == [{"device": "cuda:0", "name": "a GPU", "compute_capability": "9.0"}]
+    assert "cuda:0     a GPU, compute capability 9.0" in report(found)
 
 
 @pytest.fixture(scope="module")

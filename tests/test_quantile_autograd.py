@@ -6,10 +6,12 @@ import pytest
 import torch
 from conftest import Road
 from quantile_data import compact, every_road, make
+from test_quantile_compiled import CASES, op_arguments
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from dqn_fused import FusedQuantileLoss, fused_quantile_loss, fused_quantile_loss_and_grad
+from dqn_fused._ops import REDUCTIONS
 from dqn_fused.quantile_reference import quantile_loss
 
 
@@ -238,6 +240,25 @@ def test_torch_compile_of_network_and_loss(backend: Road, name: str) -> None:
 
 
 @every_road
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("case", ["plain", "float64", "everything", "q-values, taus of all"])
+def test_the_ops_that_a_graph_holds(backend: Road, case: str, reduction: str) -> None:
+    if backend.backend != "triton":
+        pytest.skip("its graph holds the compiled ops, or PyTorch's operations")
+    from dqn_fused import _distributional_ops as ops
+
+    arguments = {k: x.to(backend.device) for k, x in CASES[case]().items()}
+    arguments["next_action_mask"] = None  # a row without a legal action is NaN, which opcheck compares with NaN
+    given = op_arguments(arguments, reduction)
+    torch.library.opcheck(ops.triton_quantile_loss, given)
+    torch.library.opcheck(ops.triton_quantile_loss_and_grad, given)
+    loss, _, slopes = ops.triton_quantile_loss(*given)
+    x = arguments["quantiles"]
+    saved = (slopes, arguments["actions"], arguments.get("weights"), x.shape[1], x.dtype, REDUCTIONS[reduction])
+    torch.library.opcheck(ops.triton_rows_backward, (torch.ones_like(loss), *saved))
+
+
+@every_road
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast_changes_nothing_inside(backend: Road, dtype: torch.dtype) -> None:
     arguments = make((4, 3, 5), dtype=dtype, seed=53)
@@ -269,7 +290,7 @@ def test_tensors_without_values(backend: Road, mode: str) -> None:
 
 
 def nothing_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("arguments", "reference", "quantile", "_backends.boxed"):
+    for module in ("arguments", "reference", "distributional_call", "_backends.boxed"):
         monkeypatch.setattr(f"dqn_fused.{module}.looks_at_values", lambda device: False)
 
 

@@ -32,26 +32,38 @@ def assert_same_losses(got: list[float], expected: list[float]) -> None:
     assert len(set(got)) > LOSSES // 2  # they do change
 
 
+def train_on_cartpole(kind: Any, **options: Any) -> tuple[list[float], Any]:
+    """Train an algorithm of Stable-Baselines3: its losses, and itself."""
+    settings: dict[str, Any] = {
+        "seed": 3, "device": "cpu", "learning_rate": 1e-3, "buffer_size": 1000, "learning_starts": 50,
+        "train_freq": 1, "target_update_interval": 20, "policy_kwargs": {"net_arch": [32]},
+    }  # fmt: skip
+    losses: list[float] = []
+
+    class Recorded(kind):  # type: ignore[misc]
+        def train(self, gradient_steps: int, batch_size: int = 100) -> None:
+            super().train(gradient_steps, batch_size)
+            losses.append(float(self.logger.name_to_value["train/loss"]))
+
+    model = Recorded("MlpPolicy", "CartPole-v1", **(settings | options))
+    model.learn(50 + LOSSES)
+    return losses, model
+
+
+def assert_same_training(fused: Any, plain: Any, **options: Any) -> None:
+    """Two algorithms of Stable-Baselines3 have the same losses, and the same parameters after them."""
+    got, fused_model = train_on_cartpole(fused, **options)
+    expected, plain_model = train_on_cartpole(plain, **options)
+    assert_same_losses(got, expected)
+    assert fused_model._n_updates == plain_model._n_updates
+    for x, y in zip(fused_model.policy.parameters(), plain_model.policy.parameters(), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
+
+
 class TestStableBaselines:
     @pytest.fixture(autouse=True)
     def library(self) -> None:
         pytest.importorskip("stable_baselines3")
-
-    def train(self, kind: Any, **options: Any) -> tuple[list[float], Any]:
-        settings: dict[str, Any] = {
-            "seed": 3, "device": "cpu", "learning_rate": 1e-3, "buffer_size": 1000, "learning_starts": 50,
-            "train_freq": 1, "target_update_interval": 20, "policy_kwargs": {"net_arch": [32]},
-        }  # fmt: skip
-        losses: list[float] = []
-
-        class Recorded(kind):  # type: ignore[misc]
-            def train(self, gradient_steps: int, batch_size: int = 100) -> None:
-                super().train(gradient_steps, batch_size)
-                losses.append(float(self.logger.name_to_value["train/loss"]))
-
-        model = Recorded("MlpPolicy", "CartPole-v1", **(settings | options))
-        model.learn(50 + LOSSES)
-        return losses, model
 
     @pytest.mark.parametrize(
         "options",
@@ -63,12 +75,7 @@ class TestStableBaselines:
 
         from examples.sb3_dqn import FusedDQN
 
-        got, fused = self.train(FusedDQN, **options)
-        expected, plain = self.train(DQN, **options)
-        assert_same_losses(got, expected)
-        assert fused._n_updates == plain._n_updates
-        for x, y in zip(fused.policy.parameters(), plain.policy.parameters(), strict=True):
-            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
+        assert_same_training(FusedDQN, DQN, **options)
 
     def test_double_dqn(self, tmp_path: Path) -> None:
         """Against the lines of SB3 with the next action chosen by the online network."""
@@ -95,11 +102,64 @@ class TestStableBaselines:
 
         # An old target network, whose choice is not the online one's.
         options = {"learning_rate": 1e-2, "target_update_interval": 10_000}
-        got, model = self.train(FusedDQN, double=True, **options)
-        assert_same_losses(got, self.train(Double, **options)[0])
-        assert got != self.train(FusedDQN, **options)[0]
+        got, model = train_on_cartpole(FusedDQN, double=True, **options)
+        assert_same_losses(got, train_on_cartpole(Double, **options)[0])
+        assert got != train_on_cartpole(FusedDQN, **options)[0]
         model.save(tmp_path / "model.zip")
         assert FusedDQN.load(tmp_path / "model.zip").double is True
+
+
+SEVEN_QUANTILES = {"net_arch": [32], "n_quantiles": 7}
+
+
+class TestStableBaselinesContrib:
+    @pytest.fixture(autouse=True)
+    def library(self) -> None:
+        pytest.importorskip("sb3_contrib")
+
+    @pytest.mark.parametrize(
+        "options",
+        [{}, {"n_steps": 3}, {"max_grad_norm": 0.01}, {"gradient_steps": 2}],
+        ids=["plain", "n_step", "clipped", "two_steps"],
+    )
+    def test_same_as_the_library(self, options: dict[str, Any]) -> None:
+        from sb3_contrib import QRDQN
+
+        from examples.sb3_qrdqn import FusedQRDQN
+
+        assert_same_training(FusedQRDQN, QRDQN, policy_kwargs=SEVEN_QUANTILES, **options)
+
+    def test_double_dqn(self, tmp_path: Path) -> None:
+        """Against the library's loss of the quantiles that the online network chooses."""
+        from sb3_contrib import QRDQN
+        from sb3_contrib.common.utils import quantile_huber_loss
+
+        from examples.sb3_qrdqn import FusedQRDQN
+
+        class Double(QRDQN):
+            def train(self, gradient_steps: int, batch_size: int = 100) -> None:
+                assert self.replay_buffer is not None
+                self.policy.set_training_mode(True)
+                batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
+                rows = torch.arange(batch_size)
+                with torch.no_grad():
+                    best = self.quantile_net(batch.next_observations).mean(1).argmax(1)
+                    value = self.quantile_net_target(batch.next_observations)[rows, :, best]
+                    target = batch.rewards + (1 - batch.dones) * self.gamma * value
+                predicted = self.quantile_net(batch.observations)[rows, :, batch.actions.flatten().long()]
+                loss = quantile_huber_loss(predicted, target)
+                self.policy.optimizer.zero_grad()
+                loss.backward()
+                self.policy.optimizer.step()
+                self.logger.record("train/loss", loss.item())
+
+        # An old target network, whose choice is not the online one's.
+        options = {"learning_rate": 1e-2, "target_update_interval": 10_000, "policy_kwargs": SEVEN_QUANTILES}
+        got, model = train_on_cartpole(FusedQRDQN, double=True, **options)
+        assert_same_losses(got, train_on_cartpole(Double, **options)[0])
+        assert got != train_on_cartpole(FusedQRDQN, **options)[0]
+        model.save(tmp_path / "model.zip")
+        assert FusedQRDQN.load(tmp_path / "model.zip").double is True
 
 
 class TestTorchRL:
@@ -345,7 +405,8 @@ class TestMicroBatches:
 
 
 EXAMPLES = (
-    "sb3_dqn", "torchrl_dqn", "cleanrl_dqn", "ddp", "micro_batches", "cartpole", "large_actions", "token_q_learning",
+    "sb3_dqn", "sb3_qrdqn", "torchrl_dqn", "cleanrl_dqn", "ddp", "micro_batches", "cartpole", "large_actions",
+    "token_q_learning",
 )  # fmt: skip
 
 

@@ -172,7 +172,7 @@ def test_strides_beyond_int32() -> None:
 def test_the_weight_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     work = make(6, 41, 24)
     weight, seen = work.weight.t().contiguous().t(), []
-    backend = importlib.import_module("dqn_fused._backends.triton_backend")
+    backend = importlib.import_module("dqn_fused._backends.triton_launch")
     run = backend.run
     monkeypatch.setattr(backend, "run", lambda *args, **meta: (seen.extend(args), run(*args, **meta)))
     check(work._replace(weight=weight))

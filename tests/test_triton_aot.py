@@ -30,7 +30,7 @@ from bench.gpu_code.aot import (  # noqa: E402
 )
 from bench.gpu_code.machine_code import instructions  # noqa: E402
 from dqn_fused import arguments  # noqa: E402
-from dqn_fused._backends import triton_backend  # noqa: E402
+from dqn_fused._backends import triton_backend, triton_launch  # noqa: E402
 from dqn_fused.targets import Munchausen, Soft  # noqa: E402
 
 pytestmark = [
@@ -100,6 +100,8 @@ def family(variant: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[di
         options["cql_alpha"], arguments["action_mask"] = 0.5, legal
     if "weights" in variant:
         options["loss"], arguments["weights"] = "huber", torch.rand(shape[:-1])
+    if "transform" in variant:
+        options["value_transform"] = "signed_hyperbolic"
     return arguments, options
 
 
@@ -122,6 +124,10 @@ FAMILY = [
     ("double_cql_weights", "many_rows", torch.bfloat16),
     ("munchausen_cql_weights", "atari", torch.float64),
     ("munchausen_cql_weights", "hundreds", torch.bfloat16),
+    ("double_transform", "atari", torch.float32),
+    ("transform", "many_rows", torch.bfloat16),
+    ("munchausen_cql_weights_transform", "atari", torch.float64),
+    ("double_transform", "split", torch.float32),
 ]
 
 
@@ -150,7 +156,7 @@ def test_wide_loads_from_a_misaligned_tensor(target: Target, compiled: Compiled,
 def test_numbers_reach_a_float64_kernel_in_memory(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """As an argument it would be float32. The interpreter cannot show it: there a float stays a Python float."""
     seen: list[Any] = []
-    monkeypatch.setattr(triton_backend, "run", lambda kernel, programs, *args, **meta: seen.extend(args))
+    monkeypatch.setattr(triton_launch, "run", lambda kernel, programs, *args, **meta: seen.extend(args))
     arguments, options = family("munchausen_cql_weights", (9, 4), torch.float64)
     launch(arguments, **options)
     assert not any(isinstance(x, float) for x in seen)

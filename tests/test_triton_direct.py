@@ -6,7 +6,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from categorical_data import compact as compact_logits
+from categorical_data import make as make_logits
+from categorical_data import ready
 from conftest import INTERPRETED
+from quantile_data import compact as compact_quantiles
+from quantile_data import make as make_quantiles
 from test_family import VARIANTS, compacted, variant
 from test_loss import compact, dtype_id, make
 from torch import Tensor
@@ -17,11 +22,12 @@ from triton import knobs  # noqa: E402
 from triton.runtime import JITFunction  # noqa: E402
 
 from bench.gpu_code import aot, host  # noqa: E402
-from dqn_fused._backends import triton_backend, triton_program  # noqa: E402
+from dqn_fused._backends import triton_backend, triton_program, triton_td_loss  # noqa: E402
 from dqn_fused.arguments import Batch, LossSpec  # noqa: E402
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter replaces the compiler")
 
+F32 = torch.float32
 Calls = dict[str, Callable[[], object]]
 
 
@@ -213,6 +219,46 @@ def test_on_other_targets(stub: Stub) -> None:
     check_each(stub, [host.calls(make((32, 18))), host.calls(make((16, 512)))])
 
 
+@pytest.mark.parametrize("variant", ["plain", "float64", "everything", "mask", "none", "long rows"])
+def test_the_quantile_loss(stub: Stub, variant: str) -> None:
+    several = []
+    for n in (32, 33):
+        arguments, options = make_quantiles((n, 6, 40), dtype=torch.float64 if variant == "float64" else F32), {}
+        if variant in ("everything", "mask"):
+            arguments |= {"weights": torch.rand(n), "gamma": torch.rand(n), "taus": torch.rand(n, 40)}
+            arguments["next_quantiles_online"] = torch.randn(n, 6, 7)
+            arguments["next_action_mask"] = torch.ones(n, 6, dtype=torch.bool)
+        if variant == "mask":
+            arguments = compact_quantiles(arguments)
+        elif variant == "none":
+            options["reduction"] = "none"
+        elif variant == "long rows":
+            arguments["next_quantiles"] = torch.randn(n, 6, 4000)
+        several.append(aot.quantile_calls(arguments, **options))
+    check_each(stub, several)
+
+
+@pytest.mark.parametrize("variant", ["plain", "float64", "everything", "mask", "none", "many actions", "hl_gauss"])
+def test_the_categorical_losses(stub: Stub, variant: str) -> None:
+    several = []
+    for n in (32, 33):
+        arguments, options = make_logits((n, 6, 40), torch.float64 if variant == "float64" else F32), {}
+        if variant in ("everything", "mask"):
+            arguments |= {"weights": torch.rand(n), "gamma": torch.rand(n), "support": torch.linspace(-1, 1, 40)}
+            arguments["next_logits_online"] = torch.randn(n, 6, 40)
+            arguments["next_action_mask"] = torch.ones(n, 6, dtype=torch.bool)
+        if variant == "mask":
+            arguments = compact_logits(arguments)
+        elif variant == "none":
+            options["reduction"] = "none"
+        elif variant == "many actions":
+            arguments = make_logits((n, 400, 40))
+        elif variant == "hl_gauss":
+            arguments, options = ready((n, 6, 40)), {"projection": "hl_gauss"}
+        several.append(aot.categorical_calls(arguments, **options))
+    check_each(stub, several)
+
+
 def test_a_storage_beyond_2_gib_on_rocm(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
     """There Triton asks for the size of the storage."""
     monkeypatch.setattr(triton_program, "ROCM", True)
@@ -234,7 +280,7 @@ def test_a_minus_sign_that_is_pending(stub: Stub) -> None:
     next_q = torch.randn(32, 18, dtype=torch.complex64).conj().imag
     assert next_q.is_neg()
     seen = stub.of(host.calls({**make((32, 18)), "next_q": next_q})["forward"])
-    names = triton_backend.td_loss_fwd_kernel.arg_names
+    names = triton_td_loss.td_loss_fwd_kernel.arg_names
     assert seen[-1].arguments[names.index("next_q")][1] != next_q.data_ptr()
 
 
@@ -246,7 +292,7 @@ def test_an_argument_that_is_given_twice(stub: Stub) -> None:
     stub.of(first)
     seen = stub.directly(second)
     assert seen == stub.by_triton(second)
-    names = triton_backend.td_loss_fwd_kernel.arg_names
+    names = triton_td_loss.td_loss_fwd_kernel.arg_names
     assert seen[0].arguments[names.index("next_q_online")] == (int, other["next_q"].data_ptr())
 
 
@@ -292,7 +338,7 @@ def test_hooks_of_a_kernel_are_called(stub: Stub, monkeypatch: pytest.MonkeyPatc
     call = host.calls(make((32, 18)))["forward"]
     stub.of(call)
     seen: list[Any] = []
-    monkeypatch.setattr(triton_backend.td_loss_fwd_kernel, "pre_run_hooks", [lambda *a, **k: seen.append(a)])
+    monkeypatch.setattr(triton_td_loss.td_loss_fwd_kernel, "pre_run_hooks", [lambda *a, **k: seen.append(a)])
     stub.of(call)
     assert len(seen) == stub.bound == 1
 

@@ -13,7 +13,7 @@ pytestmark = TRITON_MARK
 
 @pytest.mark.parametrize("n", [1, 4095, 4096, 4097, 9000])
 def test_sum_of_any_number_of_partial_sums(n: int) -> None:
-    from dqn_fused._backends.triton_backend import launch, run, sum_kernel, tl
+    from dqn_fused._backends.triton_launch import launch, run, sum_kernel, tl
 
     partial = torch.randn(n, device=TRITON_DEVICE)
     loss = torch.empty((), device=TRITON_DEVICE)
@@ -26,7 +26,7 @@ def test_sum_of_any_number_of_partial_sums(n: int) -> None:
 def test_the_backward_of_more_than_2_31_elements(A: int, cql_alpha: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its offsets are int64: the same gradient, here of a small matrix."""
     from dqn_fused import fused_dqn_loss
-    from dqn_fused._backends import triton_backend
+    from dqn_fused._backends import triton_launch
 
     arguments = make((37, A), device=TRITON_DEVICE)
     q = arguments["q"].requires_grad_()
@@ -34,13 +34,13 @@ def test_the_backward_of_more_than_2_31_elements(A: int, cql_alpha: float, monke
     def gradient() -> torch.Tensor:
         return torch.autograd.grad(fused_dqn_loss(**arguments, cql_alpha=cql_alpha, backend="triton"), q)[0]
 
-    expected, run, seen = gradient(), triton_backend.run, []
+    expected, run, seen = gradient(), triton_launch.run, []
 
     def far(*args: Any, **meta: Any) -> None:
         seen.append(meta.get("FAR"))
         run(*args, **meta | {"FAR": True} if "FAR" in meta else meta)
 
-    monkeypatch.setattr(triton_backend, "run", far)
+    monkeypatch.setattr(triton_launch, "run", far)
     assert torch.equal(gradient(), expected)
     assert False in seen
 
@@ -50,7 +50,7 @@ def test_several_tiles_in_each_of_several_programs(form: Any, monkeypatch: pytes
     """As the partial sums are capped, here at 4 and not at 4,096."""
     from dqn_fused import fused_dqn_loss_and_grad
     from dqn_fused._backends import triton_program
-    from dqn_fused._backends.triton_backend import launch
+    from dqn_fused._backends.triton_launch import launch
 
     arguments = form(make((1000, 18), device=TRITON_DEVICE))
     expected = fused_dqn_loss_and_grad(**arguments, backend="triton")

@@ -16,9 +16,12 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from dqn_fused._backends import triton_backend
-from dqn_fused.arguments import Batch, check_batch, check_loss
+from dqn_fused._backends import triton_backend, triton_launch
+from dqn_fused.arguments import Batch, accumulation_dtype, check_batch, check_loss
 from dqn_fused.autograd import Saved
+from dqn_fused.categorical_arguments import check_categorical_options, check_logits
+from dqn_fused.quantile_arguments import check_quantile_options, check_quantiles
+from dqn_fused.row_loss import SavedRows
 
 CUDA = [80, 90, 100, 120]
 HIP = ["gfx942", "gfx1100"]
@@ -91,7 +94,7 @@ def targeting(index: int) -> Iterator[str | None]:
 def why_not(index: int) -> str | None:
     """Why this triton compiles nothing at all for a target: too new for it, or a linker is missing."""
     try:
-        probe_kernel.warmup(torch.float32, grid=(1,), **triton_backend.OPTIONS)
+        probe_kernel.warmup(torch.float32, grid=(1,), **triton_launch.OPTIONS)
     except Exception as error:
         return str(error)
     return None
@@ -102,17 +105,17 @@ def compiling() -> Iterator[list[Launch]]:
     """Compile whatever the backend would launch meanwhile."""
     found: list[Launch] = []
     with (
-        patch.object(triton_backend, "run", compile_only(found)),
-        patch.object(triton_backend, "_sms", lambda device: SMS),
+        patch.object(triton_launch, "run", compile_only(found)),
+        patch.object(triton_launch, "sms", lambda device: SMS),
     ):
         yield found
 
 
 def compile_only(found: list[Launch]) -> Callable[..., None]:
-    """What takes the place of triton_backend.run: compiles instead of launching."""
+    """What takes the place of triton_launch.run: compiles instead of launching."""
 
     def run(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
-        compiled = kernel.warmup(*args, grid=(programs,), **triton_backend.OPTIONS, **meta)
+        compiled = kernel.warmup(*args, grid=(programs,), **triton_launch.OPTIONS, **meta)
         named = dict(zip(kernel.arg_names, args, strict=False))
         found.append(Launch(kernel.fn.__name__, compiled, programs, named))
 
@@ -143,6 +146,53 @@ def calls(arguments: dict[str, Any], **options: Any) -> dict[str, Callable[[], o
         "forward": forward,
         "backward": backward,
         "loss_and_grad": lambda: triton_backend.loss_and_grad(batch, spec),
+    }
+
+
+def quantile_calls(arguments: dict[str, Any], **options: Any) -> dict[str, Callable[[], object]]:
+    """The same of the quantile loss."""
+    given = {"gamma": 0.99, **arguments}
+    taus, online = given.pop("taus", None), given.pop("next_quantiles_online", None)
+    q, next_q = given.pop("quantiles"), given.pop("next_quantiles")
+    batch, taus = check_quantiles(Batch(q=q, next_q=next_q, next_q_online=online, **given), taus)
+    spec = check_quantile_options(**{"kappa": 1.0, "quantile_reduction": "sum", "reduction": "mean", **options})
+    grad_loss = torch.ones(batch.shape if spec.reduction == "none" else (), dtype=accumulation_dtype(batch.q))
+    outputs: list[Any] = []
+
+    def forward() -> None:
+        outputs[:] = triton_backend.quantile_loss(batch, taus, spec)
+
+    def backward() -> None:
+        triton_backend.rows_backward(grad_loss, SavedRows.of(batch, outputs[2], spec.reduction))
+
+    return {
+        "forward": forward,
+        "backward": backward,
+        "loss_and_grad": lambda: triton_backend.quantile_loss_and_grad(batch, taus, spec),
+    }
+
+
+def categorical_calls(arguments: dict[str, Any], **options: Any) -> dict[str, Callable[[], object]]:
+    """The same of the categorical losses; without next_logits of the one for a ready target."""
+    given, options = {"gamma": 0.99, "next_logits": None, **arguments}, {"reduction": "mean", **options}
+    spec = check_categorical_options(given.pop("support"), **options)
+    if "target" in given:
+        given["rewards"] = given.pop("target")
+    q, next_q, online = (given.pop(name, None) for name in ("logits", "next_logits", "next_logits_online"))
+    batch = check_logits(Batch(q=q, next_q=next_q, next_q_online=online, **given), spec)
+    grad_loss = torch.ones(batch.shape if spec.reduction == "none" else (), dtype=accumulation_dtype(batch.q))
+    outputs: list[Any] = []
+
+    def forward() -> None:
+        outputs[:] = triton_backend.categorical_loss(batch, spec)
+
+    def backward() -> None:
+        triton_backend.rows_backward(grad_loss, SavedRows.of(batch, outputs[2], spec.reduction))
+
+    return {
+        "forward": forward,
+        "backward": backward,
+        "loss_and_grad": lambda: triton_backend.categorical_loss_and_grad(batch, spec),
     }
 
 

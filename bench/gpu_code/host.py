@@ -18,7 +18,14 @@ from bench.measure.timing import figures, interleaved, timer
 from bench.measure.variants import VARIANTS, dtype_name, random_arguments
 from bench.reporting import report, tables
 from bench.reporting.results import Row, Table
-from dqn_fused._backends import triton_backend, triton_program
+from dqn_fused._backends import (
+    triton_backend,
+    triton_launch,
+    triton_program,
+    triton_quantile,
+    triton_rows,
+    triton_td_loss,
+)
 from dqn_fused.arguments import Batch, check_batch, check_loss
 from dqn_fused.autograd import Saved
 
@@ -67,7 +74,7 @@ def launching(target: str, launched: Launched) -> Iterator[Driver]:
     stub = Driver(next(x.target for x in aot.TARGETS if x.name == target), launched)
     driver.set_active(stub)
     try:
-        with patch.object(triton_backend, "_sms", lambda device: aot.SMS), patch.object(triton_program, "KEPT", {}):
+        with patch.object(triton_launch, "sms", lambda device: aot.SMS), patch.object(triton_program, "KEPT", {}):
             yield stub
     finally:
         for kernel in kernels():
@@ -78,7 +85,8 @@ def launching(target: str, launched: Launched) -> Iterator[Driver]:
 
 def kernels() -> list[Any]:
     """Every kernel of the backend."""
-    return [x for name, x in vars(triton_backend).items() if name.endswith("_kernel")]
+    modules = (triton_launch, triton_td_loss, triton_rows, triton_quantile)
+    return [x for module in modules for name, x in vars(module).items() if name.endswith("_kernel")]
 
 
 @contextmanager

@@ -21,14 +21,15 @@ from bench.measure.progress import track
 from bench.measure.variants import VARIANTS, dtype_name, random_arguments
 from bench.reporting import report, tables
 from bench.reporting.results import Row, Table
-from dqn_fused._backends import triton_backend
+from dqn_fused._backends import triton_launch
 from dqn_fused.head.sweep import Sweep
 
 F32, BF16 = torch.float32, torch.bfloat16
 
 
 class Case(NamedTuple):
-    """A loss, or "sweep" of the linear head, whose sizes are rows, actions and features."""
+    """A loss, "quantile" or "categorical", whose sizes are samples, actions and quantiles or atoms, or "sweep" of the
+    linear head, of rows, actions and features."""
 
     name: str
     variant: str
@@ -52,6 +53,14 @@ CASES = [
     Case("masked double", "masked double", (1024, 512), F32),
     Case("munchausen", "munchausen", (1024, 512), F32),
     Case("cql", "cql", (1024, 512), F32),
+    Case("QR-DQN", "quantile", (128, 2, 50), F32),
+    Case("QR-DQN", "quantile", (32, 18, 200), F32),
+    Case("QR-DQN", "quantile", (512, 18, 200), F32),
+    Case("IQN", "quantile", (32, 18, 64), BF16),
+    Case("C51", "categorical", (128, 2, 51), F32),
+    Case("C51", "categorical", (32, 18, 51), F32),
+    Case("C51", "categorical", (512, 18, 51), F32),
+    Case("C51", "categorical", (512, 18, 51), BF16),
     Case("head max", "sweep", (256, 50257, 1024), BF16),
     Case("head argmax", "sweep", (256, 50257, 1024), BF16),
     Case("head max", "sweep", (256, 50257, 1024), F32),
@@ -62,6 +71,10 @@ MATRICES = {
     "td_loss_fwd_kernel": ("grad_q", "next_q", "next_q_online", "next_action_mask", "target_q", "action_mask", "q"),
     "row_fwd_kernel": ("x", "mask"),
     "td_loss_bwd_kernel": ("grad_q", "q", "action_mask"),
+    "quantile_fwd_kernel": ("chooser",),
+    "categorical_fwd_kernel": ("chooser",),
+    "values_kernel": ("x",),
+    "rows_bwd_kernel": ("grad",),
     "sweep_fwd_kernel": ("hidden", "weight", "mask"),
 }
 
@@ -101,6 +114,13 @@ def of_target(index: int, cases: list[Case] = CASES) -> Iterator[Row]:
 
 
 def launches(case: Case) -> dict[str, Callable[[], object]]:
+    if case.variant in ("quantile", "categorical"):
+        n, A, _ = case.shape
+        x = torch.zeros(case.shape, dtype=case.dtype)
+        samples = {"actions": torch.arange(n) % A, "rewards": torch.zeros(n)}
+        if case.variant == "quantile":
+            return aot.quantile_calls({"quantiles": x, "next_quantiles": x, **samples})
+        return aot.categorical_calls({"logits": x, "next_logits": x, "support": (-10.0, 10.0), **samples})
     if case.variant != "sweep":
         variant = VARIANTS[case.variant]
         n, A = case.shape
@@ -128,8 +148,8 @@ def counted(make: Callable[[], object]) -> list[Counts]:
         return []
     executor = Executor(races=False)
     with (
-        patch.object(triton_backend, "run", executor.run),
-        patch.object(triton_backend, "_sms", lambda device: aot.SMS),
+        patch.object(triton_launch, "run", executor.run),
+        patch.object(triton_launch, "sms", lambda device: aot.SMS),
     ):
         make()
     return [launch.counts for launch in executor.launches]

@@ -118,6 +118,17 @@ def eager_hl_gauss(logits: Tensor, actions: Tensor, target: Tensor, edges: Tenso
     return torch.nn.functional.cross_entropy(logits[torch.arange(n, device=logits.device), actions], p)
 
 
+def eager_two_hot(logits: Tensor, actions: Tensor, target: Tensor) -> Tensor:
+    """A scalar shared between the two atoms beside it, as MuZero and its successors have it."""
+    n, _, K = logits.shape
+    with torch.no_grad():
+        b = (target.clamp(LOW, HIGH)[:, None] - LOW) / ((HIGH - LOW) / (K - 1))
+        lower = b.floor().clamp(max=K - 2)
+        p = torch.zeros(n, K, device=logits.device)
+        p.scatter_(1, lower.long(), 1 - (b - lower)).scatter_(1, lower.long() + 1, b - lower)
+    return torch.nn.functional.cross_entropy(logits[torch.arange(n, device=logits.device), actions], p)
+
+
 def categorical_arguments(n: int, A: int, K: int, dtype: torch.dtype, device: str) -> Arguments:
     a = quantile_arguments(n, A, K, dtype, device)
     named = {"logits": a.pop("quantiles"), "next_logits": a.pop("next_quantiles")}
@@ -125,13 +136,17 @@ def categorical_arguments(n: int, A: int, K: int, dtype: torch.dtype, device: st
 
 
 def ready_arguments(n: int, A: int, K: int, dtype: torch.dtype, device: str) -> Arguments:
-    half = (HIGH - LOW) / (K - 1) / 2
     return {
         "logits": torch.randn(n, A, K, dtype=dtype, device=device, requires_grad=True),
         "actions": torch.randint(A, (n,), device=device),
         "target": 3 * torch.randn(n, device=device),
-        "edges": torch.linspace(LOW - half, HIGH + half, K + 1, device=device),
     }
+
+
+def binned_arguments(n: int, A: int, K: int, dtype: torch.dtype, device: str) -> Arguments:
+    half = (HIGH - LOW) / (K - 1) / 2
+    edges = torch.linspace(LOW - half, HIGH + half, K + 1, device=device)
+    return {**ready_arguments(n, A, K, dtype, device), "edges": edges}
 
 
 _quantile = Family(
@@ -142,6 +157,15 @@ _quantile = Family(
     "quantiles",
     quantile_arguments,
     {"gamma": GAMMA},
+)
+_ready = Family(
+    eager_two_hot,
+    fused_categorical_td_loss,
+    fused_categorical_td_loss_and_grad,
+    "categorical",
+    "logits",
+    ready_arguments,
+    {"support": (LOW, HIGH)},
 )
 FAMILIES = {
     "QR-DQN": _quantile,
@@ -156,21 +180,19 @@ FAMILIES = {
         {"gamma": GAMMA, "support": (LOW, HIGH)},
         ("atoms",),
     ),
-    "HL-Gauss": Family(
-        eager_hl_gauss,
-        fused_categorical_td_loss,
-        fused_categorical_td_loss_and_grad,
-        "categorical",
-        "logits",
-        ready_arguments,
-        {"support": (LOW, HIGH), "projection": "hl_gauss", "sigma": SIGMA},
-        ("edges",),
+    "two-hot": _ready,
+    "HL-Gauss": _ready._replace(
+        eager=eager_hl_gauss,
+        arguments=binned_arguments,
+        options={"support": (LOW, HIGH), "projection": "hl_gauss", "sigma": SIGMA},
+        by_hand=("edges",),
     ),
 }
 SIZES = {
     "QR-DQN": [(32, 18, 200), (512, 18, 200), (128, 2, 50)],
     "IQN": [(32, 18, 64), (32, 18, 8)],
     "C51": [(32, 18, 51), (512, 18, 51), (128, 2, 101)],
+    "two-hot": [(32, 18, 51), (512, 18, 51)],
     "HL-Gauss": [(32, 18, 51), (512, 18, 51)],
 }
 QUICK = [Work("QR-DQN", 128, 2, 50), Work("IQN", 32, 18, 64), Work("C51", 128, 2, 101), Work("HL-Gauss", 32, 18, 51)]

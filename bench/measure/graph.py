@@ -3,16 +3,18 @@
 Without the optimizer, which a graph leaves as it is, so that a share of this time is less of a whole update.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from functools import partial
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bench.measure import machine
 from bench.measure import update as whole
+from bench.measure.distributional import FAMILIES
 from bench.measure.gate import passed
 from bench.measure.loss import SIZES
 from bench.measure.providers import Provider, can_compile
@@ -24,16 +26,32 @@ from dqn_fused import fused_dqn_loss
 from dqn_fused._backends import serving
 
 FAMILY_SIZES = [(32, 18), (1024, 18), (1024, 512)]
+# K from where a call costs more than the loss to where the loss is what counts.
+DISTRIBUTIONAL_SIZES = {
+    "QR-DQN": [(32, 4, 8), (128, 2, 50), (32, 18, 200)],
+    "IQN": [(32, 18, 8), (32, 18, 64)],
+    "C51": [(32, 4, 8), (32, 18, 51), (128, 2, 101), (512, 18, 51)],
+    "two-hot": [(32, 4, 8), (32, 18, 51)],
+    "HL-Gauss": [(32, 4, 8), (32, 18, 51), (512, 18, 51)],
+}
 SERIAL = 2**16  # elements of q: below, one thread, as the layers are too small to share out
+
+# A loss of the outputs of the two networks, q and next_q.
+Loss = Callable[[Tensor, Tensor], Any]
 
 
 class Work(NamedTuple):
     variant: str
     n: int
     A: int
+    K: int | None = None  # of a distributional loss
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.n, self.A) if self.K is None else (self.n, self.A, self.K)
 
     def __str__(self) -> str:
-        return f"{self.variant} {self.n} x {self.A} in a graph"
+        return f"{self.variant} {' x '.join(map(str, self.shape))} in a graph"
 
 
 def quick(device: str, variants: list[str]) -> list[Work]:
@@ -43,41 +61,58 @@ def quick(device: str, variants: list[str]) -> list[Work]:
 def full(device: str, variants: list[str]) -> list[Work]:
     work = [Work("dqn", n, A) for n, A in SIZES]
     work += [Work(name, n, A) for name in VARIANTS if name != "dqn" for n, A in FAMILY_SIZES]
-    return [piece for piece in work if piece.variant in variants]
+    distributions = [Work(name, *size) for name, sizes in DISTRIBUTIONAL_SIZES.items() for size in sizes]
+    return [piece for piece in work if piece.variant in variants] + distributions
 
 
-def kinds(device: str) -> list[str]:
+def kinds(work: Work, device: str) -> list[str]:
     """Eager first, whose result the others must have."""
-    named = [name for name in serving(torch.device(device)) if device == "cuda" or name != "triton"]
+    family = None if work.K is None else FAMILIES[work.variant].backends
+    named = [name for name in serving(torch.device(device), family) if device == "cuda" or name != "triton"]
     return [EAGER, "fused", *(f"fused[{name}]" for name in named)]
+
+
+def loss_of(work: Work, device: str, kind: str) -> Loss:
+    """The loss of q and next_q by a kind of provider; all other arguments are drawn here."""
+    torch.manual_seed(0)
+    options: Mapping[str, Any]
+    by_hand: tuple[str, ...] = ()
+    if work.K is None:
+        variant = VARIANTS[work.variant]
+        given = random_arguments(variant, work.n, work.A, torch.float32, device)
+        x, eager, fused, options = "q", variant.eager, fused_dqn_loss, {"gamma": GAMMA, **variant.options}
+    else:
+        family = FAMILIES[work.variant]
+        given = family.arguments(work.n, work.A, work.K, torch.float32, device)
+        x, eager, fused, options, by_hand = family.input, family.eager, family.fused, family.options, family.by_hand
+    names = [name for name in (x, f"next_{x}") if given.pop(name, None) is not None]
+    if kind == NOTHING:  # and the sum of next_q, lest the compiler leave the target network out
+        some_grad = torch.randn(work.shape, device=device) / work.n
+        return lambda q, next_q: (q * some_grad).sum() + (next_q.sum() if len(names) > 1 else 0)
+    if kind == EAGER:
+        loss = partial(eager, **given)
+    else:
+        ours = {name: value for name, value in given.items() if name not in by_hand}
+        loss = partial(fused, **ours, **options, backend=kind.partition("[")[2].rstrip("]") or "auto")
+    return lambda *both: loss(**dict(zip(names, both, strict=False)))
 
 
 def provider(work: Work, device: str, kind: str) -> Provider:
     """A network, its target and the loss between them; the gradients of the network and, of a loss, its value."""
-    variant = VARIANTS[work.variant]
-    given = random_arguments(variant, work.n, work.A, torch.float32, device)
-    del given["q"], given["next_q"]
-    some_grad = torch.randn(work.n, work.A, device=device) / work.n
-    mlp = whole.Work(whole.CARTPOLE.network, work.n, work.A, None)
+    loss = loss_of(work, device, kind)
+    mlp = whole.Work(whole.CARTPOLE.network, work.n, math.prod(work.shape[1:]), None)
     (online, observations), (target, _) = whole.network(mlp), whole.network(mlp)
     online, target = online.to(device), target.to(device)
     obs, next_obs = observations().to(device), observations().to(device)
-    backend = kind.partition("[")[2].rstrip("]") or "auto"
 
-    def loss() -> Tensor:
+    def forward() -> Tensor:
         with torch.no_grad():
-            next_q = target(next_obs)
-        q = online(obs)
-        if kind == NOTHING:  # and the sum of next_q, lest the compiler leave the target network out
-            return (q * some_grad).sum() + next_q.sum()
-        if kind == EAGER:
-            result = variant.eager(q, next_q=next_q, **given)
-        else:
-            result = fused_dqn_loss(q, next_q=next_q, gamma=GAMMA, **given, **variant.options, backend=backend)
+            next_q = target(next_obs).view(work.shape)
+        result = loss(online(obs).view(work.shape), next_q)
         value: Tensor = result[0] if isinstance(result, tuple) else result
         return value
 
-    compiled: Callable[[], Tensor] = torch.compile(loss, fullgraph=True, dynamic=False)
+    compiled: Callable[[], Tensor] = torch.compile(forward, fullgraph=True, dynamic=False)
 
     def call() -> list[Tensor]:
         online.zero_grad()
@@ -94,12 +129,12 @@ def measure(work: Work, device: str, seconds: float, problems: list[str]) -> lis
         problems.append(f"{work}: no compiler")
         return []
     threads = torch.get_num_threads()
-    if work.n * work.A < SERIAL:
+    if math.prod(work.shape) < SERIAL:
         torch.set_num_threads(1)
     torch._dynamo.reset()
     try:
         found: dict[str, Provider] = {}
-        for names in (kinds(device), [NOTHING]):  # without a loss there are other gradients
+        for names in (kinds(work, device), [NOTHING]):  # without a loss there are other gradients
             found |= passed(
                 {name: partial(provider, work, device, name) for name in names}, torch.float32, work, problems
             )
@@ -116,7 +151,8 @@ def rows(work: Work, device: str, found: dict[str, Provider], seconds: float) ->
     result = []
     for name in names:
         values = times[name]
-        row: Row = {"variant": work.variant, "n": work.n, "A": work.A, "dtype": "float32", "provider": name}
+        row: Row = {"variant": work.variant, "n": work.n, "A": work.A, "K": "" if work.K is None else work.K}
+        row |= {"dtype": "float32", "provider": name}
         row |= figures(values, times[EAGER])._asdict()
         if name != NOTHING:
             low, adds, high = spread([v - w for v, w in zip(values, times[NOTHING], strict=True)])

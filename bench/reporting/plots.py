@@ -50,12 +50,13 @@ def draw_all(results: Path, out: Path, prefix: str = "bench_") -> str:
         return "no pictures: matplotlib is not installed"
     out.mkdir(parents=True, exist_ok=True)
     loss = [row for row in read(results / "loss.csv") if row["dtype"] == "float32"]
-    linear = read(results / "linear.csv")
+    linear, distributional = read(results / "linear.csv"), read(results / "distributional.csv")
     drawn = []
     for name, draw in (
         ("speed", lambda path: speed(loss, path)),
         ("floor", lambda path: floor(loss, path)),
         ("memory", lambda path: memory(loss, linear, path)),
+        ("distributional", lambda path: distributions(distributional, path)),
     ):
         if draw(out / f"{prefix}{name}.png"):
             drawn.append(f"{prefix}{name}.png")
@@ -133,7 +134,13 @@ def memory(loss: Sequence[Row], linear: Sequence[Row], path: Path) -> bool:
     left.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     left.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     left.legend(frameon=False, fontsize="small")
-    _bars(right, family)
+    names = [
+        name for name in ("eager", *shown(tables.seen(family))) if name != "TorchRL"
+    ]  # which has the plain loss only
+    _bars(right, family, names, lambda row: row["variant"], lambda row: row["peak_bytes"] / (4 * row["n"] * row["A"]))
+    right.set_xlabel("peak memory of a call, in gradients of q (n x A)")
+    right.set_title(f"loss and gradient, {FAMILY[0]} x {FAMILY[1]}", fontsize="medium")
+    right.legend(frameon=False, fontsize="small")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
@@ -142,25 +149,51 @@ def memory(loss: Sequence[Row], linear: Sequence[Row], path: Path) -> bool:
     return True
 
 
-def _bars(axes: Any, rows: Sequence[Row]) -> None:
-    """A group of bars for each member of the family."""
-    variants = list(dict.fromkeys(row["variant"] for row in rows))
-    names = [name for name in tables.seen(rows) if name == "eager" or name in shown([name])]
-    names = [name for name in names if name != "TorchRL"]  # which has the plain loss only
+def distributions(rows: Sequence[Row], path: Path) -> bool:
+    """Times as fast as eager, and peak memory in gradients, of each distributional loss and size."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in rows if row["dtype"] == "float32" and row["peak_bytes"] != ""]
+    if not rows:
+        return False
+    names = shown(tables.seen(rows))
+    figure = Figure(figsize=(10, 1.6 + 0.4 * len(set(map(tables.of_variant, rows)))), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    _bars(left, rows, names, tables.of_variant, lambda row: row["speedup"])
+    _bars(
+        right,
+        rows,
+        ["eager", *names],
+        tables.of_variant,
+        lambda row: row["peak_bytes"] / (4 * row["n"] * row["A"] * row["K"]),
+    )
+    for axes, label in ((left, "times as fast as eager"), (right, "peak memory of a call, in gradients (n x A x K)")):
+        axes.set(xscale="log", xlabel=label)
+        axes.set_xlim(left=0.5)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.grid(alpha=0.25, axis="x")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_axisbelow(True)
+    handles, labels = right.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize="small")
+    figure.savefig(path, dpi=150)
+    return True
+
+
+def _bars(
+    axes: Any, rows: Sequence[Row], names: Sequence[str], group: Callable[[Row], str], value: Callable[[Row], float]
+) -> None:
+    """A group of horizontal bars for each label, a bar in it for each provider, and a line at one."""
+    labels = list(dict.fromkeys(group(row) for row in rows))
     height = 0.8 / len(names)
     for i, name in enumerate(names):
-        peaks = {
-            row["variant"]: row["peak_bytes"] / (4 * row["n"] * row["A"]) for row in rows if row["provider"] == name
-        }
-        ys = [y + (i - (len(names) - 1) / 2) * height for y, variant in enumerate(variants) if variant in peaks]
-        color = style(name)["color"]
-        axes.barh(ys, [peaks[v] for v in variants if v in peaks], height * 0.9, label=name, color=color)
+        values = {group(row): value(row) for row in rows if row["provider"] == name}
+        ys = [y + (i - (len(names) - 1) / 2) * height for y, label in enumerate(labels) if label in values]
+        widths = [values[label] for label in labels if label in values]
+        axes.barh(ys, widths, height * 0.9, label=name, color=style(name)["color"])
     axes.axvline(1.0, color="0.25", linestyle="--", linewidth=1)
-    axes.set_yticks(range(len(variants)), variants)
-    axes.invert_yaxis()
-    axes.set_xlabel("peak memory of a call, in gradients of q (n x A)")
-    axes.set_title(f"loss and gradient, {FAMILY[0]} x {FAMILY[1]}", fontsize="medium")
-    axes.legend(frameon=False, fontsize="small")
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
 
 
 def _finish(figure: Any, axes: Any, path: Path) -> None:

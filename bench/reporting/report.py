@@ -183,8 +183,8 @@ def worst(rows: Sequence[Row]) -> str:
     text = []
     for name in tables.seen(row for row in rows if row["adds_us"] != "" and row["provider"] != "eager"):
         row = max((row for row in rows if row["provider"] == name), key=lambda row: row["behind"])
-        variant = "" if row["variant"] == "dqn" else f"{row['variant']}, "
-        text.append(f"{code(name)} {100 * row['behind']:+.1f} % at {variant}{tables.size_of(row)}")
+        where = tables.size_of(row) if row["variant"] == "dqn" else tables.of_variant(row)
+        text.append(f"{code(name)} {100 * row['behind']:+.1f} % at {where}")
     return f"Furthest behind the graph of eager's lines: {'; '.join(text)}."
 
 

@@ -23,7 +23,7 @@ COLUMNS = {
     ),
     "host": (*ABOUT, "call", "case", "shape", "dtype", "provider", *TIMES, "us_least", "of_least"),
     "graph": (
-        *ABOUT, "variant", "n", "A", "dtype", "provider", *TIMES, "adds_us", "adds_p20", "adds_p80", "behind",
+        *ABOUT, "variant", "n", "A", "K", "dtype", "provider", *TIMES, "adds_us", "adds_p20", "adds_p80", "behind",
     ),
     "launches": (*ABOUT, "case", "provider", "launch", "count", "us"),
     "kernels": (

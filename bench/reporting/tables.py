@@ -81,11 +81,7 @@ def linear(rows: Sequence[Row], providers: Sequence[str] | None = None) -> str:
 
 def distributional(rows: Sequence[Row], providers: Sequence[str] | None = None) -> str:
     """A line a loss and size."""
-
-    def label(row: Row) -> str:
-        return f"{row['variant']}, {row['n']} x {row['A']} x {row['K']}{dtype_of(row)}"
-
-    return grid("loss, n x A x K", rows, label, providers or seen(rows), lambda row: cell(row, True))
+    return grid("loss, n x A x K", rows, of_variant, providers or seen(rows), lambda row: cell(row, True))
 
 
 def update(rows: Sequence[Row]) -> str:
@@ -110,7 +106,7 @@ def graph(rows: Sequence[Row]) -> str:
     """A line a variant and size: what each loss adds to the graph without one, and how far it is behind eager's."""
 
     def label(row: Row) -> str:
-        return size_of(row) if row["variant"] == "dqn" else f"{row['variant']}, {size_of(row)}"
+        return size_of(row) if row["variant"] == "dqn" else of_variant(row)
 
     def cell(row: Row) -> str:
         if row["adds_us"] == "":
@@ -118,7 +114,7 @@ def graph(rows: Sequence[Row]) -> str:
         behind = "" if row["provider"] == "eager" else f" ({100 * row['behind']:+.1f} %)"
         return f"{row['adds_us']:+,.0f} us{behind}"
 
-    return grid("loss, n x A", rows, label, seen(rows), cell)
+    return grid("loss, n x A, or n x A x K", rows, label, seen(rows), cell)
 
 
 def kernels(rows: Sequence[Row], case_of: Callable[[Row], str]) -> str:
@@ -195,7 +191,12 @@ def grid(
 
 
 def size_of(row: Row) -> str:
-    return f"{row['n']} x {row['A']}{dtype_of(row)}"
+    K = "" if row.get("K", "") == "" else f" x {row['K']}"
+    return f"{row['n']} x {row['A']}{K}{dtype_of(row)}"
+
+
+def of_variant(row: Row) -> str:
+    return f"{row['variant']}, {size_of(row)}"
 
 
 def head_of(row: Row) -> str:

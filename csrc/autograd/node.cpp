@@ -35,7 +35,7 @@ struct TDLossBackward : Node {
   SavedVariable td_error, actions, weights, normaliser, q, action_mask;
   c10::DimVector sizes;  // of q
   at::ScalarType type;
-  Options options;
+  Numbers numbers;  // the options
   Differentiable differentiable;
 
   std::string name() const override { return "TDLossBackward"; }
@@ -57,13 +57,13 @@ struct TDLossBackward : Node {
     const Tensor &grad_loss = grads[0], &grad_td_error = grads[1];
     if (at::GradMode::is_enabled() || grad_td_error.defined() || transformed()) {
       if (!grad_loss.defined() && !grad_td_error.defined()) return {Tensor()};
-      return {differentiable(grad_loss, grad_td_error, saved, options).view(sizes)};
+      return {differentiable(grad_loss, grad_td_error, saved, numbers).view(sizes)};
     }
     return {grad_loss.defined() ? dense(grad_loss, saved) : Tensor()};
   }
 
   Tensor dense(const Tensor& grad_loss, const Saved& saved) const {
-    Tensor grad_q = backward(grad_loss.contiguous(), saved, options);
+    Tensor grad_q = backward(grad_loss.contiguous(), saved, numbers);
     return sizes.size() == 2 ? grad_q : at::_unsafe_view(grad_q, sizes);
   }
 
@@ -80,8 +80,7 @@ struct TDLossBackward : Node {
     for (const SavedVariable* x : {&actions, &weights, &normaliser, &q, &action_mask}) args.collect(*x, false);
     for (const int64_t size : sizes) args.collect(size);
     args.collect(type);
-    for (const int64_t x : {options.reduction, options.loss}) args.collect(x);
-    for (const double x : {options.delta, options.cql_alpha}) args.collect(x);
+    for (size_t i = 0; i < OPTIONS; ++i) args.collect(numbers.get(i));
   }
 
   variable_list apply_with_saved(const variable_list& grads, SwapSavedVariables& swap) override {
@@ -94,8 +93,8 @@ struct TDLossBackward : Node {
 
 }  // namespace
 
-Outputs record(const Inputs& in, const Options& options, Differentiable differentiable) {
-  Outputs out = forward(in, options, false);
+Outputs record(const Inputs& in, const Numbers& numbers, Differentiable differentiable) {
+  Outputs out = forward(in, numbers, false);
   const auto node = make_node<TDLossBackward>();
   node->set_next_edges(torch::autograd::collect_next_edges(in.q));
   torch::autograd::set_history(out.loss, node);
@@ -103,14 +102,14 @@ Outputs record(const Inputs& in, const Options& options, Differentiable differen
   node->td_error = SavedVariable(out.td_error, true);
   node->actions = SavedVariable(in.actions, false);
   if (in.weights) node->weights = SavedVariable(*in.weights, false);
-  if (options.cql_alpha != 0) {
+  if (unpack(numbers).cql_alpha != 0) {
     node->normaliser = SavedVariable(out.normaliser, false);
     node->q = SavedVariable(in.q, false);
     if (in.action_mask) node->action_mask = SavedVariable(*in.action_mask, false);
   }
   node->sizes = in.q.sizes();
   node->type = in.q.scalar_type();
-  node->options = options;
+  node->numbers = numbers;
   node->differentiable = differentiable;
   return out;
 }

@@ -10,9 +10,9 @@ namespace dqn_fused::autograd {
 
 // A backward in operations that can be differentiated themselves. The result is of q's shape.
 using Differentiable = Tensor (*)(const Tensor& grad_loss, const Tensor& grad_td_error, const Saved& saved,
-                                  const Options& options);
+                                  const Numbers& numbers);
 
 // The forward; loss and td_error are recorded as results of q.
-Outputs record(const Inputs& in, const Options& options, Differentiable differentiable);
+Outputs record(const Inputs& in, const Numbers& numbers, Differentiable differentiable);
 
 }  // namespace dqn_fused::autograd

@@ -28,15 +28,13 @@ class Op {
 
 Tensor tensor(Stack& results, size_t i) { return std::move(results[i]).toTensor(); }
 
-// The ops of the plain loss take fewer arguments.
-bool plain(const Options& options) { return options.loss == MSE && options.target == MAX && !options.cql; }
-
 }  // namespace
 
-Outputs forward(const Inputs& in, const Options& o, bool with_grad) {
+Outputs forward(const Inputs& in, const Numbers& numbers, bool with_grad) {
+  const Options o = unpack(numbers);
   Stack found;
   const bool more = in.next_q_online || in.next_action_mask || in.weights || in.target_q || in.action_mask;
-  if (plain(o) && in.next_q && !more) {
+  if (o.plain() && in.next_q && !more) {
     static const Op alone("dqn_fused::td_loss"), both("dqn_fused::td_loss_and_grad");
     found = (with_grad ? both : alone)(in.q, in.actions, in.rewards, *in.next_q, in.terminated, in.non_final_mask,
                                        in.gammas, in.gamma, o.reduction, in.check);
@@ -44,8 +42,7 @@ Outputs forward(const Inputs& in, const Options& o, bool with_grad) {
     static const Op alone("dqn_fused::general_td_loss"), both("dqn_fused::general_td_loss_and_grad");
     found = (with_grad ? both : alone)(in.q, in.actions, in.rewards, in.next_q, in.terminated, in.non_final_mask,
                                        in.gammas, in.gamma, in.next_q_online, in.next_action_mask, in.weights,
-                                       in.target_q, in.action_mask, o.loss, o.delta, o.target, o.temperature, o.alpha,
-                                       o.clip, o.cql, o.cql_alpha, o.reduction, in.check);
+                                       in.target_q, in.action_mask, numbers, in.check);
   }
   Outputs out;
   size_t i = 0;
@@ -56,13 +53,13 @@ Outputs forward(const Inputs& in, const Options& o, bool with_grad) {
   return out;
 }
 
-Tensor backward(const Tensor& grad_loss, const Saved& s, const Options& o) {
+Tensor backward(const Tensor& grad_loss, const Saved& s, const Numbers& numbers) {
+  const Options o = unpack(numbers);
   static const Op plain("dqn_fused::td_loss_backward"), general("dqn_fused::general_td_loss_backward");
   const auto type = static_cast<int64_t>(s.type);
-  Stack found = o.loss == MSE && !s.weights && !s.q
-                    ? plain(grad_loss, s.td_error, s.actions, s.A, type, o.reduction)
-                    : general(grad_loss, s.td_error, s.actions, s.weights, s.normaliser, s.q, s.action_mask, s.A, type,
-                              o.loss, o.delta, o.cql_alpha, o.reduction);
+  Stack found = o.loss == MSE && !s.weights && !s.q ? plain(grad_loss, s.td_error, s.actions, s.A, type, o.reduction)
+                                                    : general(grad_loss, s.td_error, s.actions, s.weights, s.normaliser,
+                                                              s.q, s.action_mask, s.A, type, numbers);
   return tensor(found, 0);
 }
 

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 
 #include <optional>
@@ -35,9 +36,18 @@ struct Saved {
   at::ScalarType type = at::ScalarType::Undefined;
 };
 
-Outputs forward(const Inputs& in, const Options& options, bool with_grad);
+// The options as an op is given them.
+using Numbers = c10::List<double>;
+
+inline Options unpack(const Numbers& numbers) {
+  double x[OPTIONS];
+  for (size_t i = 0; i < OPTIONS; ++i) x[i] = numbers.get(i);
+  return dqn_fused::unpack(x);
+}
+
+Outputs forward(const Inputs& in, const Numbers& numbers, bool with_grad);
 
 // (n, A).
-Tensor backward(const Tensor& grad_loss, const Saved& saved, const Options& options);
+Tensor backward(const Tensor& grad_loss, const Saved& saved, const Numbers& numbers);
 
 }  // namespace dqn_fused::autograd

@@ -6,6 +6,8 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/object_ptr.h>
 
+#include <utility>
+
 #include "node.h"
 
 namespace dqn_fused::autograd {
@@ -27,26 +29,30 @@ enum Argument {
   ACTION_MASK
 };
 
-// What Python hands over at the start: a function, and the dictionaries of codes of _ops.py.
-PyObject *recorded_backward = nullptr, *losses = nullptr, *reductions = nullptr, *targets = nullptr;
+// What Python hands over at the start: a function, and FIELD_CODES of dqn_fused/options.py.
+PyObject *recorded_backward = nullptr, *codes = nullptr;
 
-bool code(PyObject* name, PyObject* codes, int64_t& found) {
-  PyObject* const value = PyDict_GetItem(codes, name);
-  if (value != nullptr) found = PyLong_AsLongLong(value);
-  return value != nullptr;
-}
-
-// False for what Python makes of other options, the weighted mean.
-bool read(PyObject* spec, Options& o) {
-  const auto item = [&](Py_ssize_t i) { return PyTuple_GET_ITEM(spec, i); };
-  const auto number = [&](Py_ssize_t i) { return PyFloat_AsDouble(item(i)); };
-  o.delta = number(1);
-  o.temperature = number(4);
-  o.alpha = number(5);
-  o.clip = number(6);
-  o.cql = item(7) == Py_True;
-  o.cql_alpha = number(8);
-  return code(item(0), losses, o.loss) && code(item(2), reductions, o.reduction) && code(item(3), targets, o.target);
+// A LossSpec in numbers; the last one is kept, since most calls come with it again. False for what Python makes of
+// other options, the weighted mean.
+bool read(PyObject* spec, Numbers& found) {
+  static PyObject* last = nullptr;
+  static Numbers numbers;
+  if (spec != last) {
+    Numbers fresh;
+    fresh.reserve(OPTIONS);
+    for (size_t i = 0; i < OPTIONS; ++i) {
+      PyObject* x = PyTuple_GET_ITEM(spec, i);
+      PyObject* const known = PyTuple_GET_ITEM(codes, i);
+      if (known != Py_None) x = PyDict_GetItem(known, x);
+      if (x == nullptr) return false;
+      fresh.push_back(PyFloat_AsDouble(x));
+    }
+    numbers = std::move(fresh);  // another list: a node may hold the one before
+    Py_INCREF(spec);
+    Py_XDECREF(std::exchange(last, spec));
+  }
+  found = numbers;
+  return true;
 }
 
 using c10::DispatchKey;
@@ -81,9 +87,15 @@ bool tensors(PyObject* const* given, bool (*kind)(PyObject*)) {
   return PyFloat_CheckExact(gamma) || PyLong_CheckExact(gamma) || kind(gamma);
 }
 
+// Whether q and next_q may have been exchanged: hints.warn_if_swapped.
+bool swapped(PyObject* const* given) {
+  return given[NEXT_Q] != Py_None && !THPVariable_Unpack(given[Q]).requires_grad() &&
+         THPVariable_Unpack(given[NEXT_Q]).requires_grad() && at::GradMode::is_enabled();
+}
+
 // What the op takes as it is, and checks; false for all that Python must look at first.
 bool takes(PyObject* const* given) {
-  if (!tensors(given, ordinary)) return false;
+  if (!tensors(given, ordinary) || swapped(given)) return false;
   for (const Argument i : {Q, NEXT_Q, NEXT_Q_ONLINE, NEXT_ACTION_MASK, TARGET_Q, ACTION_MASK})
     if (given[i] != Py_None && THPVariable_Unpack(given[i]).dim() != 2) return false;
   return undisturbed() && !torch::autograd::isFwGradDefined(THPVariable_Unpack(given[Q]));
@@ -138,14 +150,19 @@ PyObject* tuple(Tensors... tensors) {
   return found;
 }
 
-Tensor differentiable(const Tensor& grad_loss, const Tensor& grad_td_error, const Saved& s, const Options& o) {
+PyObject* list(const Numbers& numbers) {
+  PyObject* const found = PyList_New(OPTIONS);
+  for (size_t i = 0; i < OPTIONS; ++i) PyList_SET_ITEM(found, i, PyFloat_FromDouble(numbers.get(i)));
+  return found;
+}
+
+Tensor differentiable(const Tensor& grad_loss, const Tensor& grad_td_error, const Saved& s, const Numbers& numbers) {
   const WithGil gil;
   PyObject* const type = reinterpret_cast<PyObject*>(torch::getTHPDtype(s.type));
   THPObjectPtr found(PyObject_CallFunction(
-      recorded_backward, "NNNNNNNNLOLddL", none_if_empty(grad_loss), none_if_empty(grad_td_error),
+      recorded_backward, "NNNNNNNNLON", none_if_empty(grad_loss), none_if_empty(grad_td_error),
       none_if_empty(s.td_error), none_if_empty(s.actions), none_if_empty(s.weights), none_if_empty(s.normaliser),
-      none_if_empty(s.q), none_if_empty(s.action_mask), static_cast<long long>(s.A), type,
-      static_cast<long long>(o.loss), o.delta, o.cql_alpha, static_cast<long long>(o.reduction)));
+      none_if_empty(s.q), none_if_empty(s.action_mask), static_cast<long long>(s.A), type, list(numbers)));
   if (!found) {
     python_error error;
     error.persist();
@@ -168,24 +185,24 @@ PyObject* none_if_refused(What&& what) {
 }
 
 template <bool with_grad>
-Outputs run(const Inputs& in, const Options& options) {
+Outputs run(const Inputs& in, const Numbers& numbers) {
   const WithoutGil released;
-  if (with_grad || !in.q.requires_grad() || !at::GradMode::is_enabled()) return forward(in, options, with_grad);
-  return record(in, options, differentiable);
+  if (with_grad || !in.q.requires_grad() || !at::GradMode::is_enabled()) return forward(in, numbers, with_grad);
+  return record(in, numbers, differentiable);
 }
 
 template <bool with_grad>
 PyObject* call(PyObject*, PyObject* const* spec_and_batch, Py_ssize_t) {
   return none_if_refused([&]() -> PyObject* {
     PyObject* const* const given = PySequence_Fast_ITEMS(spec_and_batch[1]);
-    Options options;
-    if (!read(spec_and_batch[0], options) || !takes(given)) Py_RETURN_NONE;
+    Numbers numbers;
+    if (!read(spec_and_batch[0], numbers) || !takes(given)) Py_RETURN_NONE;
     const Inputs in = read(given, true);
     if (PyErr_Occurred() != nullptr) {  // gamma is no double
       PyErr_Clear();
       Py_RETURN_NONE;
     }
-    Outputs out = run<with_grad>(in, options);
+    Outputs out = run<with_grad>(in, numbers);
     if constexpr (with_grad)
       return tuple(std::move(out.loss), std::move(out.grad_q), std::move(out.td_error), std::move(out.normaliser));
     return tuple(std::move(out.loss), std::move(out.td_error), std::move(out.normaliser));
@@ -195,20 +212,22 @@ PyObject* call(PyObject*, PyObject* const* spec_and_batch, Py_ssize_t) {
 // (spec, batch, check) of a batch that is checked, on any device.
 PyObject* record_checked(PyObject*, PyObject* const* given, Py_ssize_t) {
   HANDLE_TH_ERRORS
-  Options options;
+  Numbers numbers;
   PyObject* const* const batch = PySequence_Fast_ITEMS(given[1]);
-  TORCH_CHECK_TYPE(read(given[0], options) && tensors(batch, THPVariable_Check), "expected what is checked");
-  Outputs out = run<false>(read(batch, given[2] == Py_True), options);
+  TORCH_CHECK_TYPE(read(given[0], numbers) && tensors(batch, THPVariable_Check), "expected what is checked");
+  Outputs out = run<false>(read(batch, given[2] == Py_True), numbers);
   return tuple(std::move(out.loss), std::move(out.td_error), std::move(out.normaliser));
   END_HANDLE_TH_ERRORS
 }
 
-// (recorded_backward, losses, reductions, targets).
+// (recorded_backward, FIELD_CODES).
 PyObject* prepare(PyObject*, PyObject* arguments) {
-  if (!PyArg_ParseTuple(arguments, "OO!O!O!", &recorded_backward, &PyDict_Type, &losses, &PyDict_Type, &reductions,
-                        &PyDict_Type, &targets))
+  if (!PyArg_ParseTuple(arguments, "OO!", &recorded_backward, &PyTuple_Type, &codes)) return nullptr;
+  if (PyTuple_GET_SIZE(codes) != static_cast<Py_ssize_t>(OPTIONS)) {
+    PyErr_SetString(PyExc_ValueError, "expected the codes of as many options as csrc/td_loss.h has");
     return nullptr;
-  for (PyObject* x : {recorded_backward, losses, reductions, targets}) Py_INCREF(x);  // for good
+  }
+  for (PyObject* x : {recorded_backward, codes}) Py_INCREF(x);  // for good
   Py_RETURN_NONE;
 }
 

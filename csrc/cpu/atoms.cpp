@@ -1,5 +1,6 @@
 #include "atoms.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "formats.h"
@@ -23,12 +24,15 @@ DQN_FUSED_INLINE float choose(bool first, float a, float b) {
 
 DQN_FUSED_INLINE double choose(bool first, double a, double b) { return first ? a : b; }
 
-template <class T>
-DQN_FUSED_INLINE T sum_of(const T* lanes) {
-  T half[WIDTH<T> / 2], quarter[WIDTH<T> / 4];
-  for (int64_t lane = 0; lane < WIDTH<T> / 2; ++lane) half[lane] = lanes[lane] + lanes[lane + WIDTH<T> / 2];
-  for (int64_t lane = 0; lane < WIDTH<T> / 4; ++lane) quarter[lane] = half[lane] + half[lane + WIDTH<T> / 4];
-  return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
+template <int64_t lanes, class T>
+DQN_FUSED_INLINE T sum_of(const T* x) {
+  if constexpr (lanes == 1) {
+    return x[0];
+  } else {
+    T half[lanes / 2];
+    for (int64_t lane = 0; lane < lanes / 2; ++lane) half[lane] = x[lane] + x[lane + lanes / 2];
+    return sum_of<lanes / 2>(half);
+  }
 }
 
 // 1 - exp(-x p(x)), p being fitted to -log(erfc(x)) / x on [0, 4.1] by weighted least squares: off by 2.3e-9, and by
@@ -76,44 +80,80 @@ struct Positions {
   }
 };
 
-// The last K % WIDTH logits of a row, or all of it where it is not contiguous, padded with -inf; returns how many come
-// before.
-template <class Stored, class T>
-DQN_FUSED_INLINE int64_t load_rest(const Row& row, T* __restrict rest) {
-  const Stored* const x = static_cast<const Stored*>(row.values);
-  const int64_t first = row.stride == 1 ? row.n / WIDTH<T> * WIDTH<T> : 0, n = row.n - first;
-  for (int64_t j = 0; j < n; ++j) rest[j] = widen<T>(x[(first + j) * row.stride]);
-  for (int64_t j = n; j % WIDTH<T> != 0; ++j) rest[j] = -INFINITE<T>;
-  return first;
+// Lanes of an expectation: with 16, half of AVX2's registers would be spilled, and K = 51 fills 7 vectors of 8 better
+// than 4 of 16. The last vector overlaps the one before it, for a remainder would take longer than the rest.
+constexpr int64_t LANES = 8;
+
+template <int64_t lanes, class Key>
+DQN_FUSED_INLINE Key largest_key_of(const Key* x) {
+  if constexpr (lanes == 1) {
+    return x[0];
+  } else {
+    Key half[lanes / 2];
+    for (int64_t lane = 0; lane < lanes / 2; ++lane) half[lane] = std::max(x[lane], x[lane + lanes / 2]);
+    return largest_key_of<lanes / 2>(half);
+  }
 }
 
-// Of n logits, a multiple of WIDTH: the lanes of the sum of exp(logit - largest), and of their products with the atoms.
+// The largest of n >= LANES values, NaN if one is NaN.
+template <class Stored, class T>
+DQN_FUSED_INLINE T largest_of_lanes(const Stored* x, int64_t n) {
+  using F = FormatOf<Stored>;
+  using Key = typename F::Bits;
+  const auto key = [&](int64_t j) {
+    Key bits;
+    std::memcpy(&bits, x + j, sizeof bits);
+    return F::key(bits);
+  };
+  Key best[LANES];
+  for (int64_t lane = 0; lane < LANES; ++lane) best[lane] = key(n - LANES + lane);
+  for (int64_t j = 0; j + LANES < n; j += LANES) {
+    for (int64_t lane = 0; lane < LANES; ++lane) best[lane] = std::max(best[lane], static_cast<Key>(key(j + lane)));
+  }
+  return F::template value<T>(largest_key_of<LANES>(best));
+}
+
+// Expectation of the softmax of n >= LANES logits that lie side by side, NaN where there is none.
 template <class T, class Stored>
-DQN_FUSED_INLINE void add_powers(const Stored* x, int64_t n, const T* atoms, T largest, T* total, T* weighted) {
-  for (int64_t j = 0; j < n; j += WIDTH<T>) {
-    for (int64_t lane = 0; lane < WIDTH<T>; ++lane) {
+DQN_FUSED_INLINE double expectation_of(const Stored* __restrict x, const T* __restrict atoms, int64_t n) {
+  const T largest = largest_of_lanes<Stored, T>(x, n);
+  T total[LANES] = {}, weighted[LANES] = {};
+  int64_t j = 0;
+  for (; j + LANES <= n; j += LANES) {
+    for (int64_t lane = 0; lane < LANES; ++lane) {
       const T power = exponential(widen<T>(x[j + lane]) - largest);
       total[lane] += power;
       weighted[lane] += power * atoms[j + lane];
     }
   }
+  if (j < n) {
+    const int32_t seen = static_cast<int32_t>(j - (n - LANES));
+    for (int32_t lane = 0; lane < LANES; ++lane) {
+      const T power = keep_if(lane >= seen, exponential(widen<T>(x[n - LANES + lane]) - largest));
+      total[lane] += power;
+      weighted[lane] += power * atoms[n - LANES + lane];
+    }
+  }
+  const double value = static_cast<double>(sum_of<LANES>(weighted)) / static_cast<double>(sum_of<LANES>(total));
+  return std::abs(largest) < INFINITE<T> ? value : NOT_A_NUMBER<double>;
 }
 
 template <class Stored, class T>
-struct ExpectationOf {
-  DQN_FUSED_INLINE static double run(const Support<T>& support, const Row& row, T* __restrict rest) {
-    const Stored* const x = static_cast<const Stored*>(row.values);
-    const int64_t first = load_rest<Stored>(row, rest), more = support.padded - first;
-    double largest = first > 0 ? largest_of<Stored>(x, first, 1) : -INFINITE<double>;
-    if (more > 0) {
-      const double other = largest_of<T>(rest, more, 1);
-      largest = other > largest || other != other ? other : largest;
+struct ExpectationsOf {
+  DQN_FUSED_INLINE static void run(const Support<T>& support, const ActionRows& logits, double* __restrict values,
+                                   T* __restrict row) {
+    const int64_t K = support.K, stride = logits.first.stride;
+    const Stored* x = static_cast<const Stored*>(logits.first.values);
+    for (int64_t a = 0; a < logits.A; ++a, x += logits.step) {
+      if (logits.legal != nullptr && !logits.legal[a * logits.legal_stride]) continue;
+      if (stride == 1 && K >= LANES) {
+        values[a] = expectation_of(x, support.atoms, K);
+        continue;
+      }
+      for (int64_t j = 0; j < K; ++j) row[j] = widen<T>(x[j * stride]);
+      for (int64_t j = K; j < support.padded; ++j) row[j] = -INFINITE<T>;
+      values[a] = expectation_of(row, support.atoms, support.padded);
     }
-    if (!(std::abs(largest) < INFINITE<double>)) return NOT_A_NUMBER<double>;
-    T total[WIDTH<T>] = {}, weighted[WIDTH<T>] = {};
-    add_powers(x, first, support.atoms, static_cast<T>(largest), total, weighted);
-    add_powers(rest, more, support.atoms + first, static_cast<T>(largest), total, weighted);
-    return static_cast<double>(sum_of(weighted)) / static_cast<double>(sum_of(total));
   }
 };
 
@@ -138,7 +178,7 @@ struct ExponentialsOf {
         total[lane] += power;
       }
     }
-    return {largest, sum_of(total)};
+    return {largest, sum_of<WIDTH<T>>(total)};
   }
 };
 
@@ -232,7 +272,8 @@ struct CrossEntropyOf {
         mass[lane] += m;
       }
     }
-    return {sum_of(loss), sum_of(mean) / softmax.total, sum_of(target_mean), sum_of(mass)};
+    constexpr int64_t W = WIDTH<T>;
+    return {sum_of<W>(loss), sum_of<W>(mean) / softmax.total, sum_of<W>(target_mean), sum_of<W>(mass)};
   }
 };
 
@@ -249,8 +290,8 @@ struct Slopes {
 }  // namespace
 
 template <class T>
-Expectation<T> expectation(ScalarType type) {
-  return dispatch(type, [](auto stored) -> Expectation<T> { return fastest<ExpectationOf<decltype(stored), T>>(); });
+Expectations<T> expectations(ScalarType type) {
+  return dispatch(type, [](auto stored) -> Expectations<T> { return fastest<ExpectationsOf<decltype(stored), T>>(); });
 }
 
 template <class T>
@@ -264,8 +305,8 @@ AtomFunctions<T> atom_functions() {
           fastest<Slopes<T>>()};
 }
 
-template Expectation<float> expectation(ScalarType);
-template Expectation<double> expectation(ScalarType);
+template Expectations<float> expectations(ScalarType);
+template Expectations<double> expectations(ScalarType);
 template Exponentials<float> exponentials(ScalarType);
 template Exponentials<double> exponentials(ScalarType);
 template AtomFunctions<float> atom_functions();

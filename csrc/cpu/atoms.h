@@ -25,12 +25,22 @@ struct CrossEntropy {
   T loss, expectation, target_expectation, mass;
 };
 
-// Expectation of the softmax of a row of logits, NaN where there is none; the scratch is one row.
+// A state's rows of logits, `step` elements apart: that of its first action, and flags for all. legal is null where
+// every action is.
+struct ActionRows {
+  Row first;
+  int64_t A, step;
+  const uint8_t* legal;
+  int64_t legal_stride;
+};
+
+// Expectations of the softmaxes of the legal actions' logits, NaN where there is none; the scratch is one row. All of
+// them in one call, and nothing that depends on one between them: a processor works on several at a time.
 template <class T>
-using Expectation = double (*)(const Support<T>& support, const Row& logits, T* scratch);
+using Expectations = void (*)(const Support<T>& support, const ActionRows& logits, double* expectations, T* scratch);
 
 template <class T>
-Expectation<T> expectation(ScalarType type);
+Expectations<T> expectations(ScalarType type);
 
 // Fills two rows, the logits and exp(logit - largest).
 template <class T>

@@ -32,29 +32,6 @@ std::vector<T> atoms_of(const Maybe& support, double v_min, double v_max, int64_
   return atoms;
 }
 
-struct Results {
-  Tensor loss, values, slopes, grad;
-};
-
-template <class T>
-Results run(const Distributions& d, const CategoricalOptions& options, const std::vector<T>& atoms, const Tensor& q,
-            bool check, bool with_grad) {
-  const ScalarType stored = d.batch.q.values.type, type = accumulation_type(stored);
-  const int64_t n = d.batch.n;
-  Results r{empty_loss(options.reduction, d.batch, type, q), empty({2, n}, type, q), {}, {}};
-  if (with_grad)
-    r.grad = empty({n, d.A, d.K}, stored, q);
-  else
-    r.slopes = empty({n, d.K}, type, q);
-  const auto data = [](const Tensor& x) { return static_cast<T*>(x.mutable_data_ptr()); };
-  const CategoricalOutputs<T> out{data(r.loss), data(r.values), with_grad ? nullptr : data(r.slopes),
-                                  with_grad ? r.grad.mutable_data_ptr() : nullptr};
-  const bool all_known = categorical(d, options, atoms, out);
-  // Worded by dqn_fused.arguments.check_values, which the caller then asks.
-  STD_TORCH_CHECK(all_known || !check, "an action outside [0, A), or a non_final_mask that does not fit next_q");
-  return r;
-}
-
 Results run(const Tensor& q, const Tensor& actions, const Tensor& rewards, const Maybe& next_q, const Maybe& terminated,
             const Maybe& non_final_mask, const Maybe& gammas, double gamma, const Maybe& next_q_online,
             const Maybe& next_action_mask, const Maybe& weights, const Maybe& support, double v_min, double v_max,
@@ -64,10 +41,13 @@ Results run(const Tensor& q, const Tensor& actions, const Tensor& rewards, const
   fits(!next_q || (next_q->size(2) == d.K && sigma == 0), "next_q");
   fits(!next_q_online || d.values_choose || d.batch.next_online.A == d.K, "next_q_online");
   const CategoricalOptions options{reduction, sigma};
-  const Place place(q);
-  if (d.batch.q.values.type == ScalarType::Double)
-    return run(d, options, atoms_of<double>(support, v_min, v_max, d.K, place), q, check, with_grad);
-  return run(d, options, atoms_of<float>(support, v_min, v_max, d.K, place), q, check, with_grad);
+  const auto compute = [&](auto zero) {
+    using T = decltype(zero);
+    const std::vector<T> atoms = atoms_of<T>(support, v_min, v_max, d.K, Place(q));
+    return results<T>(d, reduction, {2, d.batch.n}, q, check, with_grad,
+                      [&](const Outputs<T>& out) { return categorical(d, options, atoms, out); });
+  };
+  return d.batch.q.values.type == ScalarType::Double ? compute(0.0) : compute(0.0f);
 }
 
 std::tuple<Tensor, Tensor, Tensor> categorical_loss(const Tensor& q, const Tensor& actions, const Tensor& rewards,

@@ -141,4 +141,35 @@ void write_gradient(const Distributions& d, int64_t reduction, int64_t i, int64_
   });
 }
 
+// Where results go. values, (n,) or (2, n), are those of each sample; slopes, (n, K), may be null, and so may grad,
+// (n, A, K).
+template <class T>
+struct Outputs {
+  T *loss, *values, *slopes;
+  void* grad;
+};
+
+struct Results {
+  Tensor loss, values, slopes, grad;
+};
+
+// Allocates results, of values as many as their size says, and of slopes and grad one: what a backward needs, or the
+// gradient itself. fill(outputs) computes them and returns as reduce_samples.
+template <class T, class Fill>
+Results results(const Distributions& d, int64_t reduction, std::initializer_list<int64_t> size, const Tensor& q,
+                bool check, bool with_grad, const Fill& fill) {
+  const ScalarType stored = d.batch.q.values.type, type = accumulation_type(stored);
+  Results r{empty_loss(reduction, d.batch, type, q), empty(size, type, q), {}, {}};
+  if (with_grad)
+    r.grad = empty({d.batch.n, d.A, d.K}, stored, q);
+  else
+    r.slopes = empty({d.batch.n, d.K}, type, q);
+  const auto data = [](const Tensor& x) { return static_cast<T*>(x.mutable_data_ptr()); };
+  const bool all_known = fill(Outputs<T>{data(r.loss), data(r.values), with_grad ? nullptr : data(r.slopes),
+                                         with_grad ? r.grad.mutable_data_ptr() : nullptr});
+  // Worded by dqn_fused.arguments.check_values, which the caller then asks.
+  STD_TORCH_CHECK(all_known || !check, "an action outside [0, A), or a non_final_mask that does not fit next_q");
+  return r;
+}
+
 }  // namespace dqn_fused::cpu

@@ -105,7 +105,8 @@ struct Block {
       read(b.discounts, begin, n, gammas);
     else
       std::fill_n(gammas, n, static_cast<T>(b.discount));
-    for (int64_t i = 0; i < n; ++i) errors[i] = td_error(taken[i], rewards[i], live[i], gammas[i], next[i]);
+    for (int64_t i = 0; i < n; ++i)
+      errors[i] = td_error(values.options, taken[i], rewards[i], live[i], gammas[i], next[i]);
     std::copy_n(errors, n, td + begin);
     for (int64_t i = 0; i < n; ++i) losses[i] = loss_value(values.options, errors[i]);
     if (values.conservative) subtract_log_policy(values, begin, n, normaliser);

@@ -21,7 +21,7 @@ struct Worker {
 
   const Distributions& d;
   const QuantileOptions& options;
-  const QuantileOutputs<T>& out;
+  const Outputs<T>& out;
   const Matrix& chooser;
   const int64_t padded;
   const Mean value, mean = mean_of(TYPE);
@@ -30,7 +30,7 @@ struct Worker {
   const Pairs<T> sums;
   std::vector<T> predicted, above, below, losses, slopes, target;
 
-  Worker(const Distributions& d, const QuantileOptions& options, const QuantileOutputs<T>& out)
+  Worker(const Distributions& d, const QuantileOptions& options, const Outputs<T>& out)
       : d(d),
         options(options),
         out(out),
@@ -90,7 +90,7 @@ struct Worker {
     T* const found = out.slopes ? out.slopes + i * d.K : slopes.data();
     if (!known) {
       std::fill_n(found, d.K, NOT_A_NUMBER<T>);
-      out.td[i] = NOT_A_NUMBER<T>;
+      out.values[i] = NOT_A_NUMBER<T>;
       write_gradient(d, options.reduction, i, -1, found, out.grad);
       return NOT_A_NUMBER<T>;
     }
@@ -104,7 +104,7 @@ struct Worker {
     const T share = 1 / static_cast<T>(parts);
     for (int64_t k = 0; k < d.K; ++k) found[k] = slopes[k] * share;
     write_gradient(d, options.reduction, i, action, found, out.grad);
-    out.td[i] = static_cast<T>(mean(row_of(predicted, d.K)) - mean(row_of(target, n)));
+    out.values[i] = static_cast<T>(mean(row_of(predicted, d.K)) - mean(row_of(target, n)));
     const T loss = static_cast<T>(mean(row_of(losses, d.K)) * static_cast<double>(d.K) / static_cast<double>(parts));
     return b.weights ? loss * b.weights.at<T>(i) : loss;
   }
@@ -113,13 +113,13 @@ struct Worker {
 }  // namespace
 
 template <class T>
-bool quantile(const Distributions& d, const QuantileOptions& options, const QuantileOutputs<T>& out) {
+bool quantile(const Distributions& d, const QuantileOptions& options, const Outputs<T>& out) {
   const int64_t chosen = d.values_choose ? 1 : d.batch.next_online ? d.batch.next_online.A : d.batch.next_q.A;
   const int64_t cost = d.A * chosen + PAIR_COST * d.K * d.batch.next_q.A;
   return reduce_samples(d, options.reduction, cost, out.loss, [&] { return Worker<T>(d, options, out); });
 }
 
-template bool quantile(const Distributions&, const QuantileOptions&, const QuantileOutputs<float>&);
-template bool quantile(const Distributions&, const QuantileOptions&, const QuantileOutputs<double>&);
+template bool quantile(const Distributions&, const QuantileOptions&, const Outputs<float>&);
+template bool quantile(const Distributions&, const QuantileOptions&, const Outputs<double>&);
 
 }  // namespace dqn_fused::cpu

@@ -13,15 +13,8 @@ struct QuantileOptions {
   Matrix taus;        // (n, K), or empty for the midpoints
 };
 
-// Where results go. slopes, (n, K), may be null, and so may grad, (n, A, K).
+// Fills what is not null; values are the TD errors, (n,). Returns as reduce_samples.
 template <class T>
-struct QuantileOutputs {
-  T *loss, *td, *slopes;
-  void* grad;
-};
-
-// Fills what is not null. Returns as reduce_samples.
-template <class T>
-bool quantile(const Distributions& d, const QuantileOptions& options, const QuantileOutputs<T>& out);
+bool quantile(const Distributions& d, const QuantileOptions& options, const Outputs<T>& out);
 
 }  // namespace dqn_fused::cpu

@@ -24,28 +24,6 @@ Matrix taus_of(const Maybe& taus, const Distributions& d, const Place& place) {
   return {{values.data, values.type}, d.batch.n, d.K, d.batch.n, 0, 0, values.stride};
 }
 
-struct Results {
-  Tensor loss, td, slopes, grad;
-};
-
-template <class T>
-Results run(const Distributions& d, const QuantileOptions& options, const Tensor& q, bool check, bool with_grad) {
-  const ScalarType stored = d.batch.q.values.type, type = accumulation_type(stored);
-  const int64_t n = d.batch.n;
-  Results r{empty_loss(options.reduction, d.batch, type, q), empty({n}, type, q), {}, {}};
-  if (with_grad)
-    r.grad = empty({n, d.A, d.K}, stored, q);
-  else
-    r.slopes = empty({n, d.K}, type, q);
-  const auto data = [](const Tensor& x) { return static_cast<T*>(x.mutable_data_ptr()); };
-  const QuantileOutputs<T> out{data(r.loss), data(r.td), with_grad ? nullptr : data(r.slopes),
-                               with_grad ? r.grad.mutable_data_ptr() : nullptr};
-  const bool all_known = quantile(d, options, out);
-  // Worded by dqn_fused.arguments.check_values, which the caller then asks.
-  STD_TORCH_CHECK(all_known || !check, "an action outside [0, A), or a non_final_mask that does not fit next_q");
-  return r;
-}
-
 Results run(const Tensor& q, const Tensor& actions, const Tensor& rewards, const Maybe& next_q, const Maybe& terminated,
             const Maybe& non_final_mask, const Maybe& gammas, double gamma, const Maybe& next_q_online,
             const Maybe& next_action_mask, const Maybe& weights, const Maybe& taus, double kappa, bool mean,
@@ -54,8 +32,10 @@ Results run(const Tensor& q, const Tensor& actions, const Tensor& rewards, const
                                         next_q_online, next_action_mask, weights);
   fits(next_q.has_value() && kappa >= 0, "next_q");
   const QuantileOptions options{reduction, kappa, mean, taus_of(taus, d, Place(q))};
-  return d.batch.q.values.type == ScalarType::Double ? run<double>(d, options, q, check, with_grad)
-                                                     : run<float>(d, options, q, check, with_grad);
+  const auto fill = [&](const auto& out) { return quantile(d, options, out); };
+  if (d.batch.q.values.type == ScalarType::Double)
+    return results<double>(d, reduction, {d.batch.n}, q, check, with_grad, fill);
+  return results<float>(d, reduction, {d.batch.n}, q, check, with_grad, fill);
 }
 
 std::tuple<Tensor, Tensor, Tensor> quantile_loss(const Tensor& q, const Tensor& actions, const Tensor& rewards,
@@ -66,7 +46,7 @@ std::tuple<Tensor, Tensor, Tensor> quantile_loss(const Tensor& q, const Tensor& 
                                                  int64_t reduction, bool check) {
   Results r = run(q, actions, rewards, next_q, terminated, non_final_mask, gammas, gamma, next_q_online,
                   next_action_mask, weights, taus, kappa, mean, reduction, check, false);
-  return {std::move(r.loss), std::move(r.td), std::move(r.slopes)};
+  return {std::move(r.loss), std::move(r.values), std::move(r.slopes)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> quantile_loss_and_grad(const Tensor& q, const Tensor& actions, const Tensor& rewards,
@@ -78,7 +58,7 @@ std::tuple<Tensor, Tensor, Tensor> quantile_loss_and_grad(const Tensor& q, const
                                                           bool check) {
   Results r = run(q, actions, rewards, next_q, terminated, non_final_mask, gammas, gamma, next_q_online,
                   next_action_mask, weights, taus, kappa, mean, reduction, check, true);
-  return {std::move(r.loss), std::move(r.grad), std::move(r.td)};
+  return {std::move(r.loss), std::move(r.grad), std::move(r.values)};
 }
 
 }  // namespace

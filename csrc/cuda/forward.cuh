@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(MOST_THREADS<T, W, EXPONENTIALS>, 1)
     T value = 0;
     if (b.next_q) value = next_value<T, W, EXPONENTIALS>(f, next_row, known, lane);
     T error = NOT_A_NUMBER<T>;
-    if (legal_one && known == live) error = td_error(taken, reward, live, discount, value);
+    if (legal_one && known == live) error = td_error(options, taken, reward, live, discount, value);
     value = loss_value(options, error);
     SoftValue<T> normaliser{0, 0};
     if (EXPONENTIALS && options.cql) {

@@ -50,8 +50,8 @@ AUTO_WIDE = {**AUTO, "cuda": ("triton", "compiled", "torch")}
 AUTO_ELSEWHERE = ("torch",)
 # Device types on which a backend other than torch, which has all of them, has a distributional loss.
 DISTRIBUTIONAL: dict[str, dict[str, tuple[str, ...]]] = {
-    "quantile": {"compiled": ("cpu",)},
-    "categorical": {"compiled": ("cpu",)},
+    "quantile": {"compiled": ("cpu",), "triton": ("cpu", "cuda")},
+    "categorical": {"compiled": ("cpu",), "triton": ("cpu", "cuda")},
 }
 
 # In a graph of torch.compile an op is a call that Inductor cannot fuse with anything. Up to NARROW actions that is its
@@ -157,7 +157,9 @@ def choose_distributional(family: str, name: str, device: torch.device) -> Modul
         return _choose_distributional(family, name, device)
     road = _CHOSEN_DISTRIBUTIONAL.get((family, name, device))
     if road is None:
-        road = _CHOSEN_DISTRIBUTIONAL[family, name, device] = _choose_distributional(family, name, device)
+        road = _choose_distributional(family, name, device)
+        if not capturing():
+            _CHOSEN_DISTRIBUTIONAL[family, name, device] = road
     return road
 
 

@@ -1,15 +1,19 @@
 """A batch and a loss as the flat arguments of an op, and an op's results as a backend gives them."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from dqn_fused._ops import LOSSES, REDUCTIONS, TARGETS
 from dqn_fused.arguments import Batch, LossSpec, looks_at_values
 from dqn_fused.autograd import Saved
 from dqn_fused.categorical_arguments import CategoricalSpec
+from dqn_fused.options import REDUCTIONS, packed, unpacked
 from dqn_fused.quantile_arguments import QuantileSpec
+from dqn_fused.row_loss import SavedRows
 
-_NAMES = [{code: name for name, code in codes.items()} for codes in (LOSSES, TARGETS, REDUCTIONS)]
+REDUCTION_OF = {code: name for name, code in REDUCTIONS.items()}
 
 
 def arguments(batch: Batch, spec: LossSpec) -> tuple[object, ...]:
@@ -18,14 +22,12 @@ def arguments(batch: Batch, spec: LossSpec) -> tuple[object, ...]:
         q, actions, rewards, next_q, terminated, gamma, non_final_mask,
         next_q_online, next_action_mask, weights, target_q, action_mask, *_,
     ) = batch  # fmt: skip
-    loss, delta, reduction, target, temperature, alpha, clip, cql, cql_alpha = spec
     gammas = None
     if isinstance(gamma, Tensor):
         gammas, gamma = gamma, 0.0
     return (
         q, actions, rewards, next_q, terminated, non_final_mask, gammas, gamma,
-        next_q_online, next_action_mask, weights, target_q, action_mask,
-        LOSSES[loss], delta, TARGETS[target], temperature, alpha, clip, cql, cql_alpha, REDUCTIONS[reduction],
+        next_q_online, next_action_mask, weights, target_q, action_mask, packed(spec),
     )  # fmt: skip
 
 
@@ -43,34 +45,21 @@ def unpack(
     weights: Tensor | None,
     target_q: Tensor | None,
     action_mask: Tensor | None,
-    loss: int,
-    delta: float,
-    target: int,
-    temperature: float,
-    alpha: float,
-    clip: float,
-    cql: bool,
-    cql_alpha: float,
-    reduction: int,
+    options: Sequence[float],
 ) -> tuple[Batch, LossSpec]:
     """Batch, of one leading dimension, and loss of the arguments of a general forward op."""
-    losses, targets, reductions = _NAMES
     batch = Batch(
         q, actions, rewards, next_q, terminated, gamma if gammas is None else gammas, non_final_mask,
         next_q_online, next_action_mask, weights, target_q, action_mask, actions.shape,
     )  # fmt: skip
-    spec = LossSpec(
-        losses[loss], delta, reductions[reduction], targets[target], temperature, alpha, clip, cql, cql_alpha
-    )
-    return batch, spec
+    return batch, unpacked(options)
 
 
 def backward_arguments(grad_loss: Tensor, saved: Saved, spec: LossSpec) -> tuple[object, ...]:
     """Arguments of a general backward op."""
     td_error, actions, weights, normaliser, q, action_mask, q_shape, q_dtype = saved
     return (
-        grad_loss, td_error, actions, weights, normaliser, q, action_mask, q_shape[-1], q_dtype,
-        LOSSES[spec.loss], spec.delta, spec.cql_alpha, REDUCTIONS[spec.reduction],
+        grad_loss, td_error, actions, weights, normaliser, q, action_mask, q_shape[-1], q_dtype, packed(spec),
     )  # fmt: skip
 
 
@@ -83,15 +72,11 @@ def unpack_backward(
     action_mask: Tensor | None,
     A: int,
     dtype: torch.dtype,
-    loss: int,
-    delta: float,
-    cql_alpha: float,
-    reduction: int,
+    options: Sequence[float],
 ) -> tuple[Saved, LossSpec]:
     """What a backward needs, of the arguments of a general backward op."""
-    losses, _, reductions = _NAMES
     saved = Saved(td_error, actions, weights, normaliser, q, action_mask, torch.Size((actions.shape[0], A)), dtype)
-    return saved, LossSpec(losses[loss], delta, reductions[reduction], cql=q is not None, cql_alpha=cql_alpha)
+    return saved, unpacked(options)
 
 
 def shaped_forward(
@@ -143,6 +128,54 @@ def categorical_arguments(batch: Batch, spec: CategoricalSpec) -> tuple[object, 
         ends = spec.support
     look = looks_at_values(batch.q.device)
     return *distributional_arguments(batch), support, *ends, spec.sigma, REDUCTIONS[spec.reduction], look
+
+
+def unpack_distributions(
+    q: Tensor,
+    actions: Tensor,
+    rewards: Tensor,
+    next_q: Tensor | None,
+    terminated: Tensor | None,
+    non_final_mask: Tensor | None,
+    gammas: Tensor | None,
+    gamma: float,
+    next_q_online: Tensor | None,
+    next_action_mask: Tensor | None,
+    weights: Tensor | None,
+) -> Batch:
+    """Batch, of one leading dimension, of the arguments that the distributional ops share."""
+    return Batch(
+        q, actions, rewards, next_q, terminated, gamma if gammas is None else gammas, non_final_mask,
+        next_q_online, next_action_mask, weights, shape=actions.shape,
+    )  # fmt: skip
+
+
+def unpack_quantile(*given: Any) -> tuple[Batch, Tensor | None, QuantileSpec]:
+    """Batch, taus and options of the arguments of a quantile op."""
+    *shared, taus, kappa, mean, reduction, _ = given
+    spec = QuantileSpec(kappa, "mean" if mean else "sum", REDUCTION_OF[reduction])
+    return unpack_distributions(*shared), taus, spec
+
+
+def unpack_categorical(*given: Any) -> tuple[Batch, CategoricalSpec]:
+    """Batch and options of the arguments of a categorical op."""
+    *shared, support, v_min, v_max, sigma, reduction, _ = given
+    spec = CategoricalSpec((v_min, v_max) if support is None else support, sigma, REDUCTION_OF[reduction])
+    return unpack_distributions(*shared), spec
+
+
+def rows_arguments(saved: SavedRows) -> tuple[object, ...]:
+    """Arguments of a backward op of the distributional losses, but for the upstream gradient."""
+    slopes, actions, weights, shape, dtype, reduction = saved
+    return slopes, actions, weights, shape[-2], dtype, REDUCTIONS[reduction]
+
+
+def unpack_rows(
+    slopes: Tensor, actions: Tensor, weights: Tensor | None, A: int, dtype: torch.dtype, reduction: int
+) -> SavedRows:
+    """What a backward of a distributional loss needs, of the arguments of its op."""
+    shape = torch.Size((slopes.shape[0], A, slopes.shape[1]))
+    return SavedRows(slopes, actions, weights, shape, dtype, REDUCTION_OF[reduction])
 
 
 def shaped_values(loss: Tensor, values: Tensor, batch: Batch, reduction: str) -> tuple[Tensor, Tensor]:

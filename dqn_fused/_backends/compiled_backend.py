@@ -10,12 +10,12 @@ from torch import Tensor
 from dqn_fused import _distributional_ops, _ops, arguments, node
 from dqn_fused._backends import boxed
 from dqn_fused._backends.boxed import backward_arguments, shaped, shaped_forward
-from dqn_fused._ops import REDUCTIONS
 from dqn_fused.arguments import Batch, LossSpec
 from dqn_fused.autograd import Saved
 from dqn_fused.categorical_arguments import CategoricalSpec
 from dqn_fused.head.sweep import sweep
 from dqn_fused.head.sweep_backward import sweep_backward
+from dqn_fused.options import REDUCTIONS
 from dqn_fused.quantile_arguments import QuantileSpec
 from dqn_fused.row_loss import SavedRows
 
@@ -112,7 +112,7 @@ def _plain_arguments(batch: Batch, spec: LossSpec) -> tuple[object, ...] | None:
         q, actions, rewards, next_q, terminated, gamma, non_final_mask,
         next_q_online, next_action_mask, weights, target_q, action_mask, *_,
     ) = batch  # fmt: skip
-    if spec.loss != "mse" or spec.target != "max" or spec.cql or next_q is None:
+    if not spec.plain or next_q is None:
         return None
     if not next_q_online is next_action_mask is weights is target_q is action_mask is None:
         return None
@@ -160,6 +160,4 @@ def categorical_loss_and_grad(batch: Batch, spec: CategoricalSpec) -> tuple[Tens
 
 def rows_backward(grad_loss: Tensor, saved: SavedRows) -> Tensor:
     """Return the gradient of a distributional loss."""
-    slopes, actions, weights, shape, dtype, reduction = saved
-    code = REDUCTIONS[reduction]
-    return shaped(_distributional_ops.rows_backward(grad_loss, slopes, actions, weights, shape[-2], dtype, code), shape)
+    return shaped(_distributional_ops.rows_backward(grad_loss, *boxed.rows_arguments(saved)), saved.shape)

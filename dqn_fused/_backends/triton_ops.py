@@ -11,13 +11,24 @@ power of two of the batch. A small problem, where a call of Python would cost, i
 from torch import Tensor
 from torch.library import Library
 
-from dqn_fused import _ops
-from dqn_fused._backends import boxed
+from dqn_fused import _distributional_ops, _ops
+from dqn_fused._backends import (
+    boxed,
+    triton_categorical,
+    triton_quantile,
+    triton_rows,
+    triton_sweep,
+    triton_sweep_backward,
+    triton_td_loss,
+)
 from dqn_fused.arguments import Batch, LossSpec
 from dqn_fused.autograd import Saved
+from dqn_fused.categorical_arguments import CategoricalSpec
 from dqn_fused.head import sweep_backward as backwards
 from dqn_fused.head.sweep import Statistics, Sweep, pack, unpack
 from dqn_fused.head.sweep_backward import Gradients, SweepBackward
+from dqn_fused.quantile_arguments import QuantileSpec
+from dqn_fused.row_loss import SavedRows
 
 _library = Library("dqn_fused", "IMPL")
 
@@ -50,27 +61,54 @@ def sweep_backward(work: SweepBackward, auto: bool) -> Gradients:
     return backwards.unpack(work.needs, *_ops.triton_sweep_backward(*backwards.pack(work), auto))
 
 
-def _forward(*given: object) -> tuple[Tensor, Tensor, Tensor]:
-    from dqn_fused._backends import triton_backend  # which imports this module
+def quantile_loss(batch: Batch, taus: Tensor | None, spec: QuantileSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (loss, td_error, slopes)."""
+    loss, td_error, slopes = _distributional_ops.triton_quantile_loss(*boxed.quantile_arguments(batch, taus, spec))
+    return *boxed.shaped_values(loss, td_error, batch, spec.reduction), slopes
 
+
+def quantile_loss_and_grad(batch: Batch, taus: Tensor | None, spec: QuantileSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (loss, gradient, td_error)."""
+    given = boxed.quantile_arguments(batch, taus, spec)
+    loss, gradient, td_error = _distributional_ops.triton_quantile_loss_and_grad(*given)
+    loss, td_error = boxed.shaped_values(loss, td_error, batch, spec.reduction)
+    return loss, boxed.shaped(gradient, (*batch.shape, *gradient.shape[1:])), td_error
+
+
+def categorical_loss(batch: Batch, spec: CategoricalSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (loss, values, slopes)."""
+    loss, values, slopes = _distributional_ops.triton_categorical_loss(*boxed.categorical_arguments(batch, spec))
+    return *boxed.shaped_values(loss, values, batch, spec.reduction), slopes
+
+
+def categorical_loss_and_grad(batch: Batch, spec: CategoricalSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (loss, gradient, values)."""
+    given = boxed.categorical_arguments(batch, spec)
+    loss, gradient, values = _distributional_ops.triton_categorical_loss_and_grad(*given)
+    loss, values = boxed.shaped_values(loss, values, batch, spec.reduction)
+    return loss, boxed.shaped(gradient, (*batch.shape, *gradient.shape[1:])), values
+
+
+def rows_backward(grad_loss: Tensor, saved: SavedRows) -> Tensor:
+    """Return the gradient of a distributional loss."""
+    return boxed.shaped(_distributional_ops.triton_rows_backward(grad_loss, *boxed.rows_arguments(saved)), saved.shape)
+
+
+def _forward(*given: object) -> tuple[Tensor, Tensor, Tensor]:
     batch, spec = boxed.unpack(*given)  # type: ignore[arg-type]
-    loss, td_error, normaliser = triton_backend.forward(batch, spec)
+    loss, td_error, normaliser = triton_td_loss.forward(batch, spec)
     return loss, td_error, td_error.new_empty(0) if normaliser is None else normaliser
 
 
 def _loss_and_grad(*given: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from dqn_fused._backends import triton_backend
-
     batch, spec = boxed.unpack(*given)  # type: ignore[arg-type]
-    loss, grad_q, td_error, normaliser = triton_backend.loss_and_grad(batch, spec)
+    loss, grad_q, td_error, normaliser = triton_td_loss.loss_and_grad(batch, spec)
     return loss, grad_q, td_error, td_error.new_empty(0) if normaliser is None else normaliser
 
 
 def _backward(grad_loss: Tensor, *given: object) -> Tensor:
-    from dqn_fused._backends import triton_backend
-
     saved, spec = boxed.unpack_backward(*given)  # type: ignore[arg-type]
-    return triton_backend.backward(grad_loss, saved, spec)
+    return triton_td_loss.backward(grad_loss, saved, spec)
 
 
 def _sweep(
@@ -82,18 +120,34 @@ def _sweep(
     temperature: float,
     auto: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from dqn_fused._backends import triton_sweep
-
     run = triton_sweep.auto_sweep if auto else triton_sweep.sweep
     return pack(run(Sweep(hidden, weight, bias, mask, kind, temperature)))
 
 
 def _sweep_backward(*given: object) -> tuple[Tensor, Tensor, Tensor]:
-    from dqn_fused._backends import triton_sweep_backward
-
     *rest, auto = given
     run = triton_sweep_backward.auto_sweep_backward if auto else triton_sweep_backward.sweep_backward
     return backwards.run_packed(run, *rest)  # type: ignore[arg-type]
+
+
+def _quantile_loss(*given: object) -> tuple[Tensor, Tensor, Tensor]:
+    return triton_quantile.quantile_loss(*boxed.unpack_quantile(*given))
+
+
+def _quantile_loss_and_grad(*given: object) -> tuple[Tensor, Tensor, Tensor]:
+    return triton_quantile.quantile_loss_and_grad(*boxed.unpack_quantile(*given))
+
+
+def _categorical_loss(*given: object) -> tuple[Tensor, Tensor, Tensor]:
+    return triton_categorical.categorical_loss(*boxed.unpack_categorical(*given))
+
+
+def _categorical_loss_and_grad(*given: object) -> tuple[Tensor, Tensor, Tensor]:
+    return triton_categorical.categorical_loss_and_grad(*boxed.unpack_categorical(*given))
+
+
+def _rows_backward(grad_loss: Tensor, *given: object) -> Tensor:
+    return triton_rows.rows_backward(grad_loss, boxed.unpack_rows(*given))  # type: ignore[arg-type]
 
 
 for _name, _call in {
@@ -102,5 +156,10 @@ for _name, _call in {
     "triton_td_loss_backward": _backward,
     "triton_sweep": _sweep,
     "triton_sweep_backward": _sweep_backward,
+    "triton_quantile_loss": _quantile_loss,
+    "triton_quantile_loss_and_grad": _quantile_loss_and_grad,
+    "triton_categorical_loss": _categorical_loss,
+    "triton_categorical_loss_and_grad": _categorical_loss_and_grad,
+    "triton_rows_backward": _rows_backward,
 }.items():
     _library.impl(_name, _call, "CompositeExplicitAutograd")

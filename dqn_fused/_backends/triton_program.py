@@ -19,8 +19,6 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction, driver
 
-from dqn_fused.arguments import LossSpec
-
 OLDEST, NEWEST = (3, 6), (3, 9)  # whose JITFunction.run is known
 VERSION = tuple(int(x) for x in re.findall(r"\d+", triton.__version__)[:2])
 KNOWN = OLDEST <= VERSION <= NEWEST and not knobs.runtime.interpret
@@ -33,12 +31,10 @@ MOST = 1024  # descriptions kept: non_final_mask alone makes one of each number 
 
 Device = torch.device
 Run = Callable[..., Any]  # kernel, programs, arguments; returns what was compiled
-Build = Callable[["Program", Any, LossSpec], None]
+Build = Callable[["Program", Any, Any], None]
 
 
-def call(
-    build: Build, names: Sequence[str], given: Sequence[Any], spec: LossSpec, device: Device, run: Run
-) -> list[Any]:
+def call(build: Build, names: Sequence[str], given: Sequence[Any], spec: Any, device: Device, run: Run) -> list[Any]:
     """Run what build puts into a program, on the current device, and return what the program returns.
 
     given are the arguments of a call, and names what build calls those that are tensors.

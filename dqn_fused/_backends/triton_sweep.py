@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dqn_fused._backends import BackendUnavailableError, triton_ops
+from dqn_fused._backends import BackendUnavailableError, triton_launch
 from dqn_fused.head import sweep as tiles
 from dqn_fused.head.sweep import Statistics, Sweep
 from dqn_fused.kernels import sweep_launch
@@ -33,10 +33,6 @@ def sweep(work: Sweep) -> Statistics:
     Q-values of half precision are not rounded to it before they are compared. float64 is the library's: it checks
     gradients, and few devices multiply it in tensor cores.
     """
-    if torch.compiler.is_compiling():
-        return triton_ops.sweep(work, auto=False)
-    from dqn_fused._backends import triton_backend as backend  # which imports this module
-
     hidden, weight, bias = work.hidden.resolve_neg(), work.weight.resolve_neg(), work.bias
     if torch.float64 in (hidden.dtype, weight.dtype):
         return tiles.sweep(work)
@@ -55,15 +51,15 @@ def sweep(work: Sweep) -> Statistics:
         return found
     itemsize, vec = vectors(hidden, weight)
     scale = _power_of_two(work.temperature)
-    with backend._on(device):
-        units, precision = units_of(hidden.dtype, interpreted=backend.INTERPRETED)
-        plan = sweep_launch.sweep(m, A, D, itemsize, work.mask is not None, units, backend._sms(device))
-        operand = operand_of(hidden.dtype, backend.INTERPRETED)
+    with triton_launch.on(device):
+        units, precision = units_of(hidden.dtype, interpreted=triton_launch.INTERPRETED)
+        plan = sweep_launch.sweep(m, A, D, itemsize, work.mask is not None, units, triton_launch.sms(device))
+        operand = operand_of(hidden.dtype, triton_launch.INTERPRETED)
         partial, partial_aux = largest, aux
         if plan.splits > 1:
             partial = torch.empty((plan.splits, m), dtype=torch.float32, device=device)
             partial_aux = None if aux is None else torch.empty_like(partial, dtype=AUX[kind])
-        backend.run(
+        triton_launch.run(
             sweep_fwd_kernel, plan.row_tiles * plan.splits,
             partial, partial_aux, hidden, weight, bias, work.mask, m, A, D // vec,
             hidden.stride(0) // vec, weight.stride(0) // vec, weight.stride(1),
@@ -75,7 +71,7 @@ def sweep(work: Sweep) -> Statistics:
             num_warps=plan.num_warps, num_stages=plan.num_stages,
         )  # fmt: skip
         if plan.splits > 1:
-            backend.run(
+            triton_launch.run(
                 sweep_combine_kernel, cdiv(m, COMBINE_ROWS),
                 largest, aux, partial, partial_aux, m, plan.splits, scale,
                 KIND=kind, ROWS=COMBINE_ROWS, SPLITS=COMBINE_SPLITS, num_warps=4,
@@ -85,8 +81,6 @@ def sweep(work: Sweep) -> Statistics:
 
 def auto_sweep(work: Sweep) -> Statistics:
     """Sweep by the kernel where that pays, else by the library."""
-    if torch.compiler.is_compiling():
-        return triton_ops.sweep(work, auto=True)
     hidden = work.hidden
     return sweep(work) if refuses(hidden.dtype, hidden.device) is None and pays(work) else tiles.sweep(work)
 

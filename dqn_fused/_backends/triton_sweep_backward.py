@@ -6,7 +6,7 @@ The two products that are left of each tile, for hidden and for the weight, are 
 import torch
 from torch import Tensor
 
-from dqn_fused._backends import BackendUnavailableError, triton_ops
+from dqn_fused._backends import BackendUnavailableError, triton_launch
 from dqn_fused._backends.triton_sweep import operand_of, pays, refuses, units_of, vectors
 from dqn_fused.head import sweep_backward as tiles
 from dqn_fused.head.sweep import Sweep
@@ -18,8 +18,6 @@ from dqn_fused.kernels.sweep_bwd import sweep_bwd_kernel
 
 def sweep_backward(work: SweepBackward) -> Gradients:
     """As head.sweep_backward.sweep_backward, of Q-values that are not rounded, as the kernel of the sweep has them."""
-    if torch.compiler.is_compiling():
-        return triton_ops.sweep_backward(work, auto=False)
     if torch.float64 in (work.hidden.dtype, work.weight.dtype):
         return tiles.sweep_backward(work)
     reason = refuses(work.hidden.dtype, work.hidden.device)
@@ -35,8 +33,6 @@ def sweep_backward(work: SweepBackward) -> Gradients:
 
 def auto_sweep_backward(work: SweepBackward) -> Gradients:
     """Gradients by the kernel where the sweep was: what is subtracted here is what was found there."""
-    if torch.compiler.is_compiling():
-        return triton_ops.sweep_backward(work, auto=True)
     hidden = work.hidden
     swept = Sweep(hidden, work.weight, work.bias, work.mask, "soft", 1.0)
     kernel = refuses(hidden.dtype, hidden.device) is None and pays(swept)
@@ -45,20 +41,18 @@ def auto_sweep_backward(work: SweepBackward) -> Gradients:
 
 def tile_gradient(work: SweepBackward, h: Tensor, w: Tensor, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
     """Gradient of a tile of Q-values, (rows, columns), in hidden's dtype, and its sum over the rows, in float32."""
-    from dqn_fused._backends import triton_backend as backend  # which imports this module
-
     device, (m, D), A = h.device, h.shape, w.shape[0]
     grad = torch.empty((m, A), dtype=h.dtype, device=device)
     bias = None if work.bias is None else work.bias[columns]
     mask = None if work.mask is None else work.mask[rows, columns]
     itemsize, vec = vectors(h, w)
-    with backend._on(device):
-        units, precision = units_of(h.dtype, interpreted=backend.INTERPRETED)
+    with triton_launch.on(device):
+        units, precision = units_of(h.dtype, interpreted=triton_launch.INTERPRETED)
         plan = sweep_launch.backward(m, D, itemsize, mask is not None, units)
         row_tiles = cdiv(m, plan.rows)
         partial = torch.empty((row_tiles, A), dtype=torch.float32, device=device)
         if m:
-            backend.run(
+            triton_launch.run(
                 sweep_bwd_kernel, row_tiles * cdiv(A, plan.columns),
                 grad, partial, h, w, bias, mask,
                 *(x[rows] for x in (work.largest, work.policy, work.taken, work.actions)),
@@ -66,7 +60,7 @@ def tile_gradient(work: SweepBackward, h: Tensor, w: Tensor, rows: slice, column
                 h.stride(0) // vec, w.stride(0) // vec, w.stride(1),
                 *((None,) if bias is None else bias.stride()), *((None, None) if mask is None else mask.stride()),
                 row_tiles,
-                OPERAND=operand_of(h.dtype, backend.INTERPRETED), PRECISION=precision, VEC=vec,
+                OPERAND=operand_of(h.dtype, triton_launch.INTERPRETED), PRECISION=precision, VEC=vec,
                 EVEN=D % plan.features == 0, ROWS=plan.rows, COLUMNS=plan.columns, FEATURES=plan.features,
                 num_warps=plan.num_warps, num_stages=plan.num_stages,
             )  # fmt: skip

@@ -15,7 +15,7 @@ from triton.runtime import driver
 from bench.gpu_code.aot import StubDriver
 from bench.gpu_code.ptx.executor import Counts, Kernel, Memory, Trace, trace
 from dqn_fused import _backends
-from dqn_fused._backends import triton_backend
+from dqn_fused._backends import triton_backend, triton_launch
 
 TARGETS = ("sm_75", "sm_80", "sm_90", "sm_120")
 NOT_EXECUTED = ("wgmma", "tcgen05")
@@ -42,7 +42,7 @@ class Executed(NamedTuple):
 
 
 class Executor:
-    """Takes the place of triton_backend.run."""
+    """Takes the place of triton_launch.run."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class Executor:
         self._kernels = {} if kernels is None or change else kernels  # parsed, by their text
 
     def run(self, kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
-        compiled = kernel.warmup(*args, grid=(programs,), **triton_backend.OPTIONS, **meta)
+        compiled = kernel.warmup(*args, grid=(programs,), **triton_launch.OPTIONS, **meta)
         ptx, name = compiled.asm["ptx"], compiled.metadata.name
         if any(instruction in ptx for instruction in NOT_EXECUTED):
             raise NotExecutedError(f"{name} multiplies by {' or '.join(NOT_EXECUTED)}, which are not executed")
@@ -143,13 +143,14 @@ def executing(target: str, **options: Any) -> Iterator[Executor]:
         for owner, name, value in (
             (_backends, "_missing", found),
             (triton_backend, "refuses", lambda device: None if device.type == "cpu" else "expected CPU tensors"),
-            (triton_backend, "run", executor.run),
+            (triton_launch, "run", executor.run),
             (torch, "empty", executor.empty(torch.empty)),
             (torch, "empty_like", executor.empty(torch.empty_like)),
             (torch, "empty_strided", executor.empty(torch.empty_strided)),
         ):
             stack.enter_context(patch.object(owner, name, value))
-        stack.enter_context(patch.dict(_backends._CHOSEN, clear=True))
+        for chosen in (_backends._CHOSEN, _backends._CHOSEN_DISTRIBUTIONAL):
+            stack.enter_context(patch.dict(chosen, clear=True))
         yield executor
 
 
@@ -157,7 +158,7 @@ def why_not() -> str | None:
     """Why nothing can be executed here."""
     from bench.gpu_code.ptx import build
 
-    if triton_backend.INTERPRETED:
+    if triton_launch.INTERPRETED:
         return "the interpreter replaces the compiler"
     try:
         build.engine()

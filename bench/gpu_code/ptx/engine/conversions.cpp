@@ -48,13 +48,16 @@ void add_float_to_integers(Table& table, const std::string& from) {
   all(int64_t{}, "s64");
 }
 
-template <class T>
+template <class T, bool FTZ = false>
 void add_to_whole(Table& table, const std::string& type) {
-  const std::string ends = "." + type + "." + type;
-  add(table, "cvt.rni" + ends, convert<T, T>([](T x) { return std::nearbyint(x); }));
-  add(table, "cvt.rzi" + ends, convert<T, T>([](T x) { return std::trunc(x); }));
-  add(table, "cvt.rmi" + ends, convert<T, T>([](T x) { return std::floor(x); }));
-  add(table, "cvt.rpi" + ends, convert<T, T>([](T x) { return std::ceil(x); }));
+  const std::string ends = (FTZ ? ".ftz." : ".") + type + "." + type;
+  const auto all = [&](const std::string& rounding, auto f) {
+    add(table, "cvt." + rounding + ends, convert<T, T>([](T x) { return decltype(f){}(flush<FTZ>(x)); }));
+  };
+  all("rni", [](T x) { return std::nearbyint(x); });
+  all("rzi", [](T x) { return std::trunc(x); });
+  all("rmi", [](T x) { return std::floor(x); });
+  all("rpi", [](T x) { return std::ceil(x); });
 }
 
 template <class From>
@@ -98,6 +101,7 @@ void add_conversions(Table& table) {
   add_float_to_integers<float>(table, ".f32");
   add_float_to_integers<double>(table, ".f64");
   add_to_whole<float>(table, "f32");
+  add_to_whole<float, true>(table, "f32");
   add_to_whole<double>(table, "f64");
   add(table, "cvt.f64.f32", convert<double, float>([](float x) { return static_cast<double>(x); }));
   add(table, "cvt.rn.f32.f64", convert<float, double>([](double x) { return static_cast<float>(x); }));

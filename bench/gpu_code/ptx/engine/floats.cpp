@@ -15,21 +15,12 @@ struct Pair {
 };
 using Float2 = Pair<float>;
 
-template <bool FTZ, class T>
-T flush(T x) {
-  if constexpr (std::is_same_v<T, float>) {
-    return flushed<FTZ>(x);
-  } else {
-    return x;
-  }
-}
-
 template <class T, bool FTZ, class F>
 Form unary(F) {
   return {[](Warp& w, const Instr& in, uint32_t lanes) {
             uint64_t* const d = w.row(in.v[0]);
             const uint64_t* const a = w.row(in.v[1]);
-            each(lanes, [&](int i) { put<T>(d, i, flush<FTZ>(static_cast<T>(F{}(flush<FTZ>(get<T>(a, i)))))); });
+            each(lanes, [&](int i) { put<T>(d, i, result<FTZ>(static_cast<T>(F{}(flush<FTZ>(get<T>(a, i)))))); });
           },
           2};
 }
@@ -40,7 +31,7 @@ Form binary(F) {
             uint64_t* const d = w.row(in.v[0]);
             const uint64_t *const a = w.row(in.v[1]), *const b = w.row(in.v[2]);
             each(lanes, [&](int i) {
-              put<T>(d, i, flush<FTZ>(static_cast<T>(F{}(flush<FTZ>(get<T>(a, i)), flush<FTZ>(get<T>(b, i))))));
+              put<T>(d, i, result<FTZ>(static_cast<T>(F{}(flush<FTZ>(get<T>(a, i)), flush<FTZ>(get<T>(b, i))))));
             });
           },
           3};
@@ -52,7 +43,7 @@ void multiply_add(Warp& w, const Instr& in, uint32_t lanes) {
   const uint64_t *const a = w.row(in.v[1]), *const b = w.row(in.v[2]), *const c = w.row(in.v[3]);
   each(lanes, [&](int i) {
     const T x = flush<FTZ>(get<T>(a, i)), y = flush<FTZ>(get<T>(b, i)), z = flush<FTZ>(get<T>(c, i));
-    put<T>(d, i, flush<FTZ>(std::fma(x, y, z)));
+    put<T>(d, i, result<FTZ>(std::fma(x, y, z)));
   });
 }
 
@@ -62,9 +53,9 @@ void multiply_add_down(Warp& w, const Instr& in, uint32_t lanes) {
   each(lanes, [&](int i) {
     const auto x = [&](int k) { return flush<FTZ>(get<float>(w.row(in.v[k]), i)); };
     const long double exact = static_cast<long double>(x(1)) * x(2) + x(3);
-    float result = static_cast<float>(exact);
-    if (result > exact) result = std::nextafter(result, -std::numeric_limits<float>::infinity());
-    put<float>(w.row(in.v[0]), i, flush<FTZ>(result));
+    float below = static_cast<float>(exact);
+    if (below > exact) below = std::nextafter(below, -std::numeric_limits<float>::infinity());
+    put<float>(w.row(in.v[0]), i, result<FTZ>(below));
   });
 }
 

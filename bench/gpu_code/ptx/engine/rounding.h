@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 namespace ptx {
 
@@ -76,6 +77,25 @@ inline uint32_t to_tf32(float x) {
 template <bool FTZ>
 float flushed(float x) {
   return FTZ && std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x;
+}
+
+template <bool FTZ, class T>
+T flush(T x) {
+  if constexpr (std::is_same_v<T, float>) {
+    return flushed<FTZ>(x);
+  } else {
+    return x;
+  }
+}
+
+// What arithmetic gives: of float there is one NaN, whatever NaN went in; of double PTX leaves open which one.
+template <bool FTZ, class T>
+T result(T x) {
+  if constexpr (std::is_floating_point_v<T>) {
+    return std::isnan(x) ? std::numeric_limits<T>::quiet_NaN() : flush<FTZ>(x);
+  } else {
+    return x;
+  }
 }
 
 }  // namespace ptx

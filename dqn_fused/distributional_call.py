@@ -1,0 +1,44 @@
+"""What the calls of all distributional losses do before and after the checks of their own arguments."""
+
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from dqn_fused._backends import choose_distributional
+from dqn_fused.arguments import Batch, SpecT, check_group, check_values, looks_at_values, normalise_weights
+from dqn_fused.autograd import inside_transform
+from dqn_fused.transforms import refuse
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def check_call(function: str, family: str, spec: SpecT, process_group: "ProcessGroup | None") -> None:
+    """Refuse torch.func's transforms, and what is no process group."""
+    if inside_transform():
+        refuse(function, f"give an ensemble as a leading dimension, or call dqn_fused.{family}_reference")
+    if process_group is not None:
+        check_group(process_group, spec)
+
+
+def backend_that_checks(family: str, given: Batch, spec: SpecT, backend: str) -> ModuleType | None:
+    """The backend for a batch as it was given, if it checks all of it itself; it is then asked first, as in loss._run.
+
+    What goes wrong here goes wrong again in the checks, which say what it is.
+    """
+    device = given.q.device
+    road = choose_distributional(family, backend, device)
+    plain = given.q.dim() == 3 and spec.reduction != "weighted_mean" and isinstance(given.gamma, (float, Tensor))
+    return road if road.CHECKS_CPU and plain and looks_at_values(device) else None
+
+
+def prepare(
+    family: str, name: str, batch: Batch, spec: SpecT, backend: str, process_group: "ProcessGroup | None"
+) -> tuple[Batch, SpecT, ModuleType]:
+    """Check the values of a batch whose shapes are checked, of which ``name`` is q, and choose its backend."""
+    road = choose_distributional(family, backend, batch.q.device)
+    batch = check_values(batch, batch.q.shape[1], batch.next_count, f"next_{name}", road.COUNTS_MASK)
+    if spec.reduction == "weighted_mean":
+        batch, spec = normalise_weights(batch, spec, process_group)
+    return batch, spec, road
