@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from torch import Tensor
 
+from dqn_fused import hints
 from dqn_fused.arguments import Batch
 from dqn_fused.autograd import refuse_tangent
 from dqn_fused.categorical_arguments import (
@@ -39,6 +40,7 @@ def fused_categorical_loss(
     return_td_error: bool = False,
     process_group: "ProcessGroup | None" = None,
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> Tensor | tuple[Tensor, ...]:
     """Loss of C51 (Bellemare et al., 2017): the cross-entropy of a return's distribution and its projected target.
 
@@ -92,6 +94,8 @@ def fused_categorical_loss(
     (tensor(3.), tensor([-0.5000]), tensor([[[ 0.3333, -0.1667, -0.1667],
              [ 0.0000,  0.0000,  0.0000]]]))
     """
+    if unknown:
+        hints.unexpected("fused_categorical_loss", unknown)
     spec = check_categorical_options(support, reduction)
     batch = _with_next_states(
         logits, actions, rewards, next_logits, terminated, gamma, non_final_mask,
@@ -118,6 +122,7 @@ def fused_categorical_loss_and_grad(
     return_td_error: bool = False,
     process_group: "ProcessGroup | None" = None,
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> tuple[Tensor, ...]:
     """:func:`fused_categorical_loss` and its gradient by logits in one pass, without autograd.
 
@@ -137,6 +142,8 @@ def fused_categorical_loss_and_grad(
     ...     support=(-1.0, 1.0))
     (tensor(0.6931), tensor([[[ 0.5000, -0.5000]]]))
     """
+    if unknown:
+        hints.unexpected("fused_categorical_loss_and_grad", unknown)
     spec = check_categorical_options(support, reduction)
     batch = _with_next_states(
         logits, actions, rewards, next_logits, terminated, gamma, non_final_mask,
@@ -160,6 +167,7 @@ def fused_categorical_td_loss(
     return_expectation: bool = False,
     process_group: "ProcessGroup | None" = None,
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> Tensor | tuple[Tensor, ...]:
     """A scalar target learned by classification (Farebrother et al., 2024), whose Q-value is an expectation.
 
@@ -190,6 +198,8 @@ def fused_categorical_td_loss(
     >>> loss.exp(), expectation
     (tensor(3.), tensor([1.]))
     """
+    if unknown:
+        hints.unexpected("fused_categorical_td_loss", unknown)
     spec = check_categorical_options(support, reduction, projection, sigma)
     found = _run(_loss, Batch(logits, actions, target, None, weights=weights), spec, backend, process_group)
     return _returned(found, return_td_error, return_expectation)
@@ -209,6 +219,7 @@ def fused_categorical_td_loss_and_grad(
     return_expectation: bool = False,
     process_group: "ProcessGroup | None" = None,
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> tuple[Tensor, ...]:
     """:func:`fused_categorical_td_loss` and its gradient by logits in one pass, without autograd.
 
@@ -226,6 +237,8 @@ def fused_categorical_td_loss_and_grad(
     >>> fused_categorical_td_loss_and_grad(logits, torch.tensor([0]), target, support=(0.0, 1.0))
     (tensor(0.6931), tensor([[[ 0.2500, -0.2500]]]))
     """
+    if unknown:
+        hints.unexpected("fused_categorical_td_loss_and_grad", unknown)
     spec = check_categorical_options(support, reduction, projection, sigma)
     found = _run(_loss_and_grad, Batch(logits, actions, target, None, weights=weights), spec, backend, process_group)
     return tuple(_returned(found, return_td_error, return_expectation))

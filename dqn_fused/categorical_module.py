@@ -1,9 +1,10 @@
 """The categorical losses as modules."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from torch import Tensor, nn
 
+from dqn_fused import hints
 from dqn_fused.categorical import fused_categorical_loss, fused_categorical_td_loss
 from dqn_fused.categorical_arguments import Support, check_categorical_options, check_even
 
@@ -53,7 +54,10 @@ class FusedCategoricalLoss(_OnSupport):
         return_td_error: bool = False,
         process_group: "ProcessGroup | None" = None,
         backend: str = "auto",
+        **unknown: NoReturn,
     ) -> None:
+        if unknown:
+            hints.unexpected("FusedCategoricalLoss", unknown)
         super().__init__()
         check_categorical_options(support, reduction)
         self._keep(support)
@@ -77,8 +81,11 @@ class FusedCategoricalLoss(_OnSupport):
         next_action_mask: Tensor | None = None,
         non_final_mask: Tensor | None = None,
         weights: Tensor | None = None,
+        **unknown: NoReturn,
     ) -> Tensor | tuple[Tensor, ...]:
         """Loss of a batch; see :func:`fused_categorical_loss`."""
+        if unknown:
+            hints.unexpected("FusedCategoricalLoss", unknown)
         return fused_categorical_loss(
             logits,
             actions,
@@ -124,7 +131,10 @@ class FusedCategoricalTDLoss(_OnSupport):
         return_expectation: bool = False,
         process_group: "ProcessGroup | None" = None,
         backend: str = "auto",
+        **unknown: NoReturn,
     ) -> None:
+        if unknown:
+            hints.unexpected("FusedCategoricalTDLoss", unknown)
         super().__init__()
         check_categorical_options(support, reduction, projection, sigma)
         self._keep(support)
@@ -133,9 +143,17 @@ class FusedCategoricalTDLoss(_OnSupport):
         self.process_group, self.backend = process_group, backend
 
     def forward(
-        self, logits: Tensor, actions: Tensor, target: Tensor, *, weights: Tensor | None = None
+        self,
+        logits: Tensor,
+        actions: Tensor,
+        target: Tensor,
+        *,
+        weights: Tensor | None = None,
+        **unknown: NoReturn,
     ) -> Tensor | tuple[Tensor, ...]:
         """Loss of a batch; see :func:`fused_categorical_td_loss`."""
+        if unknown:
+            hints.unexpected("FusedCategoricalTDLoss", unknown)
         return fused_categorical_td_loss(
             logits,
             actions,

@@ -23,6 +23,8 @@ _ELSEWHERE = {
     "loss": ("loss_fn", "loss_function", "td_error_loss_fn"),
     "cql_alpha": ("alpha", "cql_scale"),
 }
+# Of these arguments every loss has one of the same name.
+SHARED = {"actions", "rewards", "terminated", "~terminated", "gamma", "weights"}
 CALLED_HERE = {elsewhere: here for here, names in _ELSEWHERE.items() for elsewhere in names}
 
 ALL_ACTIONS = "; give the values of all actions: the choice among them is made here"
@@ -55,6 +57,8 @@ def unexpected(function: str, given: Mapping[str, object]) -> NoReturn:
     """Raise for keywords that a function does not know."""
     name = next(iter(given))
     here = CALLED_HERE.get(name)
+    if here not in SHARED and any(family in function.lower() for family in ("linear", "quantile", "categorical")):
+        here = None
     more = "" if here is None else f"; it is called {here} here"
     raise TypeError(f"{function}: unexpected argument {name!r}{more}")
 

@@ -1,10 +1,11 @@
 """The public losses of a linear head, as functions."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from dqn_fused import hints
 from dqn_fused._backends import choose
 from dqn_fused.arguments import Batch, LossSpec, check_group, check_loss
 from dqn_fused.autograd import apart, inside_transform
@@ -52,6 +53,7 @@ def fused_linear_dqn_loss(
     tensor_parallel_group: "ProcessGroup | None" = None,
     hidden_grad: str = "sum",
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> Tensor | tuple[Tensor, ...]:
     """DQN loss of a linear head, whose Q matrix is never built.
 
@@ -120,6 +122,8 @@ def fused_linear_dqn_loss(
     >>> loss.detach(), weight.grad.abs().sum(1).nonzero().flatten()
     (tensor(12.5000), tensor([  7, 900]))
     """
+    if unknown:
+        hints.unexpected("fused_linear_dqn_loss", unknown)
     chosen = (loss, delta, reduction, target, cql_alpha, return_cql, value_transform)
     head = Head(
         hidden, weight, bias, next_hidden, next_weight, next_bias,
@@ -153,6 +157,7 @@ def fused_linear_td_loss(
     tensor_parallel_group: "ProcessGroup | None" = None,
     hidden_grad: str = "sum",
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> Tensor | tuple[Tensor, ...]:
     """:func:`fused_linear_dqn_loss` for a target that is already there: returns, or the V(s') of ILQL.
 
@@ -188,6 +193,8 @@ def fused_linear_td_loss(
     >>> fused_linear_td_loss(hidden, weight, torch.tensor([7, 900]), torch.tensor([1.0, 3.0]), cql_alpha=1.0)
     tensor(11.9078)
     """
+    if unknown:
+        hints.unexpected("fused_linear_td_loss", unknown)
     chosen = (loss, delta, reduction, "max", cql_alpha, return_cql)
     head = Head(hidden, weight, bias, action_mask=action_mask)
     samples = Batch(hidden, actions, target, None, weights=weights)

@@ -1,9 +1,10 @@
 """The loss of a linear head as a module."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from torch import Tensor, nn
 
+from dqn_fused import hints
 from dqn_fused.arguments import check_loss
 from dqn_fused.linear import fused_linear_dqn_loss
 from dqn_fused.targets import Munchausen, Soft
@@ -45,7 +46,10 @@ class FusedLinearDQNLoss(nn.Module):
         tensor_parallel_group: "ProcessGroup | None" = None,
         hidden_grad: str = "sum",
         backend: str = "auto",
+        **unknown: NoReturn,
     ) -> None:
+        if unknown:
+            hints.unexpected("FusedLinearDQNLoss", unknown)
         super().__init__()
         check_loss(loss, delta, reduction, target, cql_alpha, return_cql, value_transform)
         if isinstance(gamma, Tensor):
@@ -75,8 +79,11 @@ class FusedLinearDQNLoss(nn.Module):
         target_hidden: Tensor | None = None,
         action_mask: Tensor | None = None,
         weights: Tensor | None = None,
+        **unknown: NoReturn,
     ) -> Tensor | tuple[Tensor, ...]:
         """Loss of a batch; see :func:`fused_linear_dqn_loss`."""
+        if unknown:
+            hints.unexpected("FusedLinearDQNLoss", unknown)
         return fused_linear_dqn_loss(
             hidden,
             head.weight,

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor, nn
 
+from dqn_fused import hints
 from dqn_fused.arguments import Batch
 from dqn_fused.autograd import refuse_tangent
 from dqn_fused.distributional_call import backend_that_checks, check_call, prepare
@@ -35,6 +36,7 @@ def fused_quantile_loss(
     return_td_error: bool = False,
     process_group: "ProcessGroup | None" = None,
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Quantile regression loss of QR-DQN (Dabney et al., 2018), IQN and FQF, whose pairs are never stored.
 
@@ -92,6 +94,8 @@ def fused_quantile_loss(
     (tensor(0.6250), tensor([-1.]), tensor([[[-0.2500, -0.2500],
              [ 0.0000,  0.0000]]]))
     """
+    if unknown:
+        hints.unexpected("fused_quantile_loss", unknown)
     samples = Batch(
         quantiles, actions, rewards, next_quantiles, terminated, gamma, non_final_mask,
         next_quantiles_online, next_action_mask, weights,
@@ -119,6 +123,7 @@ def fused_quantile_loss_and_grad(
     return_td_error: bool = False,
     process_group: "ProcessGroup | None" = None,
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> tuple[Tensor, ...]:
     """Quantile regression loss and its gradient by quantiles in one pass, without autograd.
 
@@ -141,6 +146,8 @@ def fused_quantile_loss_and_grad(
     (tensor(0.2500), tensor([[[-0.2500,  0.2500],
              [ 0.0000,  0.0000]]]))
     """
+    if unknown:
+        hints.unexpected("fused_quantile_loss_and_grad", unknown)
     samples = Batch(
         quantiles, actions, rewards, next_quantiles, terminated, gamma, non_final_mask,
         next_quantiles_online, next_action_mask, weights,
@@ -215,7 +222,10 @@ class FusedQuantileLoss(nn.Module):
         return_td_error: bool = False,
         process_group: "ProcessGroup | None" = None,
         backend: str = "auto",
+        **unknown: NoReturn,
     ) -> None:
+        if unknown:
+            hints.unexpected("FusedQuantileLoss", unknown)
         super().__init__()
         check_quantile_options(kappa, quantile_reduction, reduction)
         if isinstance(gamma, Tensor):
@@ -239,8 +249,11 @@ class FusedQuantileLoss(nn.Module):
         next_action_mask: Tensor | None = None,
         non_final_mask: Tensor | None = None,
         weights: Tensor | None = None,
+        **unknown: NoReturn,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Loss of a batch; see :func:`fused_quantile_loss`."""
+        if unknown:
+            hints.unexpected("FusedQuantileLoss", unknown)
         return fused_quantile_loss(
             quantiles,
             actions,

@@ -1,5 +1,6 @@
 """What the calls say to mistaken keywords, and to q and next_q exchanged."""
 
+import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ import torch
 from conftest import Road
 from test_loss import make, to_device
 
+import dqn_fused
 from dqn_fused import FusedDQNLoss, fused_dqn_loss, fused_dqn_loss_and_grad, fused_td_loss
 from dqn_fused.hints import CALLED_HERE
 from dqn_fused.reference import dqn_loss
@@ -40,6 +42,33 @@ def test_keywords_that_nobody_uses() -> None:
         FusedDQNLoss(discount=0.9)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"^fused_td_loss: unexpected argument 'weight'; it is called weights here$"):
         fused_td_loss(arguments["q"], arguments["actions"], arguments["rewards"], weight=1)  # type: ignore[arg-type]
+
+
+OTHERS = [
+    (name, getattr(dqn_fused, name))
+    for name in dqn_fused.__all__
+    if name.startswith(("fused_linear", "fused_quantile", "fused_categorical"))
+]
+
+
+@pytest.mark.parametrize(("name", "function"), OTHERS, ids=[name for name, _ in OTHERS])
+def test_mistaken_keywords_of_the_other_losses(name: str, function: Callable[..., Any]) -> None:
+    """The names that every loss shares are translated, those of the scalar loss are not."""
+    positional = [x for x in inspect.signature(function).parameters.values() if x.kind is x.POSITIONAL_OR_KEYWORD]
+    given, count = [torch.zeros(1)] * 9, sum(x.default is x.empty for x in positional)
+    support = {"support": (0.0, 1.0)} if "categorical" in name else {}
+    for keyword, more in (("action", "; it is called actions here"), ("q_values", ""), ("colour", "")):
+        with pytest.raises(TypeError, match=f"^{name}: unexpected argument {keyword!r}{more}$"):
+            function(*given[:count], **support, **{keyword: 1})
+
+
+@pytest.mark.parametrize(
+    "module", ["FusedLinearDQNLoss", "FusedQuantileLoss", "FusedCategoricalLoss", "FusedCategoricalTDLoss"]
+)
+def test_mistaken_keywords_of_modules(module: str) -> None:
+    support = {"support": (0.0, 1.0)} if "Categorical" in module else {}
+    with pytest.raises(TypeError, match=f"^{module}: unexpected argument 'discount'; it is called gamma here$"):
+        getattr(dqn_fused, module)(**support, discount=0.9)
 
 
 def test_the_page_on_migrating_has_every_name() -> None:
