@@ -22,7 +22,7 @@ OF_THE_NEXT_STATE = {
     "target", "value_transform", "ensemble",
 }  # fmt: skip
 OF_THE_Q_MATRIX = {"q", "next_q", "ensemble", "next_q_online", "target_q"}
-OF_A_LAYER = {"hidden", "weight", "bias", "sparse_grad"}
+OF_A_LAYER = {"hidden", "weight", "bias", "sparse_grad", "tensor_parallel_group", "hidden_grad"}
 OF_THE_HEAD = OF_A_LAYER | {"next_hidden", "next_weight", "next_bias", "next_hidden_online", "target_hidden"}
 # More or less than fused_dqn_loss takes.
 FUNCTIONS: dict[Callable[..., Any], tuple[set[str], set[str]]] = {
