@@ -267,13 +267,13 @@ def _with_next_states(logits: Tensor, actions: Tensor, rewards: Tensor, next_log
     return Batch(logits, actions, rewards, next_logits, *rest)  # type: ignore[arg-type]
 
 
-def _loss(x: Tensor, batch: Batch, spec: CategoricalSpec, road: ModuleType) -> tuple[Tensor, ...]:
-    return row_loss(x, batch, spec.reduction, road, lambda: road.categorical_loss(batch, spec))
+def _loss(x: Tensor, batch: Batch, spec: CategoricalSpec, implementation: ModuleType) -> tuple[Tensor, ...]:
+    return row_loss(x, batch, spec.reduction, implementation, lambda: implementation.categorical_loss(batch, spec))
 
 
-def _loss_and_grad(x: Tensor, batch: Batch, spec: CategoricalSpec, road: ModuleType) -> tuple[Tensor, ...]:
+def _loss_and_grad(x: Tensor, batch: Batch, spec: CategoricalSpec, implementation: ModuleType) -> tuple[Tensor, ...]:
     refuse_tangent(x)
-    found: tuple[Tensor, ...] = road.categorical_loss_and_grad(batch, spec)
+    found: tuple[Tensor, ...] = implementation.categorical_loss_and_grad(batch, spec)
     return found
 
 
@@ -283,13 +283,13 @@ def _run(
     """Check the arguments and run a backend."""
     check_call("the categorical losses", "categorical", spec, process_group)
     try:
-        road = backend_that_checks("categorical", given, spec, backend)
-        if road is not None:
+        implementation = backend_that_checks("categorical", given, spec, backend)
+        if implementation is not None:
             if isinstance(spec.support, Tensor):
                 check_even(spec.support)
-            return what(given.q, given, spec, road)
+            return what(given.q, given, spec, implementation)
     except (RuntimeError, ValueError, AttributeError, TypeError):
         pass
     batch = check_logits(given, spec)
-    batch, spec, road = prepare("categorical", "logits", batch, spec, backend, process_group)
-    return what(given.q, batch, spec, road)
+    batch, spec, implementation = prepare("categorical", "logits", batch, spec, backend, process_group)
+    return what(given.q, batch, spec, implementation)

@@ -30,16 +30,16 @@ def backend_that_checks(family: str, given: Batch, spec: SpecT, backend: str) ->
     q = given.q
     if q.dim() != 3 or spec.reduction == "weighted_mean" or not isinstance(given.gamma, (float, Tensor)):
         return None
-    road = choose_distributional(family, backend, q.device, q.shape[2])
-    return road if road.CHECKS_CPU and looks_at_values(q.device) else None
+    implementation = choose_distributional(family, backend, q.device, q.shape[2])
+    return implementation if implementation.CHECKS_CPU and looks_at_values(q.device) else None
 
 
 def prepare(
     family: str, name: str, batch: Batch, spec: SpecT, backend: str, process_group: "ProcessGroup | None"
 ) -> tuple[Batch, SpecT, ModuleType]:
     """Check the values of a batch whose shapes are checked, of which ``name`` is q, and choose its backend."""
-    road = choose_distributional(family, backend, batch.q.device, batch.q.shape[2])
-    batch = check_values(batch, batch.q.shape[1], batch.next_count(), f"next_{name}", road.COUNTS_MASK)
+    implementation = choose_distributional(family, backend, batch.q.device, batch.q.shape[2])
+    batch = check_values(batch, batch.q.shape[1], batch.next_count(), f"next_{name}", implementation.COUNTS_MASK)
     if spec.reduction == "weighted_mean":
         batch, spec = normalise_weights(batch, spec, process_group)
-    return batch, spec, road
+    return batch, spec, implementation

@@ -213,7 +213,7 @@ def fused_dqn_loss_and_grad(
     backend: str = "auto",
     **unknown: NoReturn,
 ) -> tuple[Tensor, ...]:
-    """DQN loss and its gradient by q in one pass, without autograd: the fastest road.
+    """DQN loss and its gradient by q in one pass, without autograd: the fastest implementation.
 
     ``q.backward(grad_q)`` then goes on through the network. JAX users know the form as ``value_and_grad``.
 
@@ -268,9 +268,9 @@ def _cql(normaliser: Tensor, batch: Batch) -> Tensor:
     return conservative_term(normaliser, batch._replace(actions=batch.saved_actions()))
 
 
-def _loss_and_grad(batch: Batch, spec: LossSpec, road: ModuleType, q: Tensor) -> tuple[Tensor, ...]:
+def _loss_and_grad(batch: Batch, spec: LossSpec, implementation: ModuleType, q: Tensor) -> tuple[Tensor, ...]:
     refuse_tangent(q)
-    return road.loss_and_grad(batch, spec)
+    return implementation.loss_and_grad(batch, spec)
 
 
 def _run(
@@ -302,18 +302,18 @@ def _run(
         what, backend = transforms.transformed_td_loss, transforms.backend_inside(backend)
     try:
         device = q.device
-        road = choose(backend, device, q.shape[-1] if q.dim() else None)
+        implementation = choose(backend, device, q.shape[-1] if q.dim() else None)
         plain = q.is_cpu and q.dim() == 2 and (next_q is None or next_q.dim() == 2)
         plain = plain and isinstance(gamma, (float, int, Tensor)) and spec.reduction != "weighted_mean"
-        if road.CHECKS_CPU and plain and not transformed and arguments.looks_at_values(device):
-            return given, what(given, spec, road, q)
+        if implementation.CHECKS_CPU and plain and not transformed and arguments.looks_at_values(device):
+            return given, what(given, spec, implementation, q)
     except (RuntimeError, AttributeError, TypeError):
         pass
     batch = check_batch(given, spec)
-    road = choose(backend, batch.q.device, batch.action_count())
+    implementation = choose(backend, batch.q.device, batch.action_count())
     if not transformed or torch.compiler.is_compiling():
-        counts_mask = road.COUNTS_MASK and not transformed
+        counts_mask = implementation.COUNTS_MASK and not transformed
         batch = check_values(batch, batch.action_count(), batch.next_count(), counts_mask=counts_mask)
     if spec.reduction == "weighted_mean":
         batch, spec = normalise_weights(batch, spec, process_group)
-    return batch, what(batch, spec, road, q)
+    return batch, what(batch, spec, implementation, q)

@@ -161,15 +161,17 @@ def fused_quantile_loss_and_grad(
 Run = Callable[[Tensor, Batch, Tensor | None, QuantileSpec, ModuleType], tuple[Any, ...]]
 
 
-def _loss(x: Tensor, batch: Batch, taus: Tensor | None, spec: QuantileSpec, road: ModuleType) -> tuple[Any, ...]:
-    return row_loss(x, batch, spec.reduction, road, lambda: road.quantile_loss(batch, taus, spec))
+def _loss(
+    x: Tensor, batch: Batch, taus: Tensor | None, spec: QuantileSpec, implementation: ModuleType
+) -> tuple[Any, ...]:
+    return row_loss(x, batch, spec.reduction, implementation, lambda: implementation.quantile_loss(batch, taus, spec))
 
 
 def _loss_and_grad(
-    x: Tensor, batch: Batch, taus: Tensor | None, spec: QuantileSpec, road: ModuleType
+    x: Tensor, batch: Batch, taus: Tensor | None, spec: QuantileSpec, implementation: ModuleType
 ) -> tuple[Any, ...]:
     refuse_tangent(x)
-    found: tuple[Any, ...] = road.quantile_loss_and_grad(batch, taus, spec)
+    found: tuple[Any, ...] = implementation.quantile_loss_and_grad(batch, taus, spec)
     return found
 
 
@@ -187,14 +189,14 @@ def _run(
     spec = check_quantile_options(kappa, quantile_reduction, reduction)
     check_call("fused_quantile_loss", "quantile", spec, process_group)
     try:
-        road = backend_that_checks("quantile", given, spec, backend)
-        if road is not None:
-            return what(given.q, given, taus, spec, road)
+        implementation = backend_that_checks("quantile", given, spec, backend)
+        if implementation is not None:
+            return what(given.q, given, taus, spec, implementation)
     except (RuntimeError, ValueError, AttributeError, TypeError):
         pass
     batch, taus = check_quantiles(given, taus)
-    batch, spec, road = prepare("quantile", "quantiles", batch, spec, backend, process_group)
-    return what(given.q, batch, taus, spec, road)
+    batch, spec, implementation = prepare("quantile", "quantiles", batch, spec, backend, process_group)
+    return what(given.q, batch, taus, spec, implementation)
 
 
 class FusedQuantileLoss(nn.Module):

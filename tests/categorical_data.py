@@ -1,4 +1,4 @@
-"""Batches of logits, the roads that serve them, and the one comparison with the oracle."""
+"""Batches of logits, the settings that serve them, and the one comparison with the oracle."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from bounds import assert_close
 from categorical_oracle import Expected, categorical_oracle
-from conftest import Road, distributional_roads
+from conftest import Setting, distributional_settings
 from data import source
 from torch import Tensor
 
@@ -20,7 +20,7 @@ from dqn_fused import (
 SUPPORT = (-5.0, 10.0)
 
 
-every_road = pytest.mark.parametrize("backend", distributional_roads("categorical"))
+every_setting = pytest.mark.parametrize("backend", distributional_settings("categorical"))
 
 
 def clear_winner(logits: Tensor) -> Tensor:
@@ -66,15 +66,15 @@ def compact(arguments: dict[str, Any]) -> dict[str, Any]:
     return {**arguments, "non_final_mask": mask}
 
 
-def check(road: Road, arguments: dict[str, Any], grad_loss: Tensor | None = None) -> Expected:
-    """Run a road, with and without autograd, and compare everything with the oracle."""
-    arguments = {k: x.to(road.device) if isinstance(x, Tensor) else x for k, x in arguments.items()}
+def check(setting: Setting, arguments: dict[str, Any], grad_loss: Tensor | None = None) -> Expected:
+    """Run a setting, with and without autograd, and compare everything with the oracle."""
+    arguments = {k: x.to(setting.device) if isinstance(x, Tensor) else x for k, x in arguments.items()}
     known = dict(arguments)
     if "target" in known:
         known["rewards"] = known.pop("target")
     expected = categorical_oracle(**known, grad_loss=grad_loss)
     logits = arguments["logits"].detach().requires_grad_()
-    arguments |= {"logits": logits, "return_td_error": True, "backend": road.backend}
+    arguments |= {"logits": logits, "return_td_error": True, "backend": setting.backend}
     functions = [fused_categorical_loss, fused_categorical_loss_and_grad]
     if "target" in arguments:
         arguments["return_expectation"] = True

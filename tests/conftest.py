@@ -1,4 +1,4 @@
-"""Which roads run here, and torch.empty poisoned with NaN so that an element nobody wrote shows."""
+"""Which settings run here, and torch.empty poisoned with NaN so that an element nobody wrote shows."""
 
 import importlib
 import importlib.util
@@ -41,53 +41,57 @@ TRITON_DEVICE = "cuda" if _GPU else "cpu"
 TRITON_MARK = pytest.mark.interpret if INTERPRETED else pytest.mark.ptx if EXECUTED and not _GPU else pytest.mark.gpu
 
 
-class Road(NamedTuple):
+class Setting(NamedTuple):
     """A backend and the device its tensors live on."""
 
     backend: str
     device: str
 
 
-def _roads() -> list[object]:
-    roads = []
+def _settings() -> list[object]:
+    settings = []
     for name in serving(torch.device("cpu")):
         if name == "triton":
-            roads.append(pytest.param(Road(name, "cpu"), id="triton-interpreter", marks=pytest.mark.interpret))
+            settings.append(pytest.param(Setting(name, "cpu"), id="triton-interpreter", marks=pytest.mark.interpret))
         else:
-            roads.append(pytest.param(Road(name, "cpu"), id=f"{name}-cpu"))
+            settings.append(pytest.param(Setting(name, "cpu"), id=f"{name}-cpu"))
     if node.MODULE is not None:  # and as it is where the node in C++ is not built
-        roads.append(pytest.param(Road("compiled", "cpu"), id="compiled-cpu-python", marks=pytest.mark.without_node))
+        settings.append(
+            pytest.param(Setting("compiled", "cpu"), id="compiled-cpu-python", marks=pytest.mark.without_node)
+        )
     if EXECUTED and importlib.util.find_spec("triton") is not None:
-        roads.append(pytest.param(Road("triton", "cpu"), id="triton-ptx", marks=pytest.mark.ptx))
+        settings.append(pytest.param(Setting("triton", "cpu"), id="triton-ptx", marks=pytest.mark.ptx))
     if EXECUTED and CUDA_SOURCES:
-        roads.append(pytest.param(Road("compiled", "cpu"), id="cuda-ptx", marks=pytest.mark.ptx("cuda")))
+        settings.append(pytest.param(Setting("compiled", "cpu"), id="cuda-ptx", marks=pytest.mark.ptx("cuda")))
     if _GPU:
         for name in serving(torch.device("cuda")):
-            roads.append(pytest.param(Road(name, "cuda"), id=f"{name}-cuda", marks=pytest.mark.gpu))
-    return roads
+            settings.append(pytest.param(Setting(name, "cuda"), id=f"{name}-cuda", marks=pytest.mark.gpu))
+    return settings
 
 
-def distributional_roads(family: str) -> list[Any]:
+def distributional_settings(family: str) -> list[Any]:
     """What serves a family of losses of distributions."""
-    roads = [
-        pytest.param(Road(name, "cpu"), id=f"{name}-cpu")
+    settings = [
+        pytest.param(Setting(name, "cpu"), id=f"{name}-cpu")
         for name in serving(torch.device("cpu"), family)
         if name != "triton"
     ]
     if "triton" in DISTRIBUTIONAL[family]:
         if INTERPRETED:
-            roads.append(pytest.param(Road("triton", "cpu"), id="triton-interpreter", marks=pytest.mark.interpret))
+            settings.append(
+                pytest.param(Setting("triton", "cpu"), id="triton-interpreter", marks=pytest.mark.interpret)
+            )
         elif EXECUTED and importlib.util.find_spec("triton") is not None:
-            roads.append(pytest.param(Road("triton", "cpu"), id="triton-ptx", marks=pytest.mark.ptx))
+            settings.append(pytest.param(Setting("triton", "cpu"), id="triton-ptx", marks=pytest.mark.ptx))
     if _GPU:
         for name in serving(torch.device("cuda"), family):
-            roads.append(pytest.param(Road(name, "cuda"), id=f"{name}-cuda", marks=pytest.mark.gpu))
-    return roads
+            settings.append(pytest.param(Setting(name, "cuda"), id=f"{name}-cuda", marks=pytest.mark.gpu))
+    return settings
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "road" in metafunc.fixturenames:
-        metafunc.parametrize("road", _roads())
+    if "setting" in metafunc.fixturenames:
+        metafunc.parametrize("setting", _settings())
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,18 +1,18 @@
-"""Batches of quantiles, the roads that serve them, and the one comparison with the oracle."""
+"""Batches of quantiles, the settings that serve them, and the one comparison with the oracle."""
 
 from typing import Any
 
 import pytest
 import torch
 from bounds import assert_close
-from conftest import Road, distributional_roads
+from conftest import Setting, distributional_settings
 from data import source
 from quantile_oracle import Expected, eager, quantile_oracle
 from torch import Tensor
 
 from dqn_fused import fused_quantile_loss, fused_quantile_loss_and_grad
 
-every_road = pytest.mark.parametrize("backend", distributional_roads("quantile"))
+every_setting = pytest.mark.parametrize("backend", distributional_settings("quantile"))
 
 
 def clear_winner(values: Tensor, g: torch.Generator) -> Tensor:
@@ -59,13 +59,13 @@ def compact(arguments: dict[str, Any]) -> dict[str, Any]:
     return {**arguments, "non_final_mask": mask}
 
 
-def check(road: Road, arguments: dict[str, Any], grad_loss: Tensor | None = None) -> Expected:
-    """Run a road, with and without autograd, and compare everything with the oracle."""
-    arguments = {k: x.to(road.device) if isinstance(x, Tensor) else x for k, x in arguments.items()}
+def check(setting: Setting, arguments: dict[str, Any], grad_loss: Tensor | None = None) -> Expected:
+    """Run a setting, with and without autograd, and compare everything with the oracle."""
+    arguments = {k: x.to(setting.device) if isinstance(x, Tensor) else x for k, x in arguments.items()}
     quantiles = arguments["quantiles"].detach().requires_grad_()
     arguments["quantiles"] = quantiles
     expected = quantile_oracle(**arguments, grad_loss=grad_loss)
-    loss, td_error = fused_quantile_loss(**arguments, return_td_error=True, backend=road.backend)
+    loss, td_error = fused_quantile_loss(**arguments, return_td_error=True, backend=setting.backend)
     upstream = torch.ones_like(loss) if grad_loss is None else grad_loss.to(loss)
     (gradient,) = torch.autograd.grad(loss, quantiles, upstream)
     accumulation = torch.float64 if quantiles.dtype is torch.float64 else torch.float32
@@ -76,7 +76,7 @@ def check(road: Road, arguments: dict[str, Any], grad_loss: Tensor | None = None
     assert_close("td_error", td_error, expected.td_error)
     assert_close("loss", loss, expected.loss)
     assert_close("gradient", gradient, expected.gradient)
-    loss, gradient, td_error = fused_quantile_loss_and_grad(**arguments, return_td_error=True, backend=road.backend)
+    loss, gradient, td_error = fused_quantile_loss_and_grad(**arguments, return_td_error=True, backend=setting.backend)
     assert not loss.requires_grad
     assert gradient.is_contiguous()
     assert_close("td_error of loss_and_grad", td_error, expected.td_error)
@@ -86,12 +86,12 @@ def check(road: Road, arguments: dict[str, Any], grad_loss: Tensor | None = None
     return expected
 
 
-def check_against_eager(road: Road, arguments: dict[str, Any]) -> None:
+def check_against_eager(setting: Setting, arguments: dict[str, Any]) -> None:
     """Errors within twice those of the lines that users write."""
     expected = quantile_oracle(**arguments)
     x = arguments["quantiles"].detach().requires_grad_()
     loss = eager(**{**arguments, "quantiles": x, "terminated": arguments["terminated"].to(x.dtype)})
     (gradient,) = torch.autograd.grad(loss, x)
-    got, got_gradient = fused_quantile_loss_and_grad(**arguments, backend=road.backend)
+    got, got_gradient = fused_quantile_loss_and_grad(**arguments, backend=setting.backend)
     assert_close("loss", got, expected.loss, loss)
     assert_close("gradient", got_gradient, expected.gradient, gradient)

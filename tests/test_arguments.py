@@ -1,4 +1,4 @@
-"""Every error the contract names, with its message, on every road; and nothing that broadcasts."""
+"""Every error the contract names, with its message, on every setting; and nothing that broadcasts."""
 
 import math
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Road
+from conftest import Setting
 from test_loss import compact, make
 
 from dqn_fused import FusedDQNLoss, Munchausen, Soft, fused_dqn_loss, fused_td_loss
@@ -210,36 +210,36 @@ TYPE_ERRORS = {
 }
 
 
-def call(function: Any, changes: dict[str, Any], road: Road) -> Any:
-    arguments = {**make((B, A)), "backend": road.backend, **changes}
-    return function(**{k: x.to(road.device) if isinstance(x, torch.Tensor) else x for k, x in arguments.items()})
+def call(function: Any, changes: dict[str, Any], setting: Setting) -> Any:
+    arguments = {**make((B, A)), "backend": setting.backend, **changes}
+    return function(**{k: x.to(setting.device) if isinstance(x, torch.Tensor) else x for k, x in arguments.items()})
 
 
 @pytest.mark.parametrize("case", SHAPE_ERRORS)
-def test_value_errors(road: Road, case: str) -> None:
+def test_value_errors(setting: Setting, case: str) -> None:
     changes, message = SHAPE_ERRORS[case]
     with pytest.raises(ValueError) as error:  # noqa: PT011
-        call(fused_dqn_loss, changes, road)
+        call(fused_dqn_loss, changes, setting)
     assert str(error.value).startswith(message)
 
 
 @pytest.mark.parametrize("case", TYPE_ERRORS)
-def test_type_errors(road: Road, case: str) -> None:
+def test_type_errors(setting: Setting, case: str) -> None:
     changes, message = TYPE_ERRORS[case]
     with pytest.raises(TypeError) as error:
-        call(fused_dqn_loss, changes, road)
+        call(fused_dqn_loss, changes, setting)
     assert str(error.value) == message
 
 
 def test_the_reference_raises_the_same() -> None:
-    road = Road("auto", "cpu")
+    setting = Setting("auto", "cpu")
     for case, (changes, message) in (SHAPE_ERRORS | TYPE_ERRORS).items():
         if case != "backend":
             with pytest.raises((ValueError, TypeError)) as error:
-                call(dqn_loss, changes, road)
+                call(dqn_loss, changes, setting)
             assert str(error.value) == message
     with pytest.raises(ValueError, match="the reference is PyTorch"):
-        call(dqn_loss, {"backend": "triton"}, road)
+        call(dqn_loss, {"backend": "triton"}, setting)
 
 
 EVERY = [
@@ -249,41 +249,43 @@ EVERY = [
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_another_device(road: Road, name: str) -> None:
+def test_another_device(setting: Setting, name: str) -> None:
     """meta is a device that exists everywhere."""
-    arguments = make((B, A), device=road.device)
-    arguments["gamma"] = torch.rand(B, device=road.device)
+    arguments = make((B, A), device=setting.device)
+    arguments["gamma"] = torch.rand(B, device=setting.device)
     if name in ("target_q", "action_mask"):
-        arguments |= {"target": "munchausen", "target_q": zeros(B, A).to(road.device)}
+        arguments |= {"target": "munchausen", "target_q": zeros(B, A).to(setting.device)}
     if name not in arguments and name != "non_final_mask":
         shape, dtype = ((B,) if name == "weights" else (B, A)), (BOOL if "mask" in name else FLOAT)
         arguments[name] = zeros(*shape, dtype=dtype)
     if name == "non_final_mask":
         arguments = compact(arguments)
     arguments[name] = arguments[name].to("meta")
-    with pytest.raises(ValueError, match=f"{name}: expected device {road.device}.*, as q, got meta"):
-        fused_dqn_loss(**arguments, backend=road.backend)
+    with pytest.raises(ValueError, match=f"{name}: expected device {setting.device}.*, as q, got meta"):
+        fused_dqn_loss(**arguments, backend=setting.backend)
 
 
 @pytest.mark.parametrize("action", [-1, A, 2**40, -(2**63)])
 @pytest.mark.parametrize("shape", [(B, A), (2, 3, A)])
-def test_action_out_of_range(road: Road, shape: tuple[int, ...], action: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_action_out_of_range(
+    setting: Setting, shape: tuple[int, ...], action: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """17179869185 has been seen in the wild: two int32 actions read as one int64."""
     monkeypatch.setenv("DQN_FUSED_CHECK", "1")
-    arguments = make(shape, device=road.device)
+    arguments = make(shape, device=setting.device)
     arguments["actions"].view(-1)[4] = action
     row = "4" if len(shape) == 2 else r"\(1, 1\)"
     with pytest.raises(IndexError, match=rf"actions: expected values in \[0, 4\), got {action} in row {row}$"):
-        fused_dqn_loss(**arguments, backend=road.backend)
+        fused_dqn_loss(**arguments, backend=setting.backend)
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_mask_count(road: Road, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mask_count(setting: Setting, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DQN_FUSED_CHECK", "1")
     arguments = {**make((B, A)), "terminated": None, "non_final_mask": torch.arange(B) < count}
     message = f"non_final_mask: expected as many true entries as next_q has rows, 3, got {count} of 6"
     with pytest.raises(IndexError, match=message):
-        call(fused_dqn_loss, {**arguments, "next_q": zeros(3, A)}, road)
+        call(fused_dqn_loss, {**arguments, "next_q": zeros(3, A)}, setting)
 
 
 def test_the_first_illegal_action_is_named() -> None:
@@ -335,11 +337,11 @@ def test_the_target_of_fused_td_loss_is_named() -> None:
         fused_td_loss(zeros(B, A), zeros(B, dtype=INT), zeros(B), action_mask=zeros(B, A, dtype=BOOL))
 
 
-def test_no_broadcast_is_ever_possible(road: Road) -> None:
+def test_no_broadcast_is_ever_possible(setting: Setting) -> None:
     """(B,) against (B, 1) gives a (B, B) loss in eager code, with no more than a warning; here the two are equal."""
-    arguments = make((B, A), device=road.device)
-    per_sample = fused_dqn_loss(**arguments, reduction="none", backend=road.backend)
+    arguments = make((B, A), device=setting.device)
+    per_sample = fused_dqn_loss(**arguments, reduction="none", backend=setting.backend)
     for name in ("actions", "rewards", "terminated"):
         arguments[name] = arguments[name].unsqueeze(1)
-    assert torch.equal(fused_dqn_loss(**arguments, reduction="none", backend=road.backend), per_sample)
+    assert torch.equal(fused_dqn_loss(**arguments, reduction="none", backend=setting.backend), per_sample)
     assert per_sample.shape == (B,)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from bounds import Arithmetic, Values, assert_close
-from conftest import Road
+from conftest import Setting
 from oracle import oracle
 from test_family import on, variant
 from test_loss import compact, make
@@ -24,18 +24,18 @@ from dqn_fused import FusedDQNLoss, fused_dqn_loss, fused_dqn_loss_and_grad, nod
 from dqn_fused.reference import dqn_loss
 
 
-def loss_of_q(road: Road, arguments: dict[str, Any], reduction: str = "mean") -> Any:
+def loss_of_q(setting: Setting, arguments: dict[str, Any], reduction: str = "mean") -> Any:
     rest = {k: x for k, x in arguments.items() if k != "q"}
-    return lambda q: fused_dqn_loss(q, **rest, reduction=reduction, backend=road.backend)
+    return lambda q: fused_dqn_loss(q, **rest, reduction=reduction, backend=setting.backend)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("form", [dict, compact], ids=["terminated", "mask"])
 @pytest.mark.parametrize("shape", [(5, 3), (2, 2, 3)], ids=["2d", "3d"])
-def test_gradcheck(road: Road, shape: tuple[int, ...], form: Any, reduction: str) -> None:
-    arguments = form(make(shape, torch.float64, road.device))
+def test_gradcheck(setting: Setting, shape: tuple[int, ...], form: Any, reduction: str) -> None:
+    arguments = form(make(shape, torch.float64, setting.device))
     q = arguments["q"].requires_grad_()
-    function = loss_of_q(road, arguments, reduction)
+    function = loss_of_q(setting, arguments, reduction)
     assert torch.autograd.gradcheck(function, q)
     assert torch.autograd.gradgradcheck(function, q)
 
@@ -46,32 +46,32 @@ def test_gradcheck_of_the_reference() -> None:
     assert torch.autograd.gradcheck(lambda q: dqn_loss(q, **arguments), q)
 
 
-def test_the_hessian_is_diagonal(road: Road) -> None:
+def test_the_hessian_is_diagonal(setting: Setting) -> None:
     """A gradient penalty needs the second derivative, 2 / n at the actions taken; a constant backward has none."""
-    arguments = make((4, 3), torch.float64, road.device)
+    arguments = make((4, 3), torch.float64, setting.device)
     q = arguments["q"].requires_grad_()
-    (grad,) = torch.autograd.grad(loss_of_q(road, arguments)(q), q, create_graph=True)
+    (grad,) = torch.autograd.grad(loss_of_q(setting, arguments)(q), q, create_graph=True)
     (second,) = torch.autograd.grad(grad.sum(), q)
     expected = torch.zeros_like(q).scatter_(1, arguments["actions"][:, None], 2 / 4)
     torch.testing.assert_close(second, expected)
 
 
-def test_two_backwards_with_different_upstream_gradients(road: Road) -> None:
+def test_two_backwards_with_different_upstream_gradients(setting: Setting) -> None:
     """A gradient computed in forward and scaled in place would be scaled twice."""
-    arguments = make((7, 5), device=road.device)
+    arguments = make((7, 5), device=setting.device)
     q = arguments["q"].requires_grad_()
-    loss = loss_of_q(road, arguments, "none")(q)
+    loss = loss_of_q(setting, arguments, "none")(q)
     for _ in range(2):
-        upstream = torch.randn(7, device=road.device)
+        upstream = torch.randn(7, device=setting.device)
         (grad,) = torch.autograd.grad(loss, q, upstream, retain_graph=True)
         expected = oracle(**arguments, reduction="none", grad_loss=upstream).grad_q
         assert_close("grad_q", grad, expected)
 
 
-def test_two_live_losses_do_not_share_anything(road: Road) -> None:
+def test_two_live_losses_do_not_share_anything(setting: Setting) -> None:
     """Outputs kept in buffers of a module have corrupted each other in an earlier library."""
-    batches = [make((7, 5), device=road.device, seed=seed) for seed in (1, 2)]
-    losses = [loss_of_q(road, a)(a["q"].requires_grad_()) for a in batches]
+    batches = [make((7, 5), device=setting.device, seed=seed) for seed in (1, 2)]
+    losses = [loss_of_q(setting, a)(a["q"].requires_grad_()) for a in batches]
     for arguments, loss in zip(batches, losses, strict=True):
         loss.backward()
         expected = oracle(**arguments)
@@ -79,10 +79,10 @@ def test_two_live_losses_do_not_share_anything(road: Road) -> None:
         assert_close("grad_q", arguments["q"].grad, expected.grad_q)
 
 
-def test_the_loss_need_not_be_the_last_node(road: Road) -> None:
-    arguments = make((7, 5), device=road.device)
+def test_the_loss_need_not_be_the_last_node(setting: Setting) -> None:
+    arguments = make((7, 5), device=setting.device)
     q = arguments["q"].requires_grad_()
-    loss = loss_of_q(road, arguments)(q)
+    loss = loss_of_q(setting, arguments)(q)
     (3 * loss + q.square().sum()).backward()
     arithmetic, of_square = Arithmetic(torch.float32), 2 * q.detach().cpu().double().numpy()
     value, error = oracle(**arguments).grad_q
@@ -91,86 +91,86 @@ def test_the_loss_need_not_be_the_last_node(road: Road) -> None:
     assert_close("grad", q.grad, Values(expected, error))
 
 
-def test_an_expanded_upstream_gradient(road: Road) -> None:
+def test_an_expanded_upstream_gradient(setting: Setting) -> None:
     """loss.sum().backward() hands down a tensor of stride 0."""
-    arguments = make((7, 5), device=road.device)
+    arguments = make((7, 5), device=setting.device)
     q = arguments["q"].requires_grad_()
-    function = loss_of_q(road, arguments, "none")
+    function = loss_of_q(setting, arguments, "none")
     (of_sum,) = torch.autograd.grad(function(q).sum(), q)
-    (of_ones,) = torch.autograd.grad(function(q), q, torch.ones(7, device=road.device))
+    (of_ones,) = torch.autograd.grad(function(q), q, torch.ones(7, device=setting.device))
     assert torch.equal(of_sum, of_ones)
 
 
-def test_a_graph_that_only_uses_the_td_error_of_a_detached_loss(road: Road) -> None:
-    arguments = make((7, 5), device=road.device)
+def test_a_graph_that_only_uses_the_td_error_of_a_detached_loss(setting: Setting) -> None:
+    arguments = make((7, 5), device=setting.device)
     arguments["q"].requires_grad_()
-    loss, td_error = fused_dqn_loss(**arguments, return_td_error=True, backend=road.backend)
+    loss, td_error = fused_dqn_loss(**arguments, return_td_error=True, backend=setting.backend)
     assert loss.requires_grad
     assert not td_error.requires_grad
     td_error.abs().cpu().numpy()
 
 
-def test_no_graph_without_a_gradient_to_give(road: Road) -> None:
-    arguments = make((7, 5), device=road.device)
-    assert not fused_dqn_loss(**arguments, backend=road.backend).requires_grad
+def test_no_graph_without_a_gradient_to_give(setting: Setting) -> None:
+    arguments = make((7, 5), device=setting.device)
+    assert not fused_dqn_loss(**arguments, backend=setting.backend).requires_grad
     arguments["q"].requires_grad_()
     with torch.no_grad():
-        assert not fused_dqn_loss(**arguments, backend=road.backend).requires_grad
+        assert not fused_dqn_loss(**arguments, backend=setting.backend).requires_grad
 
 
-def test_actions_changed_in_place_before_backward_are_noticed(road: Road) -> None:
+def test_actions_changed_in_place_before_backward_are_noticed(setting: Setting) -> None:
     """A replay buffer that reuses its batch would otherwise move the gradient to other actions, without a sound."""
-    arguments = make((7, 5), device=road.device)
+    arguments = make((7, 5), device=setting.device)
     q = arguments["q"].requires_grad_()
-    loss = loss_of_q(road, arguments)(q)
+    loss = loss_of_q(setting, arguments)(q)
     arguments["actions"].zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (2, 3, 5)], ids=["2d", "3d"])
-def test_the_loss_may_be_changed_in_place(road: Road, shape: tuple[int, ...]) -> None:
+def test_the_loss_may_be_changed_in_place(setting: Setting, shape: tuple[int, ...]) -> None:
     """loss *= weights is how prioritised replay is written; a view made inside the Function would refuse it."""
-    arguments = make(shape, device=road.device)
+    arguments = make(shape, device=setting.device)
     q = arguments["q"].requires_grad_()
-    weights = torch.rand(shape[:-1], device=road.device)
-    loss = loss_of_q(road, arguments, "none")(q)
+    weights = torch.rand(shape[:-1], device=setting.device)
+    loss = loss_of_q(setting, arguments, "none")(q)
     loss *= weights
     (grad,) = torch.autograd.grad(loss.sum(), q)
-    (expected,) = torch.autograd.grad(loss_of_q(road, arguments, "none")(q), q, weights)
+    (expected,) = torch.autograd.grad(loss_of_q(setting, arguments, "none")(q), q, weights)
     assert torch.equal(grad, expected)
 
 
-def test_batched_gradients(road: Road) -> None:
+def test_batched_gradients(setting: Setting) -> None:
     """A Jacobian in one vectorised backward."""
-    arguments = make((4, 3), torch.float64, road.device)
+    arguments = make((4, 3), torch.float64, setting.device)
     q = arguments["q"].requires_grad_()
-    function = loss_of_q(road, arguments, "none")
+    function = loss_of_q(setting, arguments, "none")
     together, apart = (torch.autograd.functional.jacobian(function, q, vectorize=v) for v in (True, False))
     torch.testing.assert_close(together, apart)
 
 
-def test_forward_mode_is_refused(road: Road) -> None:
+def test_forward_mode_is_refused(setting: Setting) -> None:
     """A backend without a rule for it would give a tangent of zero."""
-    arguments = make((4, 3), device=road.device)
+    arguments = make((4, 3), device=setting.device)
     q = arguments["q"]
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(q, torch.ones_like(q))
         with pytest.raises((NotImplementedError, RuntimeError), match="jvp"):
-            loss_of_q(road, arguments)(dual)
+            loss_of_q(setting, arguments)(dual)
         with pytest.raises(NotImplementedError, match="jvp"):
-            fused_dqn_loss_and_grad(**{**arguments, "q": dual}, backend=road.backend)
-        fused_dqn_loss_and_grad(**arguments, backend=road.backend)
+            fused_dqn_loss_and_grad(**{**arguments, "q": dual}, backend=setting.backend)
+        fused_dqn_loss_and_grad(**arguments, backend=setting.backend)
 
 
-def test_module_equals_function(road: Road) -> None:
-    arguments = make((7, 5), device=road.device)
+def test_module_equals_function(setting: Setting) -> None:
+    arguments = make((7, 5), device=setting.device)
     gamma = torch.tensor(0.5)
-    module = FusedDQNLoss(gamma, reduction="sum", return_td_error=True, backend=road.backend).to(road.device)
-    assert module.gamma.device.type == road.device
+    module = FusedDQNLoss(gamma, reduction="sum", return_td_error=True, backend=setting.backend).to(setting.device)
+    assert module.gamma.device.type == setting.device
     assert "gamma" in module.state_dict()
     expected = fused_dqn_loss(
-        **arguments, gamma=gamma.to(road.device), reduction="sum", return_td_error=True, backend=road.backend
+        **arguments, gamma=gamma.to(setting.device), reduction="sum", return_td_error=True, backend=setting.backend
     )
     for got, value in zip(module(**arguments), expected, strict=True):
         assert torch.equal(got, value)
@@ -194,103 +194,103 @@ def blind(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("blind")
 @pytest.mark.parametrize("A", [1, 4, 2500])
-def test_illegal_actions_where_nothing_looks(road: Road, A: int) -> None:
+def test_illegal_actions_where_nothing_looks(setting: Setting, A: int) -> None:
     """NaN in that row's td and in the loss, zero in its gradient row, nothing out of bounds and nothing elsewhere."""
-    arguments = make((8, A), device=road.device)
+    arguments = make((8, A), device=setting.device)
     for row, action in {1: -1, 3: A, 4: 2**40, 6: -(2**63)}.items():
         arguments["actions"][row] = action
     q = arguments["q"].requires_grad_()
-    per_sample, td_error = fused_dqn_loss(**arguments, reduction="none", return_td_error=True, backend=road.backend)
+    per_sample, td_error = fused_dqn_loss(**arguments, reduction="none", return_td_error=True, backend=setting.backend)
     (grad,) = torch.autograd.grad(per_sample, q, torch.ones_like(per_sample))
     expected = oracle(**arguments, reduction="none")
     assert_close("td_error", td_error, expected.td_error)
     assert_close("grad_q", grad, expected.grad_q)
     assert td_error.isnan().sum() == 4
     (grad,) = torch.autograd.grad(
-        loss_of_q(road, arguments, "none")(q), q, torch.ones_like(per_sample), create_graph=True
+        loss_of_q(setting, arguments, "none")(q), q, torch.ones_like(per_sample), create_graph=True
     )
     assert_close("grad_q", grad, expected.grad_q)
-    assert fused_dqn_loss(**arguments, backend=road.backend).isnan()
+    assert fused_dqn_loss(**arguments, backend=setting.backend).isnan()
 
 
 @pytest.mark.usefixtures("blind")
 @pytest.mark.parametrize("name", ["double-mask-weights-huber", "munchausen-cql-masks-weights-huber"])
 @pytest.mark.parametrize("shape", [(6, 4), (2, 3, 4), (6, 2500)], ids=str)
-def test_illegal_actions_in_the_family(road: Road, shape: tuple[int, ...], name: str) -> None:
+def test_illegal_actions_in_the_family(setting: Setting, shape: tuple[int, ...], name: str) -> None:
     """The conservative term gives every action a gradient, but none to a row whose own action is illegal."""
     arguments = variant(name, shape)
     for row, action in {1: -1, 3: shape[-1], 4: 2**40}.items():
         arguments["actions"].view(-1)[row] = action
     expected = oracle(**arguments, reduction="sum")
-    arguments = on(road, arguments)
+    arguments = on(setting, arguments)
     q = arguments["q"].requires_grad_()
     for create_graph in (False, True):
-        loss, td_error = fused_dqn_loss(**arguments, reduction="sum", return_td_error=True, backend=road.backend)
+        loss, td_error = fused_dqn_loss(**arguments, reduction="sum", return_td_error=True, backend=setting.backend)
         (grad,) = torch.autograd.grad(loss, q, create_graph=create_graph)
         assert loss.isnan()
         assert td_error.flatten().isnan().tolist() == [False, True, False, True, True, False]
         assert_close("grad_q", grad, expected.grad_q)
     if "cql" in name:
-        cql = fused_dqn_loss(**arguments, return_cql=True, backend=road.backend)[1]
+        cql = fused_dqn_loss(**arguments, return_cql=True, backend=setting.backend)[1]
         assert cql.flatten().isnan().tolist() == [False, True, False, True, True, False]
 
 
 @pytest.mark.usefixtures("blind")
 @pytest.mark.parametrize("count", [0, 2, 4])
 @pytest.mark.parametrize("A", [5, 300])
-def test_a_wrong_mask_where_nothing_looks(road: Road, A: int, count: int) -> None:
-    arguments = make((6, A), device=road.device)
+def test_a_wrong_mask_where_nothing_looks(setting: Setting, A: int, count: int) -> None:
+    arguments = make((6, A), device=setting.device)
     arguments["terminated"] = None
-    mask = torch.arange(6, device=road.device) < count
+    mask = torch.arange(6, device=setting.device) < count
     arguments |= {
         "non_final_mask": mask,
         "next_q": arguments["next_q"][:3],
         "actions": arguments["actions"].to(torch.uint8),
     }
     q = arguments["q"].requires_grad_()
-    loss, td_error = fused_dqn_loss(**arguments, return_td_error=True, backend=road.backend)
+    loss, td_error = fused_dqn_loss(**arguments, return_td_error=True, backend=setting.backend)
     assert loss.isnan()
     assert td_error.isnan().all()
     for create_graph in (True, False):
         (grad,) = torch.autograd.grad(loss, q, create_graph=create_graph)
         assert (grad == 0).all()
-    loss, grad = fused_dqn_loss_and_grad(**arguments, backend=road.backend)
+    loss, grad = fused_dqn_loss_and_grad(**arguments, backend=setting.backend)
     assert loss.isnan()
     assert (grad == 0).all()
 
 
 @pytest.mark.usefixtures("blind")
 @pytest.mark.parametrize(("n", "A"), [(6, 5), (6, 300), (200, 18), (301, 18), (4500, 3), (20_000, 1)], ids=str)
-def test_a_right_mask_where_nothing_looks(road: Road, n: int, A: int) -> None:
+def test_a_right_mask_where_nothing_looks(setting: Setting, n: int, A: int) -> None:
     """Its true entries are counted in the launch, or in one before it: the same loss as with terminated."""
-    arguments = make((n, A), device=road.device)
+    arguments = make((n, A), device=setting.device)
     for reduction in ("none", "sum"):
-        options = {"reduction": reduction, "return_td_error": True, "backend": road.backend}
+        options = {"reduction": reduction, "return_td_error": True, "backend": setting.backend}
         expected, td_error = fused_dqn_loss(**arguments, **options)
         got, again = fused_dqn_loss(**compact(arguments), **options)
         assert torch.equal(again, td_error)
         torch.testing.assert_close(got, expected)
 
 
-def test_everything_but_q_is_a_constant(road: Road) -> None:
+def test_everything_but_q_is_a_constant(setting: Setting) -> None:
     """Call sites forget no_grad; what is left of their graph must neither be needed nor reached."""
     for name in ("double-mask-weights-huber", "munchausen-cql-masks-weights-huber"):
-        arguments = on(road, variant(name, (7, 5)))
+        arguments = on(setting, variant(name, (7, 5)))
         floats = [k for k, x in arguments.items() if isinstance(x, Tensor) and x.is_floating_point()]
         for k in floats:
             arguments[k].requires_grad_()
-        loss = fused_dqn_loss(**arguments, backend=road.backend)
+        loss = fused_dqn_loss(**arguments, backend=setting.backend)
         loss.backward()
         assert [k for k in floats if arguments[k].grad is not None] == ["q"]
 
 
-def test_a_penalty_on_the_gradient_of_the_conservative_term(road: Road) -> None:
+def test_a_penalty_on_the_gradient_of_the_conservative_term(setting: Setting) -> None:
     """Second order with a dense Hessian: the softmax's own derivative, which a constant backward would lose."""
-    arguments = on(road, variant("cql-mask-weights", (4, 3), torch.float64))
+    arguments = on(setting, variant("cql-mask-weights", (4, 3), torch.float64))
     q = arguments.pop("q").requires_grad_()
     seconds = []
     for loss in (
-        lambda q: fused_dqn_loss(q, **arguments, backend=road.backend),
+        lambda q: fused_dqn_loss(q, **arguments, backend=setting.backend),
         lambda q: dqn_loss(q, **arguments),
     ):
         (grad,) = torch.autograd.grad(loss(q), q, create_graph=True)
@@ -300,10 +300,10 @@ def test_a_penalty_on_the_gradient_of_the_conservative_term(road: Road) -> None:
 
 
 @pytest.mark.parametrize("name", ["q", "weights"])
-def test_what_backward_reads_must_not_change(road: Road, name: str) -> None:
-    arguments = on(road, variant("cql-mask-weights", (7, 5)))
+def test_what_backward_reads_must_not_change(setting: Setting, name: str) -> None:
+    arguments = on(setting, variant("cql-mask-weights", (7, 5)))
     arguments["q"] = arguments["q"].requires_grad_().clone()
-    loss = fused_dqn_loss(**arguments, backend=road.backend)
+    loss = fused_dqn_loss(**arguments, backend=setting.backend)
     arguments[name].mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
@@ -345,13 +345,13 @@ def mask_address(arguments: dict[str, Any]) -> int:
 
 
 @pytest.mark.parametrize("form", [dict, compact], ids=["terminated", "mask"])
-def test_memory(road: Road, form: Any) -> None:
+def test_memory(setting: Setting, form: Any) -> None:
     """Forward allocates O(n), backward one (n, A) matrix: its result. Nothing of that size is kept in between."""
     n, A = 16, 1000
-    arguments = form(make((n, A), device=road.device))
+    arguments = form(make((n, A), device=setting.device))
     q = arguments["q"].requires_grad_()
     with Allocations(arguments) as forward, saving() as saved:
-        loss = loss_of_q(road, arguments)(q)
+        loss = loss_of_q(setting, arguments)(q)
     assert max(forward.sizes) <= 4 * n
     assert sum(x.numel() for x in saved) == 2 * n
     saved.clear()
@@ -367,15 +367,15 @@ def test_memory(road: Road, form: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["double-mask-weights-huber", "munchausen-masks-huber", "cql-mask-weights"])
-def test_memory_of_the_family(road: Road, name: str) -> None:
+def test_memory_of_the_family(setting: Setting, name: str) -> None:
     """Masks, exponentials and a dense gradient, and still no (n, A) matrix but the gradient."""
-    if road.backend == "torch":
+    if setting.backend == "torch":
         pytest.skip("its operations hold what eager code holds")
     n, A = 16, 1000
-    arguments = on(road, variant(name, (n, A)))
+    arguments = on(setting, variant(name, (n, A)))
     q = arguments["q"].requires_grad_()
     with Allocations(arguments) as forward, saving() as saved:
-        loss = fused_dqn_loss(**arguments, backend=road.backend)
+        loss = fused_dqn_loss(**arguments, backend=setting.backend)
     assert max(forward.sizes) <= 4 * n
     assert sum(x.numel() for x in saved if x.numel() < n * A) <= 5 * n
     assert all(x.data_ptr() in (q.data_ptr(), mask_address(arguments)) for x in saved if x.numel() >= n * A)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Road
+from conftest import Setting
 from data import SEED
 from torch import Tensor, nn
 
@@ -22,14 +22,14 @@ def seed() -> None:
     torch.manual_seed(SEED)
 
 
-def networks(road: Road) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
+def networks(setting: Setting) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
     """Online and target network, states and next states."""
-    q_network, target_network = (nn.Linear(8, A).to(road.device) for _ in "ab")
-    return q_network, target_network, *(torch.randn(B, 8, device=road.device) for _ in "ab")
+    q_network, target_network = (nn.Linear(8, A).to(setting.device) for _ in "ab")
+    return q_network, target_network, *(torch.randn(B, 8, device=setting.device) for _ in "ab")
 
 
-def column(road: Road, x: Tensor) -> Tensor:
-    return x.to(road.device).unsqueeze(1)
+def column(setting: Setting, x: Tensor) -> Tensor:
+    return x.to(setting.device).unsqueeze(1)
 
 
 def same_update(network: nn.Module, ours: Tensor, theirs: Tensor, **tolerance: float) -> None:
@@ -40,79 +40,81 @@ def same_update(network: nn.Module, ours: Tensor, theirs: Tensor, **tolerance: f
     torch.testing.assert_close(got, expected, **(tolerance or CLOSE))
 
 
-def test_cleanrl(road: Road) -> None:
+def test_cleanrl(setting: Setting) -> None:
     """dqn.py: actions, rewards and dones are (B, 1), dones are float32."""
-    q_network, target_network, obs, next_obs = networks(road)
-    actions, rewards = column(road, torch.randint(A, (B,))), column(road, torch.randn(B))
-    dones = column(road, (torch.rand(B) < 0.3).float())
+    q_network, target_network, obs, next_obs = networks(setting)
+    actions, rewards = column(setting, torch.randint(A, (B,))), column(setting, torch.randn(B))
+    dones = column(setting, (torch.rand(B) < 0.3).float())
     with torch.no_grad():
         target_max, _ = target_network(next_obs).max(dim=1)
         td_target = rewards.flatten() + GAMMA * target_max * (1 - dones.flatten())
     old_val = q_network(obs).gather(1, actions).squeeze()
     ours = fused_dqn_loss(
-        q_network(obs), actions, rewards, target_network(next_obs), dones, GAMMA, backend=road.backend
+        q_network(obs), actions, rewards, target_network(next_obs), dones, GAMMA, backend=setting.backend
     )
     same_update(q_network, ours, F.mse_loss(td_target, old_val))
 
 
-def test_leanrl(road: Road) -> None:
+def test_leanrl(setting: Setting) -> None:
     """dqn.py: everything is (B,), dones are bool and negated."""
-    q_network, target_network, obs, next_obs = networks(road)
-    actions, rewards, dones = (x.to(road.device) for x in (torch.randint(A, (B,)), torch.randn(B), torch.rand(B) < 0.3))
+    q_network, target_network, obs, next_obs = networks(setting)
+    actions, rewards, dones = (
+        x.to(setting.device) for x in (torch.randint(A, (B,)), torch.randn(B), torch.rand(B) < 0.3)
+    )
     with torch.no_grad():
         td_target = rewards + GAMMA * target_network(next_obs).max(dim=1)[0] * ~dones
     old_val = q_network(obs).gather(1, actions.unsqueeze(-1)).squeeze(-1)
     ours = fused_dqn_loss(
-        q_network(obs), actions, rewards, target_network(next_obs), dones, GAMMA, backend=road.backend
+        q_network(obs), actions, rewards, target_network(next_obs), dones, GAMMA, backend=setting.backend
     )
     same_update(q_network, ours, F.mse_loss(td_target, old_val))
 
 
-def test_stable_baselines3(road: Road) -> None:
+def test_stable_baselines3(setting: Setting) -> None:
     """dqn/dqn.py: (B, 1) everywhere, the discounts of n-step returns too, and smooth l1."""
-    q_network, target_network, obs, next_obs = networks(road)
-    actions, rewards = column(road, torch.randint(A, (B,))), column(road, torch.randn(B))
-    dones = column(road, (torch.rand(B) < 0.3).float())
-    discounts = GAMMA ** column(road, torch.randint(1, 4, (B,)).float())
+    q_network, target_network, obs, next_obs = networks(setting)
+    actions, rewards = column(setting, torch.randint(A, (B,))), column(setting, torch.randn(B))
+    dones = column(setting, (torch.rand(B) < 0.3).float())
+    discounts = GAMMA ** column(setting, torch.randint(1, 4, (B,)).float())
     with torch.no_grad():
         next_q_values = target_network(next_obs).max(dim=1)[0].reshape(-1, 1)
         target_q_values = rewards + (1 - dones) * discounts * next_q_values
     current_q_values = torch.gather(q_network(obs), dim=1, index=actions.long())
     ours = fused_dqn_loss(
         q_network(obs), actions, rewards, target_network(next_obs), dones, discounts,
-        loss="smooth_l1", backend=road.backend,
+        loss="smooth_l1", backend=setting.backend,
     )  # fmt: skip
     same_update(q_network, ours, F.smooth_l1_loss(current_q_values, target_q_values))
 
 
-def test_tianshou(road: Road) -> None:
+def test_tianshou(setting: Setting) -> None:
     """algorithm/modelfree/dqn.py: the returns come ready, (B, 1), from NumPy, as do the actions; td is the priority."""
-    q_network, _, obs, _ = networks(road)
+    q_network, _, obs, _ = networks(setting)
     act = np.random.default_rng(0).integers(A, size=B)
-    batch_returns, weight = column(road, torch.randn(B)), torch.rand(B).to(road.device)
+    batch_returns, weight = column(setting, torch.randn(B)), torch.rand(B).to(setting.device)
     q = q_network(obs)[np.arange(B), act]
     td_error = batch_returns.flatten() - q
     ours, td = fused_td_loss(
-        q_network(obs), torch.from_numpy(act).to(road.device), batch_returns,
-        weights=weight, return_td_error=True, backend=road.backend,
+        q_network(obs), torch.from_numpy(act).to(setting.device), batch_returns,
+        weights=weight, return_td_error=True, backend=setting.backend,
     )  # fmt: skip
     same_update(q_network, ours, (td_error.pow(2) * weight).mean())
     torch.testing.assert_close(td, -td_error.detach(), **CLOSE)
 
 
 @pytest.mark.parametrize("one_hot", [False, True])
-def test_torchrl(road: Road, one_hot: bool) -> None:
+def test_torchrl(setting: Setting, one_hot: bool) -> None:
     """objectives/dqn.py: (*, 1) rewards and bool terminated, gamma**steps, weights (*,), and a mean over their sum."""
     T = 5
-    q_network, target_network = networks(road)[:2]
-    obs, next_obs = (torch.randn(B, T, 8, device=road.device) for _ in "ab")
-    action = torch.randint(A, (B, T)).to(road.device)
+    q_network, target_network = networks(setting)[:2]
+    obs, next_obs = (torch.randn(B, T, 8, device=setting.device) for _ in "ab")
+    action = torch.randint(A, (B, T)).to(setting.device)
     if one_hot:
         action = F.one_hot(action, A).argmax(-1)
-    reward = torch.randn(B, T, 1).to(road.device)
-    terminated = (torch.rand(B, T, 1) < 0.3).to(road.device)
-    gamma = GAMMA ** torch.randint(1, 4, (B, T, 1)).float().to(road.device)
-    weights = torch.rand(B, T).to(road.device)
+    reward = torch.randn(B, T, 1).to(setting.device)
+    terminated = (torch.rand(B, T, 1) < 0.3).to(setting.device)
+    gamma = GAMMA ** torch.randint(1, 4, (B, T, 1)).float().to(setting.device)
+    weights = torch.rand(B, T).to(setting.device)
     pred = torch.gather(q_network(obs), -1, index=action.unsqueeze(-1)).squeeze(-1)
     with torch.no_grad():
         value = target_network(next_obs).max(-1, keepdim=True).values
@@ -120,19 +122,19 @@ def test_torchrl(road: Road, one_hot: bool) -> None:
     loss = F.smooth_l1_loss(pred, target, reduction="none")
     ours, td = fused_dqn_loss(
         q_network(obs), action, reward, target_network(next_obs), terminated, gamma, weights=weights,
-        loss="smooth_l1", reduction="weighted_mean", return_td_error=True, backend=road.backend,
+        loss="smooth_l1", reduction="weighted_mean", return_td_error=True, backend=setting.backend,
     )  # fmt: skip
     same_update(q_network, ours, (loss * weights).sum() / weights.sum())
     torch.testing.assert_close(td.square(), (pred - target).square().detach(), **CLOSE)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
-def test_skrl(road: Road, dtype: torch.dtype) -> None:
+def test_skrl(setting: Setting, dtype: torch.dtype) -> None:
     """agents/torch/ddqn: half-precision Q-values under autocast meet float32 rewards; (B, 1), terminated is bool."""
-    q_network, target_network, obs, next_obs = networks(road)
-    actions, rewards = column(road, torch.randint(A, (B,))), column(road, torch.randn(B))
-    terminated = column(road, torch.rand(B) < 0.3)
-    with torch.autocast(road.device, dtype=dtype):
+    q_network, target_network, obs, next_obs = networks(setting)
+    actions, rewards = column(setting, torch.randint(A, (B,))), column(setting, torch.randn(B))
+    terminated = column(setting, torch.rand(B) < 0.3)
+    with torch.autocast(setting.device, dtype=dtype):
         q, online, next_q = q_network(obs), q_network(next_obs), target_network(next_obs)
         assert q.dtype == next_q.dtype == dtype
         with torch.no_grad():
@@ -140,19 +142,19 @@ def test_skrl(road: Road, dtype: torch.dtype) -> None:
             target_values = rewards + GAMMA * terminated.logical_not() * torch.gather(next_q, 1, best)
         theirs = F.mse_loss(torch.gather(q, dim=1, index=actions), target_values)
         ours = fused_dqn_loss(
-            q, actions, rewards, next_q, terminated, GAMMA, next_q_online=online, backend=road.backend
+            q, actions, rewards, next_q, terminated, GAMMA, next_q_online=online, backend=setting.backend
         )
     assert ours.dtype == torch.float32
     same_update(q_network, ours, theirs, rtol=2e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("final", [0.3, 1.0])
-def test_pytorch_tutorial(road: Road, final: float) -> None:
+def test_pytorch_tutorial(setting: Setting, final: float) -> None:
     """reinforcement_q_learning.py: next states of the non-final transitions only, (M, A), possibly none of them."""
-    policy_net, target_net, state_batch, next_states = networks(road)
-    action_batch, reward_batch = column(road, torch.randint(A, (B,))), torch.randn(B).to(road.device)
-    non_final_mask = (torch.rand(B) >= final).to(road.device)
-    next_state_values = torch.zeros(B, device=road.device)
+    policy_net, target_net, state_batch, next_states = networks(setting)
+    action_batch, reward_batch = column(setting, torch.randint(A, (B,))), torch.randn(B).to(setting.device)
+    non_final_mask = (torch.rand(B) >= final).to(setting.device)
+    next_state_values = torch.zeros(B, device=setting.device)
     with torch.no_grad():
         next_q = target_net(next_states[non_final_mask])
         if len(next_q):
@@ -161,18 +163,18 @@ def test_pytorch_tutorial(road: Road, final: float) -> None:
     theirs = F.smooth_l1_loss(policy_net(state_batch).gather(1, action_batch), expected.unsqueeze(1))
     ours = fused_dqn_loss(
         policy_net(state_batch), action_batch, reward_batch, next_q, gamma=GAMMA,
-        non_final_mask=non_final_mask, loss="smooth_l1", backend=road.backend,
+        non_final_mask=non_final_mask, loss="smooth_l1", backend=setting.backend,
     )  # fmt: skip
     same_update(policy_net, ours, theirs)
 
 
-def test_rllib(road: Road) -> None:
+def test_rllib(setting: Setting) -> None:
     """dqn_torch_learner.py: (B,) with bool terminateds, gamma**n_step, int32 actions, weights after Huber, |td|."""
-    q_network, target_network, obs, next_obs = networks(road)
+    q_network, target_network, obs, next_obs = networks(setting)
     actions, rewards, terminateds = (
-        x.to(road.device) for x in (torch.randint(A, (B,)).int(), torch.randn(B), torch.rand(B) < 0.3)
+        x.to(setting.device) for x in (torch.randint(A, (B,)).int(), torch.randn(B), torch.rand(B) < 0.3)
     )
-    weights, n_step = torch.rand(B).to(road.device), torch.randint(1, 4, (B,)).to(road.device)
+    weights, n_step = torch.rand(B).to(setting.device), torch.randint(1, 4, (B,)).to(setting.device)
     with torch.no_grad():
         best = q_network(next_obs).argmax(1, keepdim=True)
         value = target_network(next_obs).gather(1, best).squeeze(1)
@@ -181,17 +183,17 @@ def test_rllib(road: Road) -> None:
     theirs = (weights * F.huber_loss(taken, target, reduction="none")).mean()
     ours, td = fused_dqn_loss(
         q_network(obs), actions, rewards, target_network(next_obs), terminateds, GAMMA**n_step,
-        next_q_online=q_network(next_obs), weights=weights, loss="huber", return_td_error=True, backend=road.backend,
+        next_q_online=q_network(next_obs), weights=weights, loss="huber", return_td_error=True, backend=setting.backend,
     )  # fmt: skip
     same_update(q_network, ours, theirs)
     torch.testing.assert_close(td.abs(), (taken - target).abs().detach(), **CLOSE)
 
 
-def test_agilerl(road: Road) -> None:
+def test_agilerl(setting: Setting) -> None:
     """dqn.py: one online forward on both states; the halves are slices, the second one still in the graph."""
-    q_network, target_network, obs, next_obs = networks(road)
+    q_network, target_network, obs, next_obs = networks(setting)
     actions, rewards, dones = (
-        column(road, x) for x in (torch.randint(A, (B,)), torch.randn(B), (torch.rand(B) < 0.3).int())
+        column(setting, x) for x in (torch.randint(A, (B,)), torch.randn(B), (torch.rand(B) < 0.3).int())
     )
     both = q_network(torch.cat([obs, next_obs]))
     with torch.no_grad():
@@ -199,34 +201,41 @@ def test_agilerl(road: Road) -> None:
         target = rewards + GAMMA * value * (1 - dones)
     theirs = F.mse_loss(both[:B].gather(1, actions), target)
     ours = fused_dqn_loss(
-        both[:B], actions, rewards, target_network(next_obs), dones, GAMMA, next_q_online=both[B:], backend=road.backend
+        both[:B],
+        actions,
+        rewards,
+        target_network(next_obs),
+        dones,
+        GAMMA,
+        next_q_online=both[B:],
+        backend=setting.backend,
     )
     same_update(q_network, ours, theirs)
 
 
-def test_ilql(road: Road) -> None:
+def test_ilql(setting: Setting) -> None:
     """Token-level Q-learning: (B, T, V) sliced in time, V(s') as the target, and CQL as a cross-entropy."""
     T, V = 7, 90
-    head = nn.Linear(8, V).to(road.device)
-    hidden = torch.randn(4, T, 8, device=road.device)
-    tokens = torch.randint(V, (4, T), device=road.device)
-    rewards, values = (torch.randn(4, T - 1, device=road.device) for _ in "ab")
-    terminals = (torch.rand(4, T - 1) < 0.2).long().to(road.device)
+    head = nn.Linear(8, V).to(setting.device)
+    hidden = torch.randn(4, T, 8, device=setting.device)
+    tokens = torch.randint(V, (4, T), device=setting.device)
+    rewards, values = (torch.randn(4, T - 1, device=setting.device) for _ in "ab")
+    terminals = (torch.rand(4, T - 1) < 0.2).long().to(setting.device)
     q = head(hidden)[:, :-1]
     target = rewards + GAMMA * (1 - terminals) * values
     taken = q.gather(-1, tokens[:, 1:].unsqueeze(-1)).squeeze(-1)
     cross_entropy = F.cross_entropy(q.reshape(-1, V), tokens[:, 1:].reshape(-1))
     theirs = (taken - target).square().mean() + 0.01 * cross_entropy
-    ours, cql = fused_td_loss(q, tokens[:, 1:], target, cql_alpha=0.01, return_cql=True, backend=road.backend)
+    ours, cql = fused_td_loss(q, tokens[:, 1:], target, cql_alpha=0.01, return_cql=True, backend=setting.backend)
     same_update(head, ours, theirs)
     torch.testing.assert_close(cql.mean(), cross_entropy.detach(), **CLOSE)
 
 
-def test_munchausen_of_acme(road: Road) -> None:
+def test_munchausen_of_acme(setting: Setting) -> None:
     """agents/jax/dqn/losses.py: the expectation of q - tau log pi, which is the soft value; clipped at -1."""
-    q_network, target_network, obs, next_obs = networks(road)
+    q_network, target_network, obs, next_obs = networks(setting)
     actions, rewards, discount = (
-        x.to(road.device) for x in (torch.randint(A, (B,)), torch.randn(B), GAMMA * (torch.rand(B) < 0.8))
+        x.to(setting.device) for x in (torch.randint(A, (B,)), torch.randn(B), GAMMA * (torch.rand(B) < 0.8))
     )
     tau, alpha = 0.03, 0.9
     with torch.no_grad():
@@ -238,6 +247,6 @@ def test_munchausen_of_acme(road: Road) -> None:
     theirs = F.huber_loss(q_network(obs).gather(1, actions[:, None]).squeeze(1), target)
     ours = fused_dqn_loss(
         q_network(obs), actions, rewards, next_q, gamma=discount, loss="huber",
-        target=Munchausen(tau, alpha), target_q=target_q, backend=road.backend,
+        target=Munchausen(tau, alpha), target_q=target_q, backend=setting.backend,
     )  # fmt: skip
     same_update(q_network, ours, theirs)

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bounds import Values, assert_close
-from categorical_data import SUPPORT, check, clear_winner, compact, every_road, make, ready
+from categorical_data import SUPPORT, check, clear_winner, compact, every_setting, make, ready
 from categorical_oracle import categorical_oracle, eager
-from conftest import Road
+from conftest import Setting
 from data import source
 from torch import Tensor
 
@@ -28,42 +28,42 @@ def name_of(x: Any) -> str:
     return "x".join(map(str, x)) if isinstance(x, tuple) else str(x).removeprefix("torch.")
 
 
-@every_road
+@every_setting
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("shape", SHAPES, ids=name_of)
-def test_shapes_and_dtypes(backend: Road, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_shapes_and_dtypes(backend: Setting, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     check(backend, make(shape, dtype))
 
 
-@every_road
+@every_setting
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("shape", SHAPES, ids=name_of)
 @pytest.mark.parametrize("projection", ["two_hot", "hl_gauss"])
-def test_a_ready_target(backend: Road, projection: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_a_ready_target(backend: Setting, projection: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     check(backend, {**ready(shape, dtype), "projection": projection})
 
 
-@every_road
+@every_setting
 @pytest.mark.parametrize("sigma", [1e-300, 1e-6, 0.1, 0.75, 2.0, 40.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
-def test_widths_of_hl_gauss(backend: Road, dtype: torch.dtype, sigma: float) -> None:
+def test_widths_of_hl_gauss(backend: Setting, dtype: torch.dtype, sigma: float) -> None:
     arguments = ready((9, 2, 16), dtype, seed=1)
     check(backend, {**arguments, "projection": "hl_gauss", "sigma": sigma})
 
 
-@every_road
+@every_setting
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("function", [make, ready])
-def test_reductions_with_an_upstream_gradient(backend: Road, function: Any, reduction: str) -> None:
+def test_reductions_with_an_upstream_gradient(backend: Setting, function: Any, reduction: str) -> None:
     arguments, g = function((2, 5, 3, 12), seed=3), source(4)
     arguments |= {"weights": torch.rand(2, 5, generator=g) + 0.1, "reduction": reduction}
     upstream = torch.randn((2, 5) if reduction == "none" else (), generator=g)
     check(backend, arguments, upstream)
 
 
-@every_road
+@every_setting
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_reductions_of_many_samples(backend: Road, reduction: str) -> None:
+def test_reductions_of_many_samples(backend: Setting, reduction: str) -> None:
     check(backend, {**make((700, 2, 11), seed=5), "reduction": reduction})
 
 
@@ -90,19 +90,19 @@ def options(shape: tuple[int, ...], names: set[str], dtype: torch.dtype = torch.
     return compact(arguments) if "compacted" in names else arguments
 
 
-@every_road
+@every_setting
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=name_of)
 @pytest.mark.parametrize(
     "names",
     ["mask", "online", "values", "gammas", "weights", "compacted", "online mask", "values mask compacted",
      "online mask gammas weights compacted"],
 )  # fmt: skip
-def test_options(backend: Road, names: str, dtype: torch.dtype) -> None:
+def test_options(backend: Setting, names: str, dtype: torch.dtype) -> None:
     check(backend, options((12, 5, 21), set(names.split()), dtype))
 
 
-@every_road
-def test_every_dtype_may_be_mixed(backend: Road) -> None:
+@every_setting
+def test_every_dtype_may_be_mixed(backend: Setting) -> None:
     for i, dtype in enumerate(DTYPES):
         arguments = make((6, 3, 9), dtype, seed=8)
         others = DTYPES[i + 1 :] + DTYPES[:i]
@@ -112,9 +112,9 @@ def test_every_dtype_may_be_mixed(backend: Road) -> None:
         check(backend, {**arguments, "actions": arguments["actions"].to(torch.uint8), "gamma": torch.tensor(0.9)})
 
 
-@every_road
+@every_setting
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_a_support_of_atoms(backend: Road, dtype: torch.dtype) -> None:
+def test_a_support_of_atoms(backend: Setting, dtype: torch.dtype) -> None:
     """Its atoms count as they are, rounded or not; from end to end they are evenly spaced."""
     check(backend, {**make((6, 3, 51), torch.float64, seed=9), "support": torch.linspace(-5, 10, 51).to(dtype)})
     check(backend, {**make((6, 3, 51), seed=9), "support": torch.linspace(-5, 10, 51).to(dtype)[:]})
@@ -123,10 +123,10 @@ def test_a_support_of_atoms(backend: Road, dtype: torch.dtype) -> None:
 ATOMS = 5  # at -2, -1, 0, 1, 2
 
 
-@every_road
+@every_setting
 @pytest.mark.parametrize("gamma", [1.0, 0.5, 0.0, -1.0])
 @pytest.mark.parametrize("K", [2, ATOMS])
-def test_targets_on_atoms_at_the_ends_and_beyond(backend: Road, K: int, gamma: float) -> None:
+def test_targets_on_atoms_at_the_ends_and_beyond(backend: Setting, K: int, gamma: float) -> None:
     rewards = torch.tensor([-math.inf, -1e30, -3.0, -2.0, -1.5, -1.0, 0.0, 0.5, 1.0, 2.0, 2.5, 1e30, math.inf])
     n = len(rewards)
     arguments = make((n, 2, K), torch.float64, seed=10)
@@ -140,9 +140,9 @@ def test_targets_on_atoms_at_the_ends_and_beyond(backend: Road, K: int, gamma: f
         check(backend, {**target, "logits": arguments["logits"].to(dtype), "projection": "hl_gauss"})
 
 
-@every_road
+@every_setting
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_no_mass_is_lost_on_an_atom(backend: Road, dtype: torch.dtype) -> None:
+def test_no_mass_is_lost_on_an_atom(backend: Setting, dtype: torch.dtype) -> None:
     """Where l == u, (u - b) p and (b - l) p are both zero: the mass is gone, and the loss is silently too small."""
     logits = torch.zeros(ATOMS, 1, ATOMS, dtype=dtype)
     next_logits = torch.full((ATOMS, 1, ATOMS), -math.inf, dtype=dtype)
@@ -170,9 +170,9 @@ WORKED = {
 }
 
 
-@every_road
+@every_setting
 @pytest.mark.parametrize("case", WORKED)
-def test_worked_by_hand(backend: Road, case: str) -> None:
+def test_worked_by_hand(backend: Setting, case: str) -> None:
     """Algorithm 1 of Bellemare et al. (2017) on the atoms 0, 1 and 2."""
     p, reward, gamma, terminated, m = WORKED[case]
     predicted = torch.tensor([0.25, 0.5, 0.25], dtype=torch.float64)
@@ -190,8 +190,8 @@ def test_worked_by_hand(backend: Road, case: str) -> None:
     torch.testing.assert_close(gradient, torch.stack((torch.zeros(3).double(), predicted - target))[None], **close)
 
 
-@every_road
-def test_hl_gauss_by_the_tables(backend: Road) -> None:
+@every_setting
+def test_hl_gauss_by_the_tables(backend: Setting) -> None:
     """Of the normal distribution's tables: Phi(2/3) = 0.747507 and Phi(2) = 0.977250, for sigma = 0.75."""
     logits = torch.zeros(1, 1, 3, dtype=torch.float64, requires_grad=True)
     loss = fused_categorical_td_loss(
@@ -204,8 +204,8 @@ def test_hl_gauss_by_the_tables(backend: Road) -> None:
     torch.testing.assert_close(gradient, expected, rtol=0, atol=2e-6)
 
 
-@every_road
-def test_a_target_on_an_atom_is_a_label(backend: Road) -> None:
+@every_setting
+def test_a_target_on_an_atom_is_a_label(backend: Setting) -> None:
     """Then the loss is torch.nn.functional.cross_entropy."""
     arguments = ready((20, 3, ATOMS), torch.float64, seed=12)
     labels = torch.randint(ATOMS, (20,), generator=source(13))
@@ -216,8 +216,8 @@ def test_a_target_on_an_atom_is_a_label(backend: Road) -> None:
     torch.testing.assert_close(loss, F.cross_entropy(taken, labels))
 
 
-@every_road
-def test_equal_distributions_have_no_gradient(backend: Road) -> None:
+@every_setting
+def test_equal_distributions_have_no_gradient(backend: Setting) -> None:
     arguments = make((8, 1, 33), torch.float64, seed=14)
     arguments |= {"next_logits": arguments["logits"], "rewards": torch.zeros(8), "gamma": 1.0, "terminated": None}
     arguments["actions"] = torch.zeros(8, dtype=torch.int64)
@@ -230,8 +230,8 @@ def test_equal_distributions_have_no_gradient(backend: Road) -> None:
     torch.testing.assert_close(td_error, torch.zeros_like(td_error), rtol=0, atol=1e-13)
 
 
-@every_road
-def test_within_twice_the_error_of_eager_code(backend: Road) -> None:
+@every_setting
+def test_within_twice_the_error_of_eager_code(backend: Setting) -> None:
     arguments = make((64, 6, 51), seed=15)
     expected = categorical_oracle(**arguments)
     x = arguments["logits"].clone().requires_grad_()
@@ -242,9 +242,9 @@ def test_within_twice_the_error_of_eager_code(backend: Road) -> None:
     assert_close("gradient", got_gradient, expected.gradient, gradient)
 
 
-@every_road
+@every_setting
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_what_is_not_chosen_is_not_read(backend: Road, bad: float) -> None:
+def test_what_is_not_chosen_is_not_read(backend: Setting, bad: float) -> None:
     """Next states of terminated samples, illegal and unchosen actions, logits of actions that were not taken."""
     arguments = options((12, 4, 9), {"online", "mask"}, seed=16)
     expected = fused_categorical_loss_and_grad(**arguments, return_td_error=True, backend=backend.backend)
@@ -266,10 +266,10 @@ def test_what_is_not_chosen_is_not_read(backend: Road, bad: float) -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-@every_road
+@every_setting
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_nan_of_a_live_row_is_nan_in_its_loss_alone(backend: Road, bad: float, dtype: torch.dtype) -> None:
+def test_nan_of_a_live_row_is_nan_in_its_loss_alone(backend: Setting, bad: float, dtype: torch.dtype) -> None:
     g = source(18)
     places: dict[str, tuple[Any, ...]] = {"logits": (1, 5), "next_logits": (0, 5), "next_logits_online": (2, 5)}
     for name, (action, atom) in places.items():
@@ -291,8 +291,8 @@ def test_nan_of_a_live_row_is_nan_in_its_loss_alone(backend: Road, bad: float, d
         assert loss.isnan().tolist() == [False, True, False]
 
 
-@every_road
-def test_infinity_times_an_atom_at_zero(backend: Road) -> None:
+@every_setting
+def test_infinity_times_an_atom_at_zero(backend: Setting) -> None:
     arguments = make((3, 2, ATOMS), seed=19) | {"terminated": None, "support": (-2.0, 2.0)}
     arguments |= {"gamma": torch.tensor([0.5, math.inf, -math.inf])}
     loss = fused_categorical_loss(**arguments, reduction="none", backend=backend.backend)
@@ -301,9 +301,9 @@ def test_infinity_times_an_atom_at_zero(backend: Road) -> None:
     assert loss.isfinite().all()
 
 
-@every_road
+@every_setting
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_an_atom_without_target_may_have_no_probability(backend: Road, dtype: torch.dtype) -> None:
+def test_an_atom_without_target_may_have_no_probability(backend: Setting, dtype: torch.dtype) -> None:
     """0 * -inf is NaN; users rule out atoms by -inf."""
     arguments = ready((2, 1, 4), dtype, seed=20) | {"support": (0.0, 3.0), "target": torch.tensor([0.5, 2.5])}
     arguments["logits"][0, 0, 3] = arguments["logits"][1, 0, 0] = -math.inf
@@ -314,9 +314,9 @@ def test_an_atom_without_target_may_have_no_probability(backend: Road, dtype: to
     assert loss.isinf().tolist() == [True, False]
 
 
-@every_road
+@every_setting
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
-def test_a_target_at_an_end_is_nowhere_else(backend: Road, dtype: torch.dtype) -> None:
+def test_a_target_at_an_end_is_nowhere_else(backend: Setting, dtype: torch.dtype) -> None:
     """(v_max - v_min) / step may round below K - 1: a share for the atom before the last, that -inf has ruled out."""
     ends = [(low / 7, high / 11) for low in range(-20, 0, 3) for high in range(1, 30, 3)]
     for support in ends:
@@ -330,8 +330,8 @@ def test_a_target_at_an_end_is_nowhere_else(backend: Road, dtype: torch.dtype) -
             assert not loss.any()
 
 
-@every_road
-def test_a_live_row_without_a_legal_action_is_nan(backend: Road) -> None:
+@every_setting
+def test_a_live_row_without_a_legal_action_is_nan(backend: Setting) -> None:
     for names in ({"mask"}, {"mask", "online"}, {"mask", "values"}):
         arguments = options((3, 4, 9), names, seed=21) | {"terminated": torch.tensor([False, False, True])}
         arguments["next_action_mask"] = torch.tensor([[True] * 4, [False] * 4, [False] * 4])
@@ -343,8 +343,8 @@ def test_a_live_row_without_a_legal_action_is_nan(backend: Road) -> None:
     assert loss.isnan().tolist() == [False, True, False]
 
 
-@every_road
-def test_of_equal_expectations_the_first_counts(backend: Road) -> None:
+@every_setting
+def test_of_equal_expectations_the_first_counts(backend: Setting) -> None:
     arguments = make((4, 6, 13), seed=22) | {"terminated": None}
     row = torch.randn(13, generator=source(23))
     arguments["next_logits_online"] = row.expand(4, 6, 13)
@@ -363,8 +363,8 @@ def test_of_equal_expectations_the_first_counts(backend: Road) -> None:
     )
 
 
-@every_road
-def test_strides(backend: Road) -> None:
+@every_setting
+def test_strides(backend: Setting) -> None:
     """Transposed, sliced and expanded tensors; none of them is contiguous."""
     plain = options((6, 4, 9), {"online", "mask", "weights"}, seed=24)
     expected = fused_categorical_loss_and_grad(**plain, return_td_error=True, backend=backend.backend)
@@ -387,8 +387,8 @@ def test_strides(backend: Road) -> None:
     check(backend, expanded)
 
 
-@every_road
-def test_a_column_is_a_row(backend: Road) -> None:
+@every_setting
+def test_a_column_is_a_row(backend: Setting) -> None:
     """(N, 1) is what a replay buffer holds, and never broadcast against (N,)."""
     arguments = options((6, 3, 9), {"weights", "gammas"}, seed=25)
     columns = {k: x[:, None] if isinstance(x, Tensor) and x.dim() == 1 else x for k, x in arguments.items()}
@@ -396,8 +396,8 @@ def test_a_column_is_a_row(backend: Road) -> None:
     assert torch.equal(plain, other)
 
 
-@every_road
-def test_a_permuted_batch_has_permuted_losses(backend: Road) -> None:
+@every_setting
+def test_a_permuted_batch_has_permuted_losses(backend: Setting) -> None:
     arguments = options((40, 3, 21), {"online", "mask", "weights", "gammas"}, seed=26)
     order = torch.randperm(40, generator=source(27))
     permuted = {k: x[order] if isinstance(x, Tensor) else x for k, x in arguments.items()}
@@ -407,8 +407,8 @@ def test_a_permuted_batch_has_permuted_losses(backend: Road) -> None:
     assert all(torch.equal(a[order], b) for a, b in zip(one, other, strict=True))
 
 
-@every_road
-def test_the_same_bits_at_any_number_of_threads(backend: Road) -> None:
+@every_setting
+def test_the_same_bits_at_any_number_of_threads(backend: Setting) -> None:
     arguments = make((600, 18, 51), seed=28)
     threads, found = torch.get_num_threads(), []
     try:
@@ -420,8 +420,8 @@ def test_the_same_bits_at_any_number_of_threads(backend: Road) -> None:
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
-@every_road
-def test_ready_targets_are_what_terminated_samples_have(backend: Road) -> None:
+@every_setting
+def test_ready_targets_are_what_terminated_samples_have(backend: Setting) -> None:
     arguments = make((30, 3, 21), seed=29) | {"terminated": torch.ones(30)}
     ended = fused_categorical_loss_and_grad(**arguments, backend=backend.backend)
     for name in ("next_logits", "terminated"):
@@ -443,8 +443,8 @@ def test_sums_by_comparison_are_those_by_index() -> None:
     assert found.isnan().nonzero().tolist() == [[2, int(index[2, 3])]]
 
 
-@every_road
-def test_what_is_kept_for_the_backward(backend: Road) -> None:
+@every_setting
+def test_what_is_kept_for_the_backward(backend: Setting) -> None:
     """(n, K) slopes and (n,) values, nothing of the size of the logits."""
     arguments = make((16, 10, 21), seed=31) | {"weights": torch.rand(16)}
     arguments["logits"].requires_grad_()
@@ -454,8 +454,8 @@ def test_what_is_kept_for_the_backward(backend: Road) -> None:
     assert sum(kept) == 16 * 21 + 2 * 16
 
 
-@every_road
-def test_the_support_is_scale_free(backend: Road) -> None:
+@every_setting
+def test_the_support_is_scale_free(backend: Setting) -> None:
     """Rewards and atoms times a power of two: the same bits."""
     arguments = make((10, 3, 17), seed=32)
     losses = []

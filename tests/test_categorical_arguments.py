@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from categorical_data import every_road, make, ready
-from conftest import Road
+from categorical_data import every_setting, make, ready
+from conftest import Setting
 from torch import Tensor
 
 from dqn_fused import (
@@ -101,9 +101,9 @@ TYPE_ERRORS = {
 }
 
 
-@every_road
+@every_setting
 @pytest.mark.parametrize("case", VALUE_ERRORS)
-def test_value_errors(backend: Road, case: str) -> None:
+def test_value_errors(backend: Setting, case: str) -> None:
     changed, message = VALUE_ERRORS[case]
     for function in (fused_categorical_loss, fused_categorical_loss_and_grad):
         with pytest.raises(ValueError) as error:  # noqa: PT011
@@ -115,9 +115,9 @@ def test_value_errors(backend: Road, case: str) -> None:
         assert str(error.value).startswith(message)
 
 
-@every_road
+@every_setting
 @pytest.mark.parametrize("case", TYPE_ERRORS)
-def test_type_errors(backend: Road, case: str) -> None:
+def test_type_errors(backend: Setting, case: str) -> None:
     changed, message = TYPE_ERRORS[case]
     with pytest.raises(TypeError) as error:
         fused_categorical_loss(**{**make((N, A, K)), **changed}, backend=backend.backend)
@@ -136,9 +136,9 @@ READY_ERRORS = {
 }
 
 
-@every_road
+@every_setting
 @pytest.mark.parametrize("case", READY_ERRORS)
-def test_errors_of_a_ready_target(backend: Road, case: str) -> None:
+def test_errors_of_a_ready_target(backend: Setting, case: str) -> None:
     changed, message = READY_ERRORS[case]
     for function in (fused_categorical_td_loss, categorical_td_loss):
         name = {"backend": backend.backend} if function is fused_categorical_td_loss else {}
@@ -149,8 +149,8 @@ def test_errors_of_a_ready_target(backend: Road, case: str) -> None:
         fused_categorical_td_loss(**ready((N, A, K)), projection="hl_gauss", sigma=torch.tensor(1.0))
 
 
-@every_road
-def test_index_errors(backend: Road) -> None:
+@every_setting
+def test_index_errors(backend: Setting) -> None:
     for action, function in ((A, fused_categorical_loss), (-1, fused_categorical_loss_and_grad)):
         arguments = make((2, 3, A, K))
         arguments["actions"][1, 2] = action

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from categorical_data import compact, every_road, make, ready
-from conftest import Road
+from categorical_data import compact, every_setting, make, ready
+from conftest import Setting
 from test_categorical import DTYPES, name_of, options
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -24,9 +24,9 @@ from dqn_fused.categorical_reference import categorical_loss, categorical_td_los
 built = pytest.mark.skipif("compiled" not in serving(torch.device("cpu"), "categorical"), reason="not built")
 
 
-@every_road
+@every_setting
 @pytest.mark.parametrize("reduction", ["mean", "none", "weighted_mean"])
-def test_gradcheck(backend: Road, reduction: str) -> None:
+def test_gradcheck(backend: Setting, reduction: str) -> None:
     arguments = make((3, 2, 4), torch.float64, seed=40)
     x = arguments.pop("logits").requires_grad_()
     weights = torch.rand(3)
@@ -37,9 +37,9 @@ def test_gradcheck(backend: Road, reduction: str) -> None:
     assert torch.autograd.gradcheck(loss, x)
 
 
-@every_road
+@every_setting
 @pytest.mark.parametrize("projection", ["two_hot", "hl_gauss"])
-def test_gradcheck_of_a_ready_target(backend: Road, projection: str) -> None:
+def test_gradcheck_of_a_ready_target(backend: Setting, projection: str) -> None:
     arguments = ready((3, 2, 4), torch.float64, seed=41) | {"projection": projection}
     x = arguments.pop("logits").requires_grad_()
     assert torch.autograd.gradcheck(lambda x: fused_categorical_td_loss(x, **arguments, backend=backend.backend), x)
@@ -53,10 +53,10 @@ def test_gradcheck_of_the_reference() -> None:
     assert torch.autograd.gradgradcheck(lambda x: categorical_loss(x, **arguments), x)
 
 
-@every_road
+@every_setting
 @pytest.mark.parametrize("names", ["", "online mask", "values weights gammas", "compacted mask"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_the_reference_agrees(backend: Road, names: str, reduction: str) -> None:
+def test_the_reference_agrees(backend: Setting, names: str, reduction: str) -> None:
     arguments = options((12, 3, 8), set(names.split()), torch.float64, seed=43)
     results = []
     for function in (fused_categorical_loss, categorical_loss):
@@ -69,8 +69,8 @@ def test_the_reference_agrees(backend: Road, names: str, reduction: str) -> None
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
 
-@every_road
-def test_two_backwards_with_different_upstream_gradients(backend: Road) -> None:
+@every_setting
+def test_two_backwards_with_different_upstream_gradients(backend: Setting) -> None:
     arguments = make((6, 3, 4), seed=44)
     x = arguments["logits"].requires_grad_()
     loss = fused_categorical_loss(**arguments, reduction="none", backend=backend.backend)
@@ -82,8 +82,8 @@ def test_two_backwards_with_different_upstream_gradients(backend: Road) -> None:
     assert torch.equal(gradient, ones)
 
 
-@every_road
-def test_logits_may_change_before_the_backward(backend: Road) -> None:
+@every_setting
+def test_logits_may_change_before_the_backward(backend: Setting) -> None:
     """They are not kept."""
     arguments = make((6, 3, 4), seed=45)
     x = arguments["logits"].clone().requires_grad_()
@@ -95,8 +95,8 @@ def test_logits_may_change_before_the_backward(backend: Road) -> None:
     assert torch.equal(x.grad, gradient)
 
 
-@every_road
-def test_everything_but_the_logits_is_a_constant(backend: Road) -> None:
+@every_setting
+def test_everything_but_the_logits_is_a_constant(backend: Setting) -> None:
     arguments = options((6, 3, 9), {"online", "weights", "gammas"}, seed=46)
     arguments |= {"support": torch.linspace(-5, 10, 9)}
     for x in arguments.values():
@@ -108,8 +108,8 @@ def test_everything_but_the_logits_is_a_constant(backend: Road) -> None:
         assert not fused_categorical_loss(**arguments, backend=backend.backend).requires_grad
 
 
-@every_road
-def test_a_second_derivative_is_refused(backend: Road) -> None:
+@every_setting
+def test_a_second_derivative_is_refused(backend: Setting) -> None:
     arguments = make((4, 3, 5), seed=47)
     x = arguments["logits"].requires_grad_()
     loss = fused_categorical_loss(**arguments, backend=backend.backend)
@@ -118,8 +118,8 @@ def test_a_second_derivative_is_refused(backend: Road) -> None:
         gradient.square().sum().backward()
 
 
-@every_road
-def test_forward_mode_is_refused(backend: Road) -> None:
+@every_setting
+def test_forward_mode_is_refused(backend: Setting) -> None:
     arguments = make((4, 3, 5), seed=48)
     x = arguments.pop("logits")
     with torch.autograd.forward_ad.dual_level():
@@ -129,9 +129,9 @@ def test_forward_mode_is_refused(backend: Road) -> None:
                 function(dual, **arguments, backend=backend.backend)
 
 
-@every_road
+@every_setting
 @pytest.mark.parametrize("transform", ["vmap", "grad"])
-def test_transforms_are_refused_with_a_way_out(backend: Road, transform: str) -> None:
+def test_transforms_are_refused_with_a_way_out(backend: Setting, transform: str) -> None:
     arguments = make((4, 3, 5), seed=49)
     x = arguments.pop("logits")
 
@@ -143,8 +143,8 @@ def test_transforms_are_refused_with_a_way_out(backend: Road, transform: str) ->
         run(x if transform == "grad" else x.expand(2, *x.shape))
 
 
-@every_road
-def test_an_ensemble_is_a_leading_dimension(backend: Road) -> None:
+@every_setting
+def test_an_ensemble_is_a_leading_dimension(backend: Setting) -> None:
     arguments = make((3, 7, 4, 9), seed=50)
     whole = fused_categorical_loss(**arguments, reduction="none", backend=backend.backend)
     for k in range(3):
@@ -152,10 +152,10 @@ def test_an_ensemble_is_a_leading_dimension(backend: Road) -> None:
         assert torch.equal(whole[k], fused_categorical_loss(**member, reduction="none", backend=backend.backend))
 
 
-@every_road
+@every_setting
 @pytest.mark.graph
 @pytest.mark.parametrize("case", ["plain", "ready", "atoms", "compacted", "none"])
-def test_torch_compile_takes_it_as_one_graph(backend: Road, case: str) -> None:
+def test_torch_compile_takes_it_as_one_graph(backend: Setting, case: str) -> None:
     torch._dynamo.reset()
     counters.clear()
     arguments = make((6, 3, 9), seed=51)
@@ -184,9 +184,9 @@ def test_torch_compile_takes_it_as_one_graph(backend: Road, case: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-@every_road
+@every_setting
 @pytest.mark.graph
-def test_an_illegal_action_inside_torch_compile(backend: Road) -> None:
+def test_an_illegal_action_inside_torch_compile(backend: Setting) -> None:
     """Looking would break the graph: its loss is NaN, and its gradient zero."""
     arguments = make((6, 3, 9), seed=52)
     arguments["actions"][2] = 3
@@ -205,9 +205,9 @@ def test_an_illegal_action_inside_torch_compile(backend: Road) -> None:
     assert leaf.grad.isfinite().all()
 
 
-@every_road
+@every_setting
 @pytest.mark.graph
-def test_a_network_and_the_module_are_one_graph(backend: Road) -> None:
+def test_a_network_and_the_module_are_one_graph(backend: Setting) -> None:
     network = nn.Sequential(nn.Linear(4, 3 * 9), nn.Unflatten(1, (3, 9)))
     criterion = FusedCategoricalLoss(torch.linspace(-5, 10, 9), backend=backend.backend)
     arguments = make((6, 3, 9), seed=53)
@@ -225,8 +225,8 @@ def test_a_network_and_the_module_are_one_graph(backend: Road) -> None:
     torch.testing.assert_close(compiled, network[0].bias.grad)
 
 
-@every_road
-def test_shapes_without_values(backend: Road) -> None:
+@every_setting
+def test_shapes_without_values(backend: Setting) -> None:
     arguments = make((2, 3, 4, 9))
     mode = FakeTensorMode()
     without = mode.from_tensor if backend.backend != "torch" else lambda x: x.to("meta")
@@ -251,10 +251,10 @@ def op_arguments(arguments: dict[str, Any], reduction: int, check: bool) -> tupl
     )  # fmt: skip
 
 
-@every_road
+@every_setting
 @pytest.mark.parametrize("reduction", [0, 1])
 @pytest.mark.parametrize("names", OP_CASES)
-def test_the_ops_that_a_graph_holds(backend: Road, names: str, reduction: int) -> None:
+def test_the_ops_that_a_graph_holds(backend: Setting, names: str, reduction: int) -> None:
     if backend.backend != "triton":
         pytest.skip("its graph holds the compiled ops, or PyTorch's operations")
     from dqn_fused import _distributional_ops as ops

@@ -1,4 +1,4 @@
-"""The compiled ops by themselves, what their inputs may be, and torch.compile over the whole road."""
+"""The compiled ops by themselves, what their inputs may be, and torch.compile over the whole setting."""
 
 import inspect
 import os
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Road
+from conftest import Setting
 from data import SEED
 from test_family import VARIANTS, compacted, variant
 from test_loss import REDUCTIONS, compact, make
@@ -374,27 +374,27 @@ def test_unchecked_values_stay_inside() -> None:
 @pytest.mark.parametrize("form", [dict, compact], ids=["terminated", "mask"])
 @pytest.mark.parametrize("shape", [(7, 3), (2, 3, 5), (0, 4), (4,), (3, 1500)])
 def test_loss_and_grad_equals_autograd(
-    road: Road, shape: tuple[int, ...], form: Callable[..., dict[str, Any]], reduction: str
+    setting: Setting, shape: tuple[int, ...], form: Callable[..., dict[str, Any]], reduction: str
 ) -> None:
-    arguments = form(make(shape, device=road.device))
+    arguments = form(make(shape, device=setting.device))
     arguments["q"].requires_grad_()
-    loss, td = fused_dqn_loss(**arguments, reduction=reduction, return_td_error=True, backend=road.backend)
+    loss, td = fused_dqn_loss(**arguments, reduction=reduction, return_td_error=True, backend=setting.backend)
     (grad,) = torch.autograd.grad(loss.sum(), arguments["q"])
-    got = fused_dqn_loss_and_grad(**arguments, reduction=reduction, return_td_error=True, backend=road.backend)
+    got = fused_dqn_loss_and_grad(**arguments, reduction=reduction, return_td_error=True, backend=setting.backend)
     for name, x, y in zip(("loss", "grad_q", "td_error"), got, (loss, grad, td), strict=True):
         assert not x.requires_grad, name
         assert x.dtype == y.dtype, name
         assert x.is_contiguous(), name
         assert torch.equal(x.nan_to_num(), y.detach().nan_to_num()), name
-    assert len(fused_dqn_loss_and_grad(**arguments, backend=road.backend)) == 2
+    assert len(fused_dqn_loss_and_grad(**arguments, backend=setting.backend)) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_loss_and_grad_in_other_dtypes(road: Road, dtype: torch.dtype) -> None:
-    arguments = make((40, 70), dtype, road.device)
+def test_loss_and_grad_in_other_dtypes(setting: Setting, dtype: torch.dtype) -> None:
+    arguments = make((40, 70), dtype, setting.device)
     q = arguments["q"].requires_grad_()
-    fused_dqn_loss(**arguments, backend=road.backend).backward()
-    _, grad = fused_dqn_loss_and_grad(**arguments, backend=road.backend)
+    fused_dqn_loss(**arguments, backend=setting.backend).backward()
+    _, grad = fused_dqn_loss_and_grad(**arguments, backend=setting.backend)
     assert torch.equal(grad, q.grad)
 
 

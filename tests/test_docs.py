@@ -3,6 +3,7 @@
 import importlib.util
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,6 +61,12 @@ def names(page: str) -> dict[str, Any]:
         outputs = lambda: nn.Linear(FEATURES, A)  # noqa: E731
     found |= {"q_network": outputs(), "target_network": outputs()}
     found |= {name: nn.Linear(FEATURES, D) for name in ("body", "target_body")}
+    if page == "docs/ranks.md":  # in one process, which is a group of itself
+        one = SimpleNamespace(**found, weights=torch.rand(N), target=rewards)
+        found |= {name: torch.randn(N, D, requires_grad=name == "hidden") for name in ("hidden", "next_hidden")}
+        found |= {name: torch.randn(A, D) for name in ("weight", "next_weight")}
+        found |= {name: torch.randn(A) for name in ("bias", "next_bias")}
+        found |= {"mask": torch.ones(N, A, dtype=torch.bool), "group": None, "parts": [one], "weights": one.weights}
     return found | {name: nn.Linear(D, A) for name in ("head", "target_head")}
 
 

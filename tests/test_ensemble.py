@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from bounds import Arithmetic, assert_close
-from conftest import Road
+from conftest import Setting
 from data import source
 from oracle import oracle
 from test_family import compacted, on, variant
@@ -43,19 +43,19 @@ def errors(arguments: dict[str, Any], ensemble: str) -> dict[str, np.ndarray]:
     return {"next_q": unit * (len(stacked) + 1) * stacked.mean(0)}
 
 
-def assert_right(road: Road, arguments: dict[str, Any], ensemble: str) -> None:
+def assert_right(setting: Setting, arguments: dict[str, Any], ensemble: str) -> None:
     one = {**arguments, "next_q": combined(arguments["next_q"], ensemble)}
     expected = oracle(**one, errors=errors(arguments, ensemble))
-    given = on(road, {k: x for k, x in arguments.items() if k != "next_q"})
+    given = on(setting, {k: x for k, x in arguments.items() if k != "next_q"})
     q = given["q"].requires_grad_()
-    next_q = tuple(x.to(road.device) for x in arguments["next_q"])
+    next_q = tuple(x.to(setting.device) for x in arguments["next_q"])
     loss, td_error = fused_dqn_loss(
-        **given, next_q=next_q, ensemble=ensemble, return_td_error=True, backend=road.backend
+        **given, next_q=next_q, ensemble=ensemble, return_td_error=True, backend=setting.backend
     )
     (grad,) = torch.autograd.grad(loss, q)
     for name, got in (("loss", loss), ("td_error", td_error), ("grad_q", grad)):
         assert_close(name, got, getattr(expected, name))
-    both = fused_dqn_loss_and_grad(**given, next_q=list(next_q), ensemble=ensemble, backend=road.backend)
+    both = fused_dqn_loss_and_grad(**given, next_q=list(next_q), ensemble=ensemble, backend=setting.backend)
     assert_close("loss", both[0], expected.loss)
     assert_close("grad_q", both[1], expected.grad_q)
 
@@ -63,29 +63,29 @@ def assert_right(road: Road, arguments: dict[str, Any], ensemble: str) -> None:
 @ENSEMBLES
 @pytest.mark.parametrize("shape", [(7, 3), (2, 3, 5), (3, 130), (0, 4)], ids=shape_id)
 @pytest.mark.parametrize("name", NAMES)
-def test_ensembles(road: Road, name: str, shape: tuple[int, ...], ensemble: str) -> None:
-    assert_right(road, networks(name, shape), ensemble)
+def test_ensembles(setting: Setting, name: str, shape: tuple[int, ...], ensemble: str) -> None:
+    assert_right(setting, networks(name, shape), ensemble)
 
 
 @ENSEMBLES
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_dtypes(road: Road, dtype: torch.dtype, ensemble: str) -> None:
+def test_dtypes(setting: Setting, dtype: torch.dtype, ensemble: str) -> None:
     """The mean of half precision is not rounded to it."""
     arguments = networks("double-mask", (9, 5), dtype=dtype)
-    assert_right(road, arguments, ensemble)
+    assert_right(setting, arguments, ensemble)
     arguments["next_q"][1] = arguments["next_q"][1].float()
-    assert_right(road, arguments, ensemble)
+    assert_right(setting, arguments, ensemble)
 
 
 @ENSEMBLES
-def test_non_final_mask(road: Road, ensemble: str) -> None:
+def test_non_final_mask(setting: Setting, ensemble: str) -> None:
     arguments = networks("double-mask", (9, 5))
     rows = ~arguments["terminated"]
     next_q = [x[rows] for x in arguments["next_q"]]
-    assert_right(road, compacted({**arguments, "next_q": arguments["next_q"][0]}) | {"next_q": next_q}, ensemble)
+    assert_right(setting, compacted({**arguments, "next_q": arguments["next_q"][0]}) | {"next_q": next_q}, ensemble)
 
 
-def test_nan_of_any_network_is_nan_unless_it_is_not_read(road: Road) -> None:
+def test_nan_of_any_network_is_nan_unless_it_is_not_read(setting: Setting) -> None:
     arguments = networks("mask", (4, 3))
     arguments["terminated"] = torch.tensor([False, False, True, False])
     arguments["next_action_mask"][:] = True
@@ -94,9 +94,9 @@ def test_nan_of_any_network_is_nan_unless_it_is_not_read(road: Road) -> None:
         changed = [x.clone() for x in arguments["next_q"]]
         for row in (0, 1, 2):
             changed[network][row, 2] = torch.nan
-        given = on(road, arguments) | {"next_q": [x.to(road.device) for x in changed]}
+        given = on(setting, arguments) | {"next_q": [x.to(setting.device) for x in changed]}
         for ensemble in ("min", "mean"):
-            losses = fused_dqn_loss(**given, ensemble=ensemble, reduction="none", backend=road.backend)
+            losses = fused_dqn_loss(**given, ensemble=ensemble, reduction="none", backend=setting.backend)
             assert losses.isnan().tolist() == [True, False, False, False]
 
 

@@ -1,4 +1,4 @@
-"""The loss family: each option on every road against the oracle, alone and together, and the identities."""
+"""The loss family: each option on every setting against the oracle, alone and together, and the identities."""
 
 import itertools
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bounds import assert_close, roundings
-from conftest import INTERPRETED, Road
+from conftest import INTERPRETED, Setting
 from data import source
 from oracle import oracle
 from test_loss import DTYPES, LAYOUTS, check, compact, dtype_id, make, shape_id, to_device
@@ -112,44 +112,44 @@ def compacted(arguments: Arguments) -> Arguments:
     return compact(arguments) | changed
 
 
-def on(road: Road, arguments: Arguments) -> Arguments:
-    return {k: to_device(x, road.device) for k, x in arguments.items()}
+def on(setting: Setting, arguments: Arguments) -> Arguments:
+    return {k: to_device(x, setting.device) for k, x in arguments.items()}
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
 @pytest.mark.parametrize("name", VARIANTS)
-def test_variants(road: Road, name: str, shape: tuple[int, ...]) -> None:
-    check(road, variant(name, shape))
+def test_variants(setting: Setting, name: str, shape: tuple[int, ...]) -> None:
+    check(setting, variant(name, shape))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=dtype_id)
 @pytest.mark.parametrize("shape", [(9, 5), (3, 130)], ids=shape_id)
 @pytest.mark.parametrize("name", VARIANTS)
-def test_dtypes(road: Road, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    check(road, variant(name, shape, dtype))
+def test_dtypes(setting: Setting, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    check(setting, variant(name, shape, dtype))
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none", "weighted_mean"])
 @pytest.mark.parametrize("shape", [(9, 5), (520, 40), (2, 3, 70)], ids=shape_id)
 @pytest.mark.parametrize("name", ["weights", "double-mask-weights-huber", "munchausen-cql-masks-weights-huber"])
-def test_reductions(road: Road, name: str, shape: tuple[int, ...], reduction: str) -> None:
-    upstream = torch.randn(shape[:-1] if reduction == "none" else (), device=road.device)
-    check(road, variant(name, shape), reduction, upstream)
+def test_reductions(setting: Setting, name: str, shape: tuple[int, ...], reduction: str) -> None:
+    upstream = torch.randn(shape[:-1] if reduction == "none" else (), device=setting.device)
+    check(setting, variant(name, shape), reduction, upstream)
 
 
 @pytest.mark.parametrize("shape", [(9, 5), (2, 3, 5), (9, 130), (3, 5003)], ids=shape_id)
 @pytest.mark.parametrize("name", ["double", "double-mask", "soft-mask", "munchausen-cql-masks-weights-huber"])
-def test_non_final_mask(road: Road, name: str, shape: tuple[int, ...]) -> None:
+def test_non_final_mask(setting: Setting, name: str, shape: tuple[int, ...]) -> None:
     arguments = variant(name, shape)
-    assert torch.equal(check(road, compacted(arguments)), check(road, arguments))
+    assert torch.equal(check(setting, compacted(arguments)), check(setting, arguments))
     for final in (True, False):
         ends = torch.full(shape[:-1], final)
-        check(road, compacted({**arguments, "terminated": ends}))
+        check(setting, compacted({**arguments, "terminated": ends}))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(7, 6), (7, 150)], ids=shape_id)
-def test_layouts(road: Road, shape: tuple[int, ...], layout: str) -> None:
+def test_layouts(setting: Setting, shape: tuple[int, ...], layout: str) -> None:
     """Each matrix with strides of its own, then all of them with the same."""
     change = LAYOUTS[layout]
     for name in ("double-mask", "munchausen-cql-masks-weights-huber"):
@@ -158,13 +158,13 @@ def test_layouts(road: Road, shape: tuple[int, ...], layout: str) -> None:
         if layout == "flipped_expand":  # one row for all: its own terms are right, but a mask must keep its action
             matrices = [k for k in matrices if k != "action_mask"]
         for k in matrices:
-            check(road, {**arguments, k: change(arguments[k])})
-        check(road, arguments | {k: change(arguments[k]) for k in matrices})
+            check(setting, {**arguments, k: change(arguments[k])})
+        check(setting, arguments | {k: change(arguments[k]) for k in matrices})
 
 
 @pytest.mark.parametrize("A", [5, 130])
 @pytest.mark.parametrize("name", ["double-mask", "munchausen-cql-masks-weights-huber"])
-def test_time_slices(road: Road, name: str, A: int) -> None:
+def test_time_slices(setting: Setting, name: str, A: int) -> None:
     """The slices of one (B, T, A) sequence have no single row stride: q and its mask [:, :-1], next_q [:, 1:]."""
     arguments = variant(name, (3, 4, A))
     sliced = {}
@@ -174,22 +174,22 @@ def test_time_slices(road: Road, name: str, A: int) -> None:
             sliced[k] = (
                 torch.cat([padding, x], 1)[:, 1:] if k.startswith("next") else torch.cat([x, padding], 1)[:, :-1]
             )
-            check(road, {**arguments, k: sliced[k]})
-    check(road, arguments | sliced)
+            check(setting, {**arguments, k: sliced[k]})
+    check(setting, arguments | sliced)
 
 
 @pytest.mark.parametrize("other", [torch.float64, torch.bfloat16], ids=dtype_id)
-def test_matrices_of_other_dtypes(road: Road, other: torch.dtype) -> None:
+def test_matrices_of_other_dtypes(setting: Setting, other: torch.dtype) -> None:
     for shape in ((6, 5), (6, 130)):
         for name in ("double-mask", "munchausen-cql-masks-weights-huber"):
             arguments = variant(name, shape)
             for k in ("next_q_online", "target_q", "weights"):
                 if k in arguments:
-                    check(road, {**arguments, k: arguments[k].to(other)})
+                    check(setting, {**arguments, k: arguments[k].to(other)})
 
 
 @pytest.mark.parametrize("A", [4, 64, 65, 1000, 5003])
-def test_the_first_of_equal_actions_is_chosen(road: Road, A: int) -> None:
+def test_the_first_of_equal_actions_is_chosen(setting: Setting, A: int) -> None:
     """Ties in other lanes, tiles and splits: the value of another action would show, since next_q is all different."""
     arguments = variant("double", (6, A))
     arguments["terminated"] = None
@@ -197,18 +197,18 @@ def test_the_first_of_equal_actions_is_chosen(road: Road, A: int) -> None:
     places = [(0,), (A - 1,), (1, 2), (A // 3, A // 2), (A // 2, A - 1), tuple(range(A))]
     for row, where in enumerate(places):
         online[row, list(where)] = 1.0
-    check(road, {**arguments, "next_q_online": online})
+    check(setting, {**arguments, "next_q_online": online})
     legal = torch.ones(6, A, dtype=torch.bool)
     for row, where in enumerate(places):
         if len(where) > 1:
             legal[row, where[0]] = False
-    check(road, {**arguments, "next_q_online": online, "next_action_mask": legal})
+    check(setting, {**arguments, "next_q_online": online, "next_action_mask": legal})
 
 
 @pytest.mark.parametrize("name", ["mask", "double-mask", "soft-mask", "munchausen-masks-huber"])
 @pytest.mark.parametrize("A", [4, 150, 1501])
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
-def test_an_illegal_action_is_never_read_into_the_result(road: Road, poison: float, A: int, name: str) -> None:
+def test_an_illegal_action_is_never_read_into_the_result(setting: Setting, poison: float, A: int, name: str) -> None:
     arguments = variant(name, (6, A))
     clean = dict(arguments)
     for matrix, legal in (
@@ -216,43 +216,43 @@ def test_an_illegal_action_is_never_read_into_the_result(road: Road, poison: flo
     ):  # fmt: skip
         if matrix in arguments:
             arguments[matrix] = torch.where(arguments[legal], arguments[matrix], poison)
-    assert torch.equal(check(road, arguments), check(road, clean))
+    assert torch.equal(check(setting, arguments), check(setting, clean))
 
 
 @pytest.mark.parametrize("A", [4, 150, 1501])
-def test_an_illegal_action_has_no_part_in_the_conservative_term(road: Road, A: int) -> None:
+def test_an_illegal_action_has_no_part_in_the_conservative_term(setting: Setting, A: int) -> None:
     arguments = variant("cql-mask-weights", (6, A))
     arguments["action_mask"].scatter_(1, arguments["actions"][:, None], True)
     q = torch.where(arguments["action_mask"], arguments["q"], torch.inf)
-    grad = check(road, {**arguments, "q": q})
-    assert torch.equal(grad, check(road, arguments))
+    grad = check(setting, {**arguments, "q": q})
+    assert torch.equal(grad, check(setting, arguments))
     assert (grad.cpu()[~arguments["action_mask"]] == 0).all()
 
 
 @pytest.mark.parametrize("name", ["mask", "double-mask", "soft-mask", "munchausen-cql-masks-weights-huber"])
 @pytest.mark.parametrize("A", [4, 150, 1501])
-def test_a_row_without_a_legal_action_is_nan_unless_terminated(road: Road, A: int, name: str) -> None:
+def test_a_row_without_a_legal_action_is_nan_unless_terminated(setting: Setting, A: int, name: str) -> None:
     arguments = variant(name, (6, A))
     arguments["terminated"] = torch.tensor([True, False, False, True, False, False])
     arguments["next_action_mask"][:2] = False
-    arguments |= on(road, arguments)
-    td_error = fused_dqn_loss(**arguments, return_td_error=True, backend=road.backend)[1]
+    arguments |= on(setting, arguments)
+    td_error = fused_dqn_loss(**arguments, return_td_error=True, backend=setting.backend)[1]
     assert td_error.isnan().tolist() == [False, True, False, False, False, False]
-    check(road, arguments)
+    check(setting, arguments)
 
 
 @pytest.mark.parametrize("A", [4, 150])
-def test_no_legal_action_in_the_state_itself_is_nan(road: Road, A: int) -> None:
+def test_no_legal_action_in_the_state_itself_is_nan(setting: Setting, A: int) -> None:
     for name in ("munchausen-masks-huber", "cql-mask-weights"):
-        arguments = on(road, variant(name, (6, A)))
+        arguments = on(setting, variant(name, (6, A)))
         arguments["action_mask"][2] = False
-        losses = fused_dqn_loss(**arguments, reduction="none", backend=road.backend)
+        losses = fused_dqn_loss(**arguments, reduction="none", backend=setting.backend)
         assert losses.isnan().tolist() == [False, False, True, False, False, False]
 
 
 @pytest.mark.parametrize("A", [4, 150, 1501])
 @pytest.mark.parametrize("name", ["double", "double-mask", "soft", "munchausen", "cql", "transform"])
-def test_nan_in_a_live_row_is_nan_in_the_loss(road: Road, name: str, A: int) -> None:
+def test_nan_in_a_live_row_is_nan_in_the_loss(setting: Setting, name: str, A: int) -> None:
     matrix = {"double": "next_q_online", "double-mask": "next_q_online", "munchausen": "target_q", "cql": "q"}
     for column in {0, A // 2, A - 1}:
         arguments = variant(name, (3, A))
@@ -261,13 +261,13 @@ def test_nan_in_a_live_row_is_nan_in_the_loss(road: Road, name: str, A: int) -> 
             arguments["next_action_mask"][1, column] = True
         arguments[matrix.get(name, "next_q")][1, column] = torch.nan
         arguments["actions"][:] = 1
-        check(road, arguments)
-        losses = fused_dqn_loss(**on(road, arguments), reduction="none", backend=road.backend)
+        check(setting, arguments)
+        losses = fused_dqn_loss(**on(setting, arguments), reduction="none", backend=setting.backend)
         assert losses.isnan().tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("name", ["double", "soft", "munchausen", "munchausen-cql-masks-weights-huber", "transform"])
-def test_nan_in_a_terminated_row_is_not_used(road: Road, name: str) -> None:
+def test_nan_in_a_terminated_row_is_not_used(setting: Setting, name: str) -> None:
     for A in (4, 1500):
         arguments = variant(name, (6, A))
         arguments["terminated"] = torch.tensor([True, False] * 3)
@@ -276,23 +276,23 @@ def test_nan_in_a_terminated_row_is_not_used(road: Road, name: str) -> None:
             if matrix in arguments:
                 arguments[matrix] = arguments[matrix].clone()
                 arguments[matrix][0], arguments[matrix][2], arguments[matrix][4] = torch.nan, torch.inf, -torch.inf
-        assert torch.equal(check(road, arguments), check(road, clean))
+        assert torch.equal(check(setting, arguments), check(setting, clean))
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf])
 @pytest.mark.parametrize("name", ["double", "soft", "munchausen", "transform"])
-def test_infinite_next_values(road: Road, name: str, value: float) -> None:
+def test_infinite_next_values(setting: Setting, name: str, value: float) -> None:
     for A in (4, 150):
         arguments = variant(name, (3, A))
         arguments["terminated"] = None
         arguments["next_q"][1, :] = value
         arguments["next_q"][2, 1] = value
-        check(road, arguments)
+        check(setting, arguments)
 
 
 @pytest.mark.parametrize("temperature", [1e-30, 1e-3, 1.0, 1e6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
-def test_any_temperature_is_stable(road: Road, dtype: torch.dtype, temperature: float) -> None:
+def test_any_temperature_is_stable(setting: Setting, dtype: torch.dtype, temperature: float) -> None:
     """x / temperature overflows where the differences from the maximum do not; values far from 0 cancel."""
     for A in (5, 300):
         for offset in (0, 1e4):
@@ -300,43 +300,43 @@ def test_any_temperature_is_stable(road: Road, dtype: torch.dtype, temperature: 
             arguments["target"] = Munchausen(temperature)
             arguments["next_q"] += offset
             arguments["target_q"] -= offset
-            check(road, arguments)
+            check(setting, arguments)
 
 
-def test_large_td_errors(road: Road) -> None:
+def test_large_td_errors(setting: Setting) -> None:
     """Where the square overflows, huber's slope is still delta."""
     for name in ("huber", "smooth_l1", "l1"):
         arguments = variant(name, (5, 3))
         arguments["rewards"][:4] = torch.tensor([1e30, -1e30, torch.inf, -torch.inf])
         arguments["rewards"][4] = arguments["q"][4, arguments["actions"][4]]
-        check(road, {**arguments, "gamma": 0.0})
-        grad = check(road, {**arguments, "gamma": 0.0}, "sum")
-        nan = check(road, {**arguments, "gamma": 0.0, "rewards": torch.full((5,), torch.nan)})
+        check(setting, {**arguments, "gamma": 0.0})
+        grad = check(setting, {**arguments, "gamma": 0.0}, "sum")
+        nan = check(setting, {**arguments, "gamma": 0.0, "rewards": torch.full((5,), torch.nan)})
         assert nan.isnan().sum() == 5
         bound = 0.7 if name == "huber" else 1.0
         slopes = grad.cpu().gather(1, arguments["actions"][:, None]).squeeze(1)
         assert slopes.tolist() == pytest.approx([-bound, bound, -bound, bound, 0.0])
 
 
-def test_per_sample_inputs_of_any_shape_and_stride(road: Road) -> None:
+def test_per_sample_inputs_of_any_shape_and_stride(setting: Setting) -> None:
     arguments = variant("weights", (7, 5))
     for change in (lambda x: x[:, None], lambda x: torch.stack([x, x], 1)[:, 1], lambda x: x[:1].expand(7)):
-        check(road, {**arguments, "weights": change(arguments["weights"])})
+        check(setting, {**arguments, "weights": change(arguments["weights"])})
 
 
 @pytest.mark.parametrize("name", ["weights", "cql-mask-weights", "double-mask-weights-huber"])
 @pytest.mark.parametrize("shape", [(9, 5), (2, 3, 70), (0, 4), (4, 1)], ids=shape_id)
-def test_fused_td_loss(road: Road, name: str, shape: tuple[int, ...]) -> None:
+def test_fused_td_loss(setting: Setting, name: str, shape: tuple[int, ...]) -> None:
     """The loss for a ready target is the loss of terminated samples whose reward it is."""
     family = variant(name, shape)
     options = {k: x for k, x in family.items() if k in ("weights", "loss", "delta", "cql_alpha", "action_mask")}
-    q, actions, target = (on(road, family)[k] for k in ("q", "actions", "rewards"))
+    q, actions, target = (on(setting, family)[k] for k in ("q", "actions", "rewards"))
     ends = torch.ones(shape[:-1], dtype=torch.bool)
     for column in (False, True):
         q = q.detach().requires_grad_()
         given = target.unsqueeze(-1) if column else target
         loss, td_error = fused_td_loss(
-            q, actions, given, **on(road, options), return_td_error=True, backend=road.backend
+            q, actions, given, **on(setting, options), return_td_error=True, backend=setting.backend
         )
         (grad,) = torch.autograd.grad(loss, q)
         exact = oracle(family["q"], family["actions"], family["rewards"], family["next_q"], ends, **options)
@@ -345,23 +345,23 @@ def test_fused_td_loss(road: Road, name: str, shape: tuple[int, ...]) -> None:
         assert_close("grad_q", grad, exact.grad_q)
 
 
-def test_the_conservative_term_is_returned(road: Road) -> None:
+def test_the_conservative_term_is_returned(setting: Setting) -> None:
     for shape in ((7, 5), (3, 130), (2, 3, 5)):
         for alpha in (0.0, 0.7):
             family = {**variant("cql-mask-weights", shape), "cql_alpha": alpha}
-            arguments = on(road, family)
+            arguments = on(setting, family)
             loss, td_error, term = fused_dqn_loss(
-                **arguments, return_td_error=True, return_cql=True, backend=road.backend
+                **arguments, return_td_error=True, return_cql=True, backend=setting.backend
             )
             exact = oracle(**family)
             assert_close("cql", term, exact.cql)
             assert torch.equal(
                 loss,
                 fused_dqn_loss(
-                    **{**arguments, "action_mask": arguments["action_mask"] if alpha else None}, backend=road.backend
+                    **{**arguments, "action_mask": arguments["action_mask"] if alpha else None}, backend=setting.backend
                 ),
             )
-            both = fused_dqn_loss_and_grad(**arguments, return_td_error=True, return_cql=True, backend=road.backend)
+            both = fused_dqn_loss_and_grad(**arguments, return_td_error=True, return_cql=True, backend=setting.backend)
             assert len(both) == 4
             assert_close("loss", both[0], exact.loss)
             assert torch.equal(both[2], td_error)
@@ -371,14 +371,14 @@ def test_the_conservative_term_is_returned(road: Road) -> None:
 
 @pytest.mark.parametrize("shape", [(9, 5), (2, 3, 5), (9, 130), (2, 5003), (0, 4)], ids=shape_id)
 @pytest.mark.parametrize("name", VARIANTS)
-def test_loss_and_grad_is_forward_and_backward(road: Road, name: str, shape: tuple[int, ...]) -> None:
+def test_loss_and_grad_is_forward_and_backward(setting: Setting, name: str, shape: tuple[int, ...]) -> None:
     for reduction in ("mean", "none", "weighted_mean"):
-        arguments = on(road, variant(name, shape))
+        arguments = on(setting, variant(name, shape))
         expected = oracle(**arguments, reduction=reduction)
         q = arguments["q"].requires_grad_()
-        loss, td_error = fused_dqn_loss(**arguments, reduction=reduction, return_td_error=True, backend=road.backend)
+        loss, td_error = fused_dqn_loss(**arguments, reduction=reduction, return_td_error=True, backend=setting.backend)
         (grad,) = torch.autograd.grad(loss, q, torch.ones_like(loss))
-        got = fused_dqn_loss_and_grad(**arguments, reduction=reduction, return_td_error=True, backend=road.backend)
+        got = fused_dqn_loss_and_grad(**arguments, reduction=reduction, return_td_error=True, backend=setting.backend)
         assert torch.equal(got[2], td_error)
         for found in ((loss, grad), got[:2]):
             assert_close("loss", found[0], expected.loss)
@@ -400,25 +400,27 @@ COMBINATIONS = {
 
 
 @pytest.mark.parametrize("name", COMBINATIONS)
-def test_gradcheck_of_every_combination(road: Road, name: str) -> None:
+def test_gradcheck_of_every_combination(setting: Setting, name: str) -> None:
     g = source(3)
     arguments = make((3, 4), torch.float64)
     for part in COMBINATIONS[name]:
         arguments |= part(arguments, g)
-    arguments = on(road, arguments)
+    arguments = on(setting, arguments)
     q = arguments.pop("q").requires_grad_()
-    function = lambda q: fused_dqn_loss(q, **arguments, backend=road.backend)  # noqa: E731
-    interpreted = road.backend == "triton" and road.device == "cpu"  # 10 ms a launch
+    function = lambda q: fused_dqn_loss(q, **arguments, backend=setting.backend)  # noqa: E731
+    interpreted = setting.backend == "triton" and setting.device == "cpu"  # 10 ms a launch
     assert torch.autograd.gradcheck(function, q, fast_mode=interpreted)
     if "cql_alpha" in arguments or "loss" in arguments:
         assert torch.autograd.gradgradcheck(function, q, fast_mode=interpreted)
 
 
-def family_of(road: Road, shape: tuple[int, ...] = (33, 19)) -> tuple[Arguments, Callable[..., tuple[Tensor, Tensor]]]:
-    arguments = make(shape, device=road.device)
+def family_of(
+    setting: Setting, shape: tuple[int, ...] = (33, 19)
+) -> tuple[Arguments, Callable[..., tuple[Tensor, Tensor]]]:
+    arguments = make(shape, device=setting.device)
 
     def loss_and_grad(**changes: Any) -> tuple[Tensor, Tensor]:
-        found = fused_dqn_loss_and_grad(**{**arguments, **changes}, backend=road.backend)
+        found = fused_dqn_loss_and_grad(**{**arguments, **changes}, backend=setting.backend)
         return found[0], found[1]
 
     return arguments, loss_and_grad
@@ -429,8 +431,8 @@ def equal(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("shape", [(33, 19), (5, 700)], ids=shape_id)
-def test_identities(road: Road, shape: tuple[int, ...]) -> None:
-    a, loss = family_of(road, shape)
+def test_identities(setting: Setting, shape: tuple[int, ...]) -> None:
+    a, loss = family_of(setting, shape)
     plain = loss()
     ones, all_legal = torch.ones_like(a["rewards"]), torch.ones_like(a["q"], dtype=torch.bool)
     assert equal(loss(next_q_online=a["next_q"]), plain), "double DQN with equal networks is the maximum"
@@ -452,8 +454,8 @@ def test_identities(road: Road, shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("shape", [(33, 19), (5, 700)], ids=shape_id)
-def test_identities_of_the_soft_targets(road: Road, shape: tuple[int, ...]) -> None:
-    a, loss = family_of(road, shape)
+def test_identities_of_the_soft_targets(setting: Setting, shape: tuple[int, ...]) -> None:
+    a, loss = family_of(setting, shape)
     plain = loss()
     assert equal(loss(target=Soft(1e-6)), plain), "the soft value tends to the maximum"
     soft = loss(target=Soft(0.5))
@@ -470,8 +472,8 @@ def test_identities_of_the_soft_targets(road: Road, shape: tuple[int, ...]) -> N
 
 
 @pytest.mark.parametrize("shape", [(33, 19), (5, 700)], ids=shape_id)
-def test_identities_of_the_conservative_term(road: Road, shape: tuple[int, ...]) -> None:
-    a, loss = family_of(road, shape)
+def test_identities_of_the_conservative_term(setting: Setting, shape: tuple[int, ...]) -> None:
+    a, loss = family_of(setting, shape)
     plain, conservative = loss(), loss(cql_alpha=0.7)
     terms = (conservative[1].double() - plain[1].double()).cpu()
     rounded = (roundings(shape[1]) + 16) * torch.finfo(torch.float32).eps * terms.abs().sum(1)
@@ -485,21 +487,21 @@ def test_identities_of_the_conservative_term(road: Road, shape: tuple[int, ...])
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter is sequential")
-def test_the_same_bits_every_time(road: Road) -> None:
+def test_the_same_bits_every_time(setting: Setting) -> None:
     for shape in ((520, 40), (2, 5000), (70, 700)):
-        arguments = on(road, variant("munchausen-cql-masks-weights-huber", shape))
-        first = fused_dqn_loss_and_grad(**arguments, backend=road.backend)
+        arguments = on(setting, variant("munchausen-cql-masks-weights-huber", shape))
+        first = fused_dqn_loss_and_grad(**arguments, backend=setting.backend)
         for _ in range(2):
-            assert equal(fused_dqn_loss_and_grad(**arguments, backend=road.backend), first)
+            assert equal(fused_dqn_loss_and_grad(**arguments, backend=setting.backend), first)
 
 
-def test_weights_multiply_the_loss_not_the_td_error(road: Road) -> None:
+def test_weights_multiply_the_loss_not_the_td_error(setting: Setting) -> None:
     """Clipping the weighted gradient instead is another loss, as dqn_zoo's prioritised agent remarks."""
-    arguments = {**make((4, 2), device=road.device), "gamma": 0.0}
-    td = torch.tensor([0.4, 3.0, -2.0, 0.2], device=road.device)
+    arguments = {**make((4, 2), device=setting.device), "gamma": 0.0}
+    td = torch.tensor([0.4, 3.0, -2.0, 0.2], device=setting.device)
     arguments["q"].zero_()
     arguments["rewards"] = -td
-    w = torch.tensor([1.0, 0.25, 0.5, 1.0], device=road.device)
-    grad = fused_dqn_loss_and_grad(**arguments, weights=w, loss="huber", backend=road.backend)[1]
+    w = torch.tensor([1.0, 0.25, 0.5, 1.0], device=setting.device)
+    grad = fused_dqn_loss_and_grad(**arguments, weights=w, loss="huber", backend=setting.backend)[1]
     slopes = 4 * grad.gather(1, arguments["actions"][:, None]).squeeze(1)
     torch.testing.assert_close(slopes.cpu(), torch.tensor([0.4, 0.25, -0.5, 0.2]))

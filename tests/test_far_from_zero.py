@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Road
+from conftest import Setting
 from data import source
 from test_loss import shape_id
 from torch import Tensor
@@ -43,7 +43,7 @@ def eager(q: Tensor, actions: Tensor, **_: Any) -> Tensor:
 
 @pytest.mark.parametrize("offset", [0.0, 1e2, -1e3, 1e4])
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
-def test_the_conservative_gradient(road: Road, shape: tuple[int, int], offset: float) -> None:
+def test_the_conservative_gradient(setting: Setting, shape: tuple[int, int], offset: float) -> None:
     """The bound is that of exp((q - largest) - log(total)): each difference is rounded once, whatever |q| is."""
     arguments = batch(shape, offset)
     log_policy = torch.log_softmax(arguments["q"].double(), 1)
@@ -57,12 +57,12 @@ def test_the_conservative_gradient(road: Road, shape: tuple[int, int], offset: f
     options = {"cql_alpha": 1.0, "reduction": "sum"}
     bound = EPS * (8 + 2 * float(log_policy.abs().max()))
     functions = [
-        by_autograd(lambda *a, **k: fused_dqn_loss(*a, **k, backend=road.backend)),
-        lambda **k: fused_dqn_loss_and_grad(**k, backend=road.backend)[1],
+        by_autograd(lambda *a, **k: fused_dqn_loss(*a, **k, backend=setting.backend)),
+        lambda **k: fused_dqn_loss_and_grad(**k, backend=setting.backend)[1],
     ]
-    if road.backend == "torch":
+    if setting.backend == "torch":
         functions.append(by_autograd(dqn_loss))
-    errors = [error(function, road.device, **options) for function in functions]
+    errors = [error(function, setting.device, **options) for function in functions]
     assert max(errors) <= bound
     if abs(offset) >= 1e4:  # nearer, the one rounding of eager's sum may be lucky in the few rows there are
         assert max(errors) < error(by_autograd(eager), "cpu")
@@ -70,14 +70,16 @@ def test_the_conservative_gradient(road: Road, shape: tuple[int, int], offset: f
 
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
-def test_the_conservative_term_and_the_bonus_of_munchausen(road: Road, shape: tuple[int, int], offset: float) -> None:
+def test_the_conservative_term_and_the_bonus_of_munchausen(
+    setting: Setting, shape: tuple[int, int], offset: float
+) -> None:
     arguments = batch(shape, offset)
     policy = -torch.log_softmax(arguments["q"].double(), 1).gather(1, arguments["actions"][:, None]).squeeze(1)
-    on_device = {name: x.to(road.device) for name, x in arguments.items()}
-    _, term = fused_dqn_loss(**on_device, return_cql=True, backend=road.backend)
+    on_device = {name: x.to(setting.device) for name, x in arguments.items()}
+    _, term = fused_dqn_loss(**on_device, return_cql=True, backend=setting.backend)
     on_device |= {"target_q": on_device["q"], "q": torch.zeros_like(on_device["q"])}
     on_device["rewards"] = torch.zeros_like(on_device["rewards"])
     unclipped = Munchausen(1.0, alpha=1.0, clip=-1e30)
-    _, bonus = fused_dqn_loss(**on_device, target=unclipped, return_td_error=True, backend=road.backend)
+    _, bonus = fused_dqn_loss(**on_device, target=unclipped, return_td_error=True, backend=setting.backend)
     for got in (term, bonus):
         assert ((got.cpu().double() - policy).abs() <= 8 * EPS * (1 + policy)).all()

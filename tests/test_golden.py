@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Road
+from conftest import Setting
 
 from dqn_fused import Munchausen, fused_dqn_loss
 from dqn_fused.reference import dqn_loss
@@ -43,15 +43,15 @@ def test_the_cases_are_all_there() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"].replace(" ", "_"))
-def test_golden(road: Road, case: dict[str, Any], dtype: torch.dtype) -> None:
-    arguments = arguments_of(case["inputs"], dtype, road.device)
+def test_golden(setting: Setting, case: dict[str, Any], dtype: torch.dtype) -> None:
+    arguments = arguments_of(case["inputs"], dtype, setting.device)
     q = arguments["q"].requires_grad_()
     expected = {k: torch.tensor(v, dtype=dtype) for k, v in case["expected"].items()}
     close = {"rtol": 1e-12, "atol": 1e-12} if dtype is torch.float64 else {"rtol": 2e-6, "atol": 1e-6}
 
-    loss, td_error = fused_dqn_loss(**arguments, return_td_error=True, backend=road.backend)
+    loss, td_error = fused_dqn_loss(**arguments, return_td_error=True, backend=setting.backend)
     (grad,) = torch.autograd.grad(loss, q)
-    per_sample = fused_dqn_loss(**arguments, reduction="none", backend=road.backend)
+    per_sample = fused_dqn_loss(**arguments, reduction="none", backend=setting.backend)
     torch.testing.assert_close(loss.cpu(), expected["mean_loss"], **close)
     torch.testing.assert_close(td_error.cpu(), expected["td_error"], **close)
     torch.testing.assert_close(per_sample.cpu(), expected["elementwise_loss"], **close)

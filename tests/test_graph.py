@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Road
+from conftest import Setting
 from functorch.compile import make_boxed_func
 from quantile_data import make as make_quantiles
 from test_family import VARIANTS, variant
@@ -24,7 +24,7 @@ from dqn_fused import (
 )
 from dqn_fused._backends import serving
 
-AUTO = Road("auto", "cpu")
+AUTO = Setting("auto", "cpu")
 NARROW, WIDE = (8, 64), (8, 65)
 HAS_OPS = "compiled" in serving(torch.device("cpu"))
 

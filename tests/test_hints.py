@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Road
+from conftest import Setting
 from test_loss import make, to_device
 
 import dqn_fused
@@ -98,25 +98,25 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def swapped(road: Road) -> dict[str, Any]:
-    arguments = {k: to_device(x, road.device) for k, x in make((4, 3)).items()}
+def swapped(setting: Setting) -> dict[str, Any]:
+    arguments = {k: to_device(x, setting.device) for k, x in make((4, 3)).items()}
     return arguments | {"q": arguments["q"].detach(), "next_q": arguments["next_q"].detach().requires_grad_()}
 
 
 @pytest.mark.parametrize("function", [fused_dqn_loss, fused_dqn_loss_and_grad], ids=name_of)
-def test_q_and_next_q_exchanged(road: Road, function: Callable[..., Any]) -> None:
-    arguments = swapped(road)
+def test_q_and_next_q_exchanged(setting: Setting, function: Callable[..., Any]) -> None:
+    arguments = swapped(setting)
     with pytest.warns(UserWarning, match="q does not require a gradient and next_q does: are they swapped") as caught:
-        function(**arguments, backend=road.backend)
+        function(**arguments, backend=setting.backend)
     assert [warning.filename for warning in caught] == [__file__], "the line that calls"
 
 
 @pytest.mark.usefixtures("quiet")
-def test_no_warning_where_there_is_no_mistake(road: Road) -> None:
+def test_no_warning_where_there_is_no_mistake(setting: Setting) -> None:
     """Not recorded on purpose, or recorded with a next_q that nobody detached."""
-    arguments = swapped(road)
+    arguments = swapped(setting)
     for function in (fused_dqn_loss, fused_dqn_loss_and_grad):
         with torch.no_grad():
-            function(**arguments, backend=road.backend)
-        function(**arguments | {"next_q": arguments["next_q"].detach()}, backend=road.backend)
-        function(**arguments | {"q": arguments["q"].clone().requires_grad_()}, backend=road.backend)
+            function(**arguments, backend=setting.backend)
+        function(**arguments | {"next_q": arguments["next_q"].detach()}, backend=setting.backend)
+        function(**arguments | {"q": arguments["q"].clone().requires_grad_()}, backend=setting.backend)

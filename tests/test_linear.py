@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bounds import Arithmetic, Values, assert_close, roundings
-from conftest import Road
+from conftest import Setting
 from data import source
 from oracle import eager, oracle
 from test_autograd import Allocations
@@ -135,7 +135,7 @@ def matrices(arguments: Arguments) -> Arguments:
     return rest | {k: F.linear(*(arguments[part] for part in parts[k])) for k in parts}
 
 
-def exact_matrices(road: Road, arguments: Arguments) -> Arguments:
+def exact_matrices(setting: Setting, arguments: Arguments) -> Arguments:
     """The same in float64, with the errors that products may have: the library rounds those of halves to halves."""
     parts, dtype = layers(arguments), arguments["hidden"].dtype
     rest = {k: x for k, x in arguments.items() if k not in itertools.chain(*parts.values())}
@@ -145,7 +145,7 @@ def exact_matrices(road: Road, arguments: Arguments) -> Arguments:
         values = arithmetic.product(hidden, weight.T)
         # Of q the loss reads the value taken, which is not rounded, and the conservative term all others.
         by_library = k != "q" or "cql_alpha" in arguments
-        by_library = by_library and dtype.itemsize == 2 and road.backend != "triton"
+        by_library = by_library and dtype.itemsize == 2 and setting.backend != "triton"
         if by_library:
             values = arithmetic.rounded_to(dtype, values)
         if bias is not None:
@@ -196,15 +196,15 @@ def compact(arguments: Arguments) -> Arguments:
     return {**arguments, "non_final_mask": mask}
 
 
-def check(road: Road, arguments: Arguments, sparse: bool = False) -> dict[str, Tensor]:
+def check(setting: Setting, arguments: Arguments, sparse: bool = False) -> dict[str, Tensor]:
     """Run forward and backward and compare with the oracle; return the gradients."""
-    arguments = {k: to_device(x, road.device) for k, x in arguments.items()}
+    arguments = {k: to_device(x, setting.device) for k, x in arguments.items()}
     learned = [k for k in ("hidden", "weight", "bias") if arguments.get(k) is not None]
     for k in learned:
         arguments[k] = arguments[k].detach().requires_grad_()
     conservative = "cql_alpha" in arguments
     loss, td_error, *cql = fused_linear_dqn_loss(
-        **arguments, return_td_error=True, return_cql=conservative, sparse_grad=sparse, backend=road.backend
+        **arguments, return_td_error=True, return_cql=conservative, sparse_grad=sparse, backend=setting.backend
     )
     got = torch.autograd.grad(loss, [arguments[k] for k in learned], torch.ones_like(loss))
     found = dict(zip(learned, got, strict=True))
@@ -213,12 +213,12 @@ def check(road: Road, arguments: Arguments, sparse: bool = False) -> dict[str, T
         found[name] = found[name].to_dense()
     for term in cql:
         assert not term.requires_grad
-    compare(road, arguments, loss, td_error, cql, found)
+    compare(setting, arguments, loss, td_error, cql, found)
     return found
 
 
 def compare(
-    road: Road, arguments: Arguments, loss: Tensor, td_error: Tensor, cql: list[Tensor], found: dict[str, Tensor]
+    setting: Setting, arguments: Arguments, loss: Tensor, td_error: Tensor, cql: list[Tensor], found: dict[str, Tensor]
 ) -> None:
     """Compare the results of a call, and the gradients that were found, with the oracle."""
     learned = [*found]
@@ -226,7 +226,7 @@ def compare(
         arguments = {**arguments, k: arguments[k].detach().requires_grad_()}
     eager_loss, eager_td = eager(**matrices(arguments))
     eager_grads = torch.autograd.grad(eager_loss, [arguments[k] for k in learned], torch.ones_like(eager_loss))
-    expected = oracle(**exact_matrices(road, arguments))
+    expected = oracle(**exact_matrices(setting, arguments))
     accumulation = torch.float64 if arguments["hidden"].dtype is torch.float64 else torch.float32
     assert loss.dtype == td_error.dtype == accumulation
     assert_close("td_error", td_error, expected.td_error, eager_td)
@@ -242,52 +242,52 @@ def compare(
 
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
 @pytest.mark.parametrize("name", OPTIONS)
-def test_options(road: Road, name: str, shape: tuple[int, ...]) -> None:
+def test_options(setting: Setting, name: str, shape: tuple[int, ...]) -> None:
     for A in (41, 1):
         arguments = make(shape, A)
-        check(road, arguments | OPTIONS[name](arguments))
+        check(setting, arguments | OPTIONS[name](arguments))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=dtype_id)
 @pytest.mark.parametrize("name", ["plain", "double-mask-weights-huber", "soft", "munchausen-mask", "cql"])
-def test_dtypes(road: Road, name: str, dtype: torch.dtype) -> None:
+def test_dtypes(setting: Setting, name: str, dtype: torch.dtype) -> None:
     arguments = make((9, 6), dtype=dtype)
     if "double" in name and dtype is not torch.float64:
         # Two actions that half precision cannot tell apart may be chosen either way: exact products instead.
         for k in ("hidden", "weight", "bias", "next_hidden", "next_weight", "next_bias"):
             arguments[k] = arguments[k].mul(2).round()
-    check(road, arguments | OPTIONS[name](arguments))
+    check(setting, arguments | OPTIONS[name](arguments))
 
 
 @pytest.mark.parametrize("name", ["plain", "double", "mask", "soft-mask", "munchausen", "cql"])
 @pytest.mark.parametrize("shape", [(7, 3), (2, 3, 5)], ids=shape_id)
-def test_non_final_mask(road: Road, name: str, shape: tuple[int, ...]) -> None:
+def test_non_final_mask(setting: Setting, name: str, shape: tuple[int, ...]) -> None:
     arguments = make(shape)
     arguments |= OPTIONS[name](arguments)
-    both = check(road, compact(arguments)), check(road, arguments)
+    both = check(setting, compact(arguments)), check(setting, arguments)
     for k in both[0]:
         torch.testing.assert_close(both[0][k], both[1][k])
-    check(road, compact({**arguments, "terminated": torch.ones(shape[:-1], dtype=torch.bool)}))
+    check(setting, compact({**arguments, "terminated": torch.ones(shape[:-1], dtype=torch.bool)}))
 
 
 @pytest.mark.parametrize("name", ["plain", "double-mask-weights-huber", "no_bias"])
-def test_sparse_gradients(road: Road, name: str) -> None:
+def test_sparse_gradients(setting: Setting, name: str) -> None:
     arguments = make((33, 8))
     arguments |= OPTIONS[name](arguments)
-    rows = check(road, arguments, sparse=True)["weight"]
-    torch.testing.assert_close(rows, check(road, arguments)["weight"])
+    rows = check(setting, arguments, sparse=True)["weight"]
+    torch.testing.assert_close(rows, check(setting, arguments)["weight"])
 
 
-def test_only_taken_rows_have_a_gradient(road: Road) -> None:
+def test_only_taken_rows_have_a_gradient(setting: Setting) -> None:
     arguments = make((33, 8))
-    grads = check(road, arguments)
+    grads = check(setting, arguments)
     taken = torch.zeros(41, dtype=torch.bool)
     taken[arguments["actions"]] = True
     assert torch.equal((grads["weight"] != 0).any(1).cpu(), taken)
     assert torch.equal((grads["bias"] != 0).cpu(), taken)
 
 
-def test_many_samples_of_one_action_in_half_precision(road: Road) -> None:
+def test_many_samples_of_one_action_in_half_precision(setting: Setting) -> None:
     """Added up in bfloat16, 4,096 gradients of one row stop growing at 256 times the first."""
     arguments = make((4096, 2), 3, torch.bfloat16)
     arguments["hidden"] = torch.ones_like(arguments["hidden"])
@@ -295,21 +295,21 @@ def test_many_samples_of_one_action_in_half_precision(road: Road) -> None:
     arguments["rewards"] = torch.full((4096,), -1000.0)
     arguments["terminated"] = torch.ones(4096, dtype=torch.bool)
     arguments["reduction"] = "sum"
-    check(road, arguments)
+    check(setting, arguments)
 
 
-def test_strided_inputs(road: Road) -> None:
+def test_strided_inputs(setting: Setting) -> None:
     arguments = make((7, 6))
     for k in ("hidden", "next_hidden", "weight", "next_weight"):
         x = arguments[k]
-        check(road, {**arguments, k: x.t().contiguous().t()})
-        check(road, {**arguments, k: torch.cat([x, x], 1)[:, : x.shape[1]]})
+        check(setting, {**arguments, k: x.t().contiguous().t()})
+        check(setting, {**arguments, k: torch.cat([x, x], 1)[:, : x.shape[1]]})
     sequence = torch.randn(3, 5, 6)
     arguments = make((3, 4, 6))
-    check(road, {**arguments, "hidden": sequence[:, :-1], "next_hidden": sequence[:, 1:]})
+    check(setting, {**arguments, "hidden": sequence[:, :-1], "next_hidden": sequence[:, 1:]})
 
 
-def test_nan(road: Road) -> None:
+def test_nan(setting: Setting) -> None:
     """NaN in a live row is NaN, in a terminated one is not used."""
     for name in ("plain", "double", "soft"):
         arguments = make((6, 4))
@@ -319,13 +319,13 @@ def test_nan(road: Road) -> None:
             if k in arguments:
                 arguments[k] = arguments[k].clone()
                 arguments[k][:2] = torch.nan
-        arguments = {k: to_device(x, road.device) for k, x in arguments.items()}
-        td = fused_linear_dqn_loss(**arguments, return_td_error=True, backend=road.backend)[1]
+        arguments = {k: to_device(x, setting.device) for k, x in arguments.items()}
+        td = fused_linear_dqn_loss(**arguments, return_td_error=True, backend=setting.backend)[1]
         assert td.isnan().tolist() == [False, True, False, False, False, False]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
-def test_the_first_of_equal_actions_is_chosen(road: Road, dtype: torch.dtype) -> None:
+def test_the_first_of_equal_actions_is_chosen(setting: Setting, dtype: torch.dtype) -> None:
     """Equal as the product computes them: rows of small integers, whose products are exact in any order.
 
     Equal rows of other numbers need not be equal: a BLAS computes the columns at an edge by another kernel.
@@ -338,27 +338,27 @@ def test_the_first_of_equal_actions_is_chosen(road: Road, dtype: torch.dtype) ->
     for places in ([0, 40], [20, 21], [12, 13, 40], list(range(41))):
         arguments["bias"][:] = -64.0
         arguments["bias"][places] = 64.0
-        check(road, {**arguments, "next_hidden_online": arguments["next_hidden"]})
+        check(setting, {**arguments, "next_hidden_online": arguments["next_hidden"]})
 
 
-def test_rows_without_a_legal_action(road: Road) -> None:
+def test_rows_without_a_legal_action(setting: Setting) -> None:
     for name in ("mask", "double-mask-weights-huber", "soft-mask"):
         arguments = make((4, 3))
         arguments |= OPTIONS[name](arguments)
         arguments["terminated"] = torch.tensor([True, False, True, False])
         arguments["next_action_mask"][:2] = False
-        arguments = {k: to_device(x, road.device) for k, x in arguments.items()}
-        td = fused_linear_dqn_loss(**arguments, return_td_error=True, backend=road.backend)[1]
+        arguments = {k: to_device(x, setting.device) for k, x in arguments.items()}
+        td = fused_linear_dqn_loss(**arguments, return_td_error=True, backend=setting.backend)[1]
         assert td.isnan().tolist() == [False, True, False, False]
 
 
-def test_gradcheck(road: Road) -> None:
+def test_gradcheck(setting: Setting) -> None:
     arguments = make((4, 3), 17, torch.float64)
-    arguments = {k: to_device(x, road.device) for k, x in arguments.items()}
+    arguments = {k: to_device(x, setting.device) for k, x in arguments.items()}
     learned = [arguments.pop(k).requires_grad_() for k in ("hidden", "weight", "bias")]
 
     def function(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return fused_linear_dqn_loss(hidden, weight, bias=bias, **arguments, backend=road.backend)
+        return fused_linear_dqn_loss(hidden, weight, bias=bias, **arguments, backend=setting.backend)
 
     assert torch.autograd.gradcheck(function, learned)
     assert torch.autograd.gradgradcheck(function, learned)
@@ -378,12 +378,12 @@ class Operations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
-def test_no_sum_in_an_order_that_is_not_fixed(road: Road, dtype: torch.dtype) -> None:
+def test_no_sum_in_an_order_that_is_not_fixed(setting: Setting, dtype: torch.dtype) -> None:
     """What adds by atomics on a GPU. create_graph used index_add, as did the derivative of index_select."""
-    arguments = {k: to_device(x, road.device) for k, x in make((9, 4), dtype=dtype).items()}
+    arguments = {k: to_device(x, setting.device) for k, x in make((9, 4), dtype=dtype).items()}
     learned = [arguments[k].requires_grad_() for k in ("hidden", "weight", "bias")]
     with Operations() as operations:
-        value = fused_linear_dqn_loss(**arguments, backend=road.backend)
+        value = fused_linear_dqn_loss(**arguments, backend=setting.backend)
         for create_graph in (True, False):
             grads = torch.autograd.grad(value, learned, create_graph=create_graph)
             value = sum(x.float().square().sum() for x in grads)
@@ -392,29 +392,29 @@ def test_no_sum_in_an_order_that_is_not_fixed(road: Road, dtype: torch.dtype) ->
     assert "embedding_dense_backward" in operations.names
 
 
-def test_the_same_bits_every_time(road: Road) -> None:
+def test_the_same_bits_every_time(setting: Setting) -> None:
     arguments = make((33, 8))
-    first = check(road, arguments)
+    first = check(setting, arguments)
     for _ in range(2):
-        again = check(road, arguments)
+        again = check(setting, arguments)
         assert all(torch.equal(again[k], first[k]) for k in first)
 
 
-def test_only_what_asks_for_a_gradient_gets_one(road: Road) -> None:
-    arguments = {k: to_device(x, road.device) for k, x in make((7, 3)).items()}
-    assert not fused_linear_dqn_loss(**arguments, backend=road.backend).requires_grad
+def test_only_what_asks_for_a_gradient_gets_one(setting: Setting) -> None:
+    arguments = {k: to_device(x, setting.device) for k, x in make((7, 3)).items()}
+    assert not fused_linear_dqn_loss(**arguments, backend=setting.backend).requires_grad
     for names in (["hidden"], ["weight"], ["bias"], ["next_hidden", "hidden"]):
         for k in ("hidden", "weight", "bias", "next_hidden"):
             arguments[k] = arguments[k].detach().requires_grad_(k in names)
-        fused_linear_dqn_loss(**arguments, backend=road.backend).backward()
+        fused_linear_dqn_loss(**arguments, backend=setting.backend).backward()
         given = [k for k in names if k != "next_hidden"]
         assert [k for k in ("hidden", "weight", "bias", "next_hidden") if arguments[k].grad is not None] == given
 
 
-def test_module_and_reference(road: Road) -> None:
-    layer, next_layer = nn.Linear(6, 41).to(road.device), nn.Linear(6, 41).to(road.device)
-    a = {k: to_device(x, road.device) for k, x in make((7, 6)).items()}
-    criterion = FusedLinearDQNLoss(gamma=0.9, loss="huber", backend=road.backend)
+def test_module_and_reference(setting: Setting) -> None:
+    layer, next_layer = nn.Linear(6, 41).to(setting.device), nn.Linear(6, 41).to(setting.device)
+    a = {k: to_device(x, setting.device) for k, x in make((7, 6)).items()}
+    criterion = FusedLinearDQNLoss(gamma=0.9, loss="huber", backend=setting.backend)
     assert not list(criterion.parameters())
     ours = criterion(layer, a["hidden"], a["actions"], a["rewards"], next_layer, a["next_hidden"], a["terminated"])
     theirs = dqn_loss(
@@ -425,8 +425,8 @@ def test_module_and_reference(road: Road) -> None:
     torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.parametrize("road_sparse", [False, True])
-def test_memory(road: Road, road_sparse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("setting_sparse", [False, True])
+def test_memory(setting: Setting, setting_sparse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """No matrix of n * A; with sparse gradients nothing of size A at all, and what is held does not grow with A."""
     monkeypatch.setattr(sweep, "TILE", {"cpu": 4096})
     monkeypatch.setattr(sweep, "MIN_COLUMNS", 64)
@@ -434,13 +434,13 @@ def test_memory(road: Road, road_sparse: bool, monkeypatch: pytest.MonkeyPatch) 
     n, D = 64, 8
     largest = []
     for A in (1000, 4000):
-        arguments = {k: to_device(x, road.device) for k, x in make((n, D), A).items()}
+        arguments = {k: to_device(x, setting.device) for k, x in make((n, D), A).items()}
         for k in ("hidden", "weight", "bias"):
             arguments[k].requires_grad_()
         with Allocations(arguments) as allocations:
-            loss = fused_linear_dqn_loss(**arguments, sparse_grad=road_sparse, backend=road.backend)
+            loss = fused_linear_dqn_loss(**arguments, sparse_grad=setting_sparse, backend=setting.backend)
             torch.autograd.grad(loss, [arguments[k] for k in ("hidden", "weight", "bias")])
-        dense = [] if road_sparse else [A * D, A]
+        dense = [] if setting_sparse else [A * D, A]
         sizes = [size for size in allocations.sizes if size not in dense]
         largest.append(max(sizes))
     assert largest[0] == largest[1] <= 4096
@@ -543,17 +543,17 @@ def test_other_errors() -> None:
         fused_linear_dqn_loss(**arguments)
 
 
-def test_illegal_actions_where_nothing_looks(road: Road, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_illegal_actions_where_nothing_looks(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (dqn_fused.arguments, dqn_fused.reference):
         monkeypatch.setattr(module, "looks_at_values", lambda device: False)
     arguments = make((6, 4))
     arguments["actions"][[1, 4]] = torch.tensor([41, -1])
-    arguments = {k: to_device(x, road.device) for k, x in arguments.items()}
+    arguments = {k: to_device(x, setting.device) for k, x in arguments.items()}
     learned = [arguments[k].requires_grad_() for k in ("hidden", "weight", "bias")]
     for sparse in (False, True):
         for create_graph in (False, not sparse):
             loss, td = fused_linear_dqn_loss(
-                **arguments, reduction="sum", return_td_error=True, sparse_grad=sparse, backend=road.backend
+                **arguments, reduction="sum", return_td_error=True, sparse_grad=sparse, backend=setting.backend
             )
             assert loss.isnan()
             assert td.isnan().tolist() == [False, True, False, False, True, False]

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from bounds import assert_close
-from conftest import INTERPRETED, Road
+from conftest import INTERPRETED, Setting
 from data import source
 from oracle import eager, oracle
 from torch import Tensor
@@ -59,17 +59,17 @@ def to_device(x: Any, device: str) -> Any:
 
 
 def check(
-    road: Road,
+    setting: Setting,
     arguments: dict[str, Any],
     reduction: str = "mean",
     grad_loss: Tensor | None = None,
     call: Callable[..., Any] = fused_dqn_loss,
 ) -> Tensor:
-    """Run a road forward and backward and compare everything with the oracle. Returns grad_q."""
-    arguments = {k: to_device(x, road.device) for k, x in arguments.items()}
+    """Run a setting forward and backward and compare everything with the oracle. Returns grad_q."""
+    arguments = {k: to_device(x, setting.device) for k, x in arguments.items()}
     q = arguments["q"].detach().requires_grad_()
     arguments["q"] = q
-    loss, td_error = call(**arguments, reduction=reduction, return_td_error=True, backend=road.backend)
+    loss, td_error = call(**arguments, reduction=reduction, return_td_error=True, backend=setting.backend)
     if grad_loss is None:
         grad_loss = torch.ones_like(loss)
     (grad_q,) = torch.autograd.grad(loss, q, grad_loss)
@@ -92,15 +92,15 @@ def check(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
-def test_shapes_and_dtypes(road: Road, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    check(road, make(shape, dtype))
+def test_shapes_and_dtypes(setting: Setting, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    check(setting, make(shape, dtype))
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("shape", [(7, 3), (2, 3, 5), (3, 1500), (0, 4), (520, 40), (2, 9001)], ids=shape_id)
-def test_reductions_with_an_upstream_gradient(road: Road, shape: tuple[int, ...], reduction: str) -> None:
-    upstream = torch.randn(shape[:-1] if reduction == "none" else (), device=road.device)
-    check(road, make(shape), reduction, upstream)
+def test_reductions_with_an_upstream_gradient(setting: Setting, shape: tuple[int, ...], reduction: str) -> None:
+    upstream = torch.randn(shape[:-1] if reduction == "none" else (), device=setting.device)
+    check(setting, make(shape), reduction, upstream)
 
 
 @pytest.mark.parametrize(
@@ -108,14 +108,14 @@ def test_reductions_with_an_upstream_gradient(road: Road, shape: tuple[int, ...]
     [torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64, torch.float16, torch.float32, torch.float64],
     ids=dtype_id,
 )
-def test_terminated_of_any_dtype(road: Road, dtype: torch.dtype) -> None:
+def test_terminated_of_any_dtype(setting: Setting, dtype: torch.dtype) -> None:
     arguments = make((9, 4))
-    check(road, {**arguments, "terminated": arguments["terminated"].to(dtype)})
+    check(setting, {**arguments, "terminated": arguments["terminated"].to(dtype)})
 
 
-def test_terminated_left_out(road: Road) -> None:
+def test_terminated_left_out(setting: Setting) -> None:
     arguments = make((9, 4))
-    check(road, {**arguments, "terminated": None})
+    check(setting, {**arguments, "terminated": None})
 
 
 @pytest.mark.parametrize(
@@ -123,28 +123,28 @@ def test_terminated_left_out(road: Road) -> None:
     [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64],
     ids=dtype_id,
 )
-def test_actions_of_any_integer_dtype(road: Road, dtype: torch.dtype) -> None:
+def test_actions_of_any_integer_dtype(setting: Setting, dtype: torch.dtype) -> None:
     arguments = make((9, 4))
-    check(road, {**arguments, "actions": arguments["actions"].to(dtype)})
+    check(setting, {**arguments, "actions": arguments["actions"].to(dtype)})
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64, torch.uint8], ids=dtype_id)
-def test_rewards_of_any_dtype(road: Road, dtype: torch.dtype) -> None:
+def test_rewards_of_any_dtype(setting: Setting, dtype: torch.dtype) -> None:
     arguments = make((9, 4))
-    check(road, {**arguments, "rewards": (2 * arguments["rewards"]).abs().to(dtype)})
+    check(setting, {**arguments, "rewards": (2 * arguments["rewards"]).abs().to(dtype)})
 
 
 @pytest.mark.parametrize("q_dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("next_dtype", DTYPES, ids=dtype_id)
-def test_next_q_of_another_dtype(road: Road, q_dtype: torch.dtype, next_dtype: torch.dtype) -> None:
+def test_next_q_of_another_dtype(setting: Setting, q_dtype: torch.dtype, next_dtype: torch.dtype) -> None:
     arguments = make((9, 4), q_dtype)
-    check(road, {**arguments, "next_q": arguments["next_q"].to(next_dtype)})
+    check(setting, {**arguments, "next_q": arguments["next_q"].to(next_dtype)})
 
 
 @pytest.mark.parametrize("shape", [(9, 4), (2, 3, 4)], ids=shape_id)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
 @pytest.mark.parametrize("kind", ["zero", "int", "scalar", "per_sample", "column"])
-def test_gamma(road: Road, shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> None:
+def test_gamma(setting: Setting, shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> None:
     """gamma = 0.3 has no exact float32: a number that passed a kernel as float32 would show in float64."""
     N = shape[:-1]
     gamma = {
@@ -154,39 +154,39 @@ def test_gamma(road: Road, shape: tuple[int, ...], dtype: torch.dtype, kind: str
         "per_sample": torch.rand(N, dtype=dtype),
         "column": torch.rand((*N, 1), dtype=dtype),
     }[kind]
-    check(road, {**make(shape, dtype), "gamma": gamma})
+    check(setting, {**make(shape, dtype), "gamma": gamma})
 
 
-def test_gamma_number_keeps_its_precision_in_float64(road: Road) -> None:
-    check(road, {**make((9, 4), torch.float64), "gamma": 0.3})
+def test_gamma_number_keeps_its_precision_in_float64(setting: Setting) -> None:
+    check(setting, {**make((9, 4), torch.float64), "gamma": 0.3})
 
 
 @pytest.mark.parametrize("column", ["actions", "rewards", "terminated"])
 @pytest.mark.parametrize("shape", [(9, 4), (1, 4), (2, 3, 4), (4,)], ids=shape_id)
-def test_columns_equal_vectors(road: Road, shape: tuple[int, ...], column: str) -> None:
-    arguments = make(shape, device=road.device)
-    expected = fused_dqn_loss(**arguments, backend=road.backend)
+def test_columns_equal_vectors(setting: Setting, shape: tuple[int, ...], column: str) -> None:
+    arguments = make(shape, device=setting.device)
+    expected = fused_dqn_loss(**arguments, backend=setting.backend)
     arguments[column] = arguments[column].unsqueeze(-1)
-    assert torch.equal(fused_dqn_loss(**arguments, backend=road.backend), expected)
-    check(road, arguments)
+    assert torch.equal(fused_dqn_loss(**arguments, backend=setting.backend), expected)
+    check(setting, arguments)
 
 
 @pytest.mark.parametrize("shape", [(7, 3), (2, 3, 5), (33, 19), (3, 1500), (6, 200)], ids=shape_id)
-def test_non_final_mask(road: Road, shape: tuple[int, ...]) -> None:
+def test_non_final_mask(setting: Setting, shape: tuple[int, ...]) -> None:
     arguments = make(shape)
     compacted = compact(arguments)
-    grad = check(road, arguments)
-    assert torch.equal(check(road, compacted), grad)
+    grad = check(setting, arguments)
+    assert torch.equal(check(setting, compacted), grad)
     compacted["non_final_mask"] = compacted["non_final_mask"].unsqueeze(-1)
-    assert torch.equal(check(road, compacted), grad)
+    assert torch.equal(check(setting, compacted), grad)
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (5, 100)], ids=shape_id)
 @pytest.mark.parametrize("final", [True, False])
-def test_non_final_mask_of_all_or_none(road: Road, shape: tuple[int, ...], final: bool) -> None:
+def test_non_final_mask_of_all_or_none(setting: Setting, shape: tuple[int, ...], final: bool) -> None:
     """Zero rows of next_q: the tutorial's own lines fail there."""
     arguments = make(shape)
-    check(road, compact({**arguments, "terminated": torch.full((5,), final)}))
+    check(setting, compact({**arguments, "terminated": torch.full((5,), final)}))
 
 
 LAYOUTS = {
@@ -201,67 +201,67 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(7, 5), (5, 1000), (40, 67)], ids=shape_id)
-def test_layouts(road: Road, shape: tuple[int, ...], layout: str) -> None:
+def test_layouts(setting: Setting, shape: tuple[int, ...], layout: str) -> None:
     arguments = make(shape)
     change = LAYOUTS[layout]
-    check(road, {**arguments, "q": change(arguments["q"])})
-    check(road, {**arguments, "next_q": change(arguments["next_q"])})
+    check(setting, {**arguments, "q": change(arguments["q"])})
+    check(setting, {**arguments, "next_q": change(arguments["next_q"])})
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_survive_the_way_to_a_device(road: Road, layout: str) -> None:
+def test_layouts_survive_the_way_to_a_device(setting: Setting, layout: str) -> None:
     x = LAYOUTS[layout](torch.randn(7, 5))
-    moved = to_device(x, road.device)
+    moved = to_device(x, setting.device)
     assert (moved.stride(), moved.storage_offset()) == (x.stride(), x.storage_offset())
     assert torch.equal(moved.cpu(), x)
 
 
-def test_per_sample_inputs_of_any_stride(road: Road) -> None:
+def test_per_sample_inputs_of_any_stride(setting: Setting) -> None:
     arguments = make((7, 5))
     for name in ("actions", "rewards", "terminated"):
         x = arguments[name]
-        check(road, {**arguments, name: torch.stack([x, x], 1)[:, 1]})
-        check(road, {**arguments, name: x[:1].expand(7)})
+        check(setting, {**arguments, name: torch.stack([x, x], 1)[:, 1]})
+        check(setting, {**arguments, name: x[:1].expand(7)})
 
 
 @pytest.mark.parametrize("A", [5, 130])
-def test_time_slices_of_one_sequence(road: Road, A: int) -> None:
+def test_time_slices_of_one_sequence(setting: Setting, A: int) -> None:
     """q[:, :-1] against q[:, 1:] of one (B, T, A) tensor, as in token-level Q-learning: no single row stride exists."""
     q = torch.randn(3, 5, A)
     arguments = make((3, 4, A))
-    check(road, {**arguments, "q": q[:, :-1], "next_q": torch.randn(3, 5, A)[:, 1:]})
+    check(setting, {**arguments, "q": q[:, :-1], "next_q": torch.randn(3, 5, A)[:, 1:]})
 
 
 @pytest.mark.parametrize("permutation", [(1, 0, 2), (0, 2, 1), (2, 1, 0)])
-def test_permuted_leading_dimensions(road: Road, permutation: tuple[int, int, int]) -> None:
+def test_permuted_leading_dimensions(setting: Setting, permutation: tuple[int, int, int]) -> None:
     shape = (2, 3, 5)
     inverse = sorted(range(3), key=permutation.__getitem__)
     arguments = make(shape)
     for name in ("q", "next_q"):
         strided = arguments[name].permute(permutation).contiguous().permute(inverse)
         assert not strided.is_contiguous()
-        check(road, {**arguments, name: strided})
+        check(setting, {**arguments, name: strided})
 
 
-def test_four_dimensions(road: Road) -> None:
+def test_four_dimensions(setting: Setting) -> None:
     arguments = make((2, 3, 4, 5))
-    check(road, arguments)
-    check(road, {**arguments, "q": arguments["q"].permute(2, 1, 0, 3).contiguous().permute(2, 1, 0, 3)})
+    check(setting, arguments)
+    check(setting, {**arguments, "q": arguments["q"].permute(2, 1, 0, 3).contiguous().permute(2, 1, 0, 3)})
 
 
-def test_constants_may_require_grad(road: Road) -> None:
+def test_constants_may_require_grad(setting: Setting) -> None:
     arguments = make((7, 5))
     arguments["rewards"].requires_grad_()
     arguments["next_q"].requires_grad_()
     arguments["gamma"] = torch.full((7,), 0.5, requires_grad=True)
-    arguments = {k: x.detach().to(road.device).requires_grad_(x.requires_grad) for k, x in arguments.items()}
+    arguments = {k: x.detach().to(setting.device).requires_grad_(x.requires_grad) for k, x in arguments.items()}
     q = arguments["q"].requires_grad_()
-    fused_dqn_loss(**arguments, backend=road.backend).backward()
+    fused_dqn_loss(**arguments, backend=setting.backend).backward()
     assert q.grad is not None
     assert all(arguments[name].grad is None for name in ("rewards", "next_q", "gamma"))
 
 
-def test_nan_and_inf_in_a_terminated_row_are_not_used(road: Road) -> None:
+def test_nan_and_inf_in_a_terminated_row_are_not_used(setting: Setting) -> None:
     for form in (dict, compact):
         for A in (4, 100, 1500):
             arguments = make((6, A))
@@ -270,99 +270,99 @@ def test_nan_and_inf_in_a_terminated_row_are_not_used(road: Road) -> None:
             arguments["next_q"][0] = torch.nan
             arguments["next_q"][2] = torch.inf
             arguments["next_q"][4] = -torch.inf
-            assert torch.equal(check(road, form(arguments)), check(road, form(clean)))
+            assert torch.equal(check(setting, form(arguments)), check(setting, form(clean)))
 
 
 @pytest.mark.parametrize("A", [1, 4, 65, 1000, 1501])
-def test_nan_in_a_live_row_is_nan_in_the_loss(road: Road, A: int) -> None:
+def test_nan_in_a_live_row_is_nan_in_the_loss(setting: Setting, A: int) -> None:
     """tl.max and std::max drop NaN; each position is tried, since a reduction tree can drop it on one side only."""
     for column in {0, A // 2, A - 1}:
         arguments = make((3, A))
         arguments["terminated"] = None
         arguments["next_q"][1, column] = torch.nan
-        check(road, arguments)
+        check(setting, arguments)
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf])
-def test_infinite_next_values(road: Road, value: float) -> None:
+def test_infinite_next_values(setting: Setting, value: float) -> None:
     arguments = make((3, 4))
     arguments["terminated"] = None
     arguments["next_q"][1, :] = value
-    check(road, arguments)
+    check(setting, arguments)
 
 
-def test_nan_in_q_taken_and_not_taken(road: Road) -> None:
+def test_nan_in_q_taken_and_not_taken(setting: Setting) -> None:
     arguments = make((3, 4))
     arguments["actions"][:] = 2
     arguments["q"][0, 1] = torch.nan
-    check(road, arguments)
+    check(setting, arguments)
     arguments["q"][0, 2] = torch.nan
-    check(road, arguments)
+    check(setting, arguments)
 
 
 @pytest.mark.parametrize("A", [3, 65, 70, 1000, 5003])
-def test_rows_without_a_positive_value(road: Road, A: int) -> None:
+def test_rows_without_a_positive_value(setting: Setting, A: int) -> None:
     """What is read where a row has no column must be -inf: a zero is not the maximum of negative numbers."""
     arguments = make((3, A))
-    check(road, {**arguments, "next_q": -arguments["next_q"].abs() - 1})
+    check(setting, {**arguments, "next_q": -arguments["next_q"].abs() - 1})
 
 
 @pytest.mark.parametrize("flags", [[2, 0, 255], [0.5, 0.0, -1.0]])
-def test_any_nonzero_flag_is_terminated(road: Road, flags: list[float]) -> None:
-    check(road, {**make((3, 4)), "terminated": torch.tensor(flags)})
+def test_any_nonzero_flag_is_terminated(setting: Setting, flags: list[float]) -> None:
+    check(setting, {**make((3, 4)), "terminated": torch.tensor(flags)})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=dtype_id)
 @pytest.mark.parametrize("shape", [(5, 300), (2, 5003)], ids=shape_id)
-def test_wide_next_q_of_another_dtype(road: Road, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_wide_next_q_of_another_dtype(setting: Setting, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     arguments = make(shape)
-    check(road, {**arguments, "next_q": arguments["next_q"].to(dtype)})
+    check(setting, {**arguments, "next_q": arguments["next_q"].to(dtype)})
 
 
-def test_a_lazy_minus_sign_is_seen(road: Road) -> None:
+def test_a_lazy_minus_sign_is_seen(setting: Setting) -> None:
     """conj().imag is a view that only remembers to be negative; its memory is not."""
-    lazy = torch.randn(3, 4, dtype=torch.complex64, device=road.device).conj().imag
+    lazy = torch.randn(3, 4, dtype=torch.complex64, device=setting.device).conj().imag
     assert lazy.is_neg()
-    arguments = make((3, 4), device=road.device)
+    arguments = make((3, 4), device=setting.device)
     for name, x in (("q", lazy), ("next_q", lazy), ("rewards", lazy[:, 0])):
-        got = fused_dqn_loss(**{**arguments, name: x}, backend=road.backend)
-        assert torch.equal(got, fused_dqn_loss(**{**arguments, name: x.clone()}, backend=road.backend))
+        got = fused_dqn_loss(**{**arguments, name: x}, backend=setting.backend)
+        assert torch.equal(got, fused_dqn_loss(**{**arguments, name: x.clone()}, backend=setting.backend))
 
 
-def test_identities(road: Road) -> None:
-    a = make((33, 19), device=road.device)
+def test_identities(setting: Setting) -> None:
+    a = make((33, 19), device=setting.device)
 
     def loss(**changes: Any) -> Tensor:
-        result = fused_dqn_loss(**{**a, **changes}, return_td_error=True, backend=road.backend)
+        result = fused_dqn_loss(**{**a, **changes}, return_td_error=True, backend=setting.backend)
         return result[1]
 
-    ends = torch.ones(33, dtype=torch.bool, device=road.device)
+    ends = torch.ones(33, dtype=torch.bool, device=setting.device)
     taken = a["q"].gather(1, a["actions"][:, None]).squeeze(1)
     assert torch.equal(loss(gamma=0.0), taken - a["rewards"])
     assert torch.equal(loss(terminated=ends), taken - a["rewards"])
-    order = torch.randperm(33, device=road.device)
+    order = torch.randperm(33, device=setting.device)
     shuffled = loss(**{name: x[order] for name, x in a.items()})
     assert torch.equal(shuffled, loss()[order])
-    same = loss(next_q=a["next_q"][:, torch.randperm(19, device=road.device)])
+    same = loss(next_q=a["next_q"][:, torch.randperm(19, device=setting.device)])
     assert torch.equal(same, loss())
     one_action = fused_dqn_loss(
-        a["q"][:, :1], torch.zeros_like(a["actions"]), a["rewards"], a["next_q"][:, :1], ends, backend=road.backend
+        a["q"][:, :1], torch.zeros_like(a["actions"]), a["rewards"], a["next_q"][:, :1], ends, backend=setting.backend
     )
     torch.testing.assert_close(one_action, torch.nn.functional.mse_loss(a["q"][:, 0], a["rewards"]))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter is sequential")
-def test_the_same_bits_every_time(road: Road) -> None:
+def test_the_same_bits_every_time(setting: Setting) -> None:
     for shape in ((520, 40), (2, 5000)):
-        arguments = make(shape, device=road.device)
-        first = fused_dqn_loss_and_grad(**arguments, backend=road.backend)
+        arguments = make(shape, device=setting.device)
+        first = fused_dqn_loss_and_grad(**arguments, backend=setting.backend)
         for _ in range(2):
-            again = fused_dqn_loss_and_grad(**arguments, backend=road.backend)
+            again = fused_dqn_loss_and_grad(**arguments, backend=setting.backend)
             assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
 
 
-def test_only_the_action_taken_has_a_gradient(road: Road) -> None:
+def test_only_the_action_taken_has_a_gradient(setting: Setting) -> None:
     arguments = make((33, 19))
-    grad = check(road, arguments)
+    grad = check(setting, arguments)
     assert ((grad != 0).sum(1) == 1).all()
     assert torch.equal((grad != 0).int().argmax(1).cpu(), arguments["actions"])

@@ -121,7 +121,7 @@ def test_triton_refuses_a_device_that_is_not_its_own() -> None:
 
 
 def test_a_triton_whose_driver_does_not_start_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On an image without a C compiler the first launch would fail; "auto" must find another road."""
+    """On an image without a C compiler the first launch would fail; "auto" must find another setting."""
     module = pytest.importorskip("dqn_fused._backends.triton_backend")
 
     class Driver:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import INTERPRETED, Road
+from conftest import INTERPRETED, Setting
 from data import source
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -50,8 +50,8 @@ def batches(draw: Any) -> dict[str, Any]:
 
 @FEW
 @given(arguments=batches(), reduction=st.sampled_from(REDUCTIONS))
-def test_any_batch(road: Road, arguments: dict[str, Any], reduction: str) -> None:
-    check(road, arguments, reduction)
+def test_any_batch(setting: Setting, arguments: dict[str, Any], reduction: str) -> None:
+    check(setting, arguments, reduction)
 
 
 @st.composite
@@ -75,20 +75,20 @@ def families(draw: Any) -> dict[str, Any]:
 
 @FEW
 @given(arguments=families(), reduction=st.sampled_from([*REDUCTIONS, "weighted_mean"]))
-def test_any_member_of_the_family(road: Road, arguments: dict[str, Any], reduction: str) -> None:
-    check(road, arguments, reduction)
+def test_any_member_of_the_family(setting: Setting, arguments: dict[str, Any], reduction: str) -> None:
+    check(setting, arguments, reduction)
 
 
 @FEW
 @given(shape=shapes, seed=st.integers(0, 99))
-def test_mask_says_the_same_as_terminated(road: Road, shape: tuple[int, ...], seed: int) -> None:
+def test_mask_says_the_same_as_terminated(setting: Setting, shape: tuple[int, ...], seed: int) -> None:
     arguments = make(shape, seed=seed)
-    assert torch.equal(check(road, arguments), check(road, compact(arguments)))
+    assert torch.equal(check(setting, arguments), check(setting, compact(arguments)))
 
 
 @FEW
 @given(data=st.data())
-def test_a_wrong_shape_is_an_error_that_names_its_argument(road: Road, data: st.DataObject) -> None:
+def test_a_wrong_shape_is_an_error_that_names_its_argument(setting: Setting, data: st.DataObject) -> None:
     shape = data.draw(st.tuples(st.integers(1, 5), st.integers(1, 5)))
     name = data.draw(st.sampled_from(["actions", "rewards", "terminated", "next_q", "gamma"]))
     arguments = make(shape)
@@ -96,14 +96,14 @@ def test_a_wrong_shape_is_an_error_that_names_its_argument(road: Road, data: st.
     wrong = data.draw(st.lists(st.integers(0, 5), max_size=3).map(tuple).filter(lambda s: s not in right))
     dtype = torch.int64 if name == "actions" else torch.float32
     arguments[name] = torch.zeros(wrong, dtype=dtype)
-    arguments = {k: x.to(road.device) for k, x in arguments.items()}
+    arguments = {k: x.to(setting.device) for k, x in arguments.items()}
     with pytest.raises(ValueError, match=f"^{name}: expected shape"):
-        fused_dqn_loss(**arguments, backend=road.backend)
+        fused_dqn_loss(**arguments, backend=setting.backend)
 
 
 @FEW
 @given(data=st.data())
-def test_a_wrong_dtype_is_an_error_that_names_its_argument(road: Road, data: st.DataObject) -> None:
+def test_a_wrong_dtype_is_an_error_that_names_its_argument(setting: Setting, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(["q", "actions", "rewards", "terminated", "next_q"]))
     floats = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
     integers = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
@@ -115,7 +115,7 @@ def test_a_wrong_dtype_is_an_error_that_names_its_argument(road: Road, data: st.
         "terminated": [],
         "next_q": [*integers, torch.bool],
     }[name] + strange
-    arguments = make((3, 2), device=road.device)
+    arguments = make((3, 2), device=setting.device)
     arguments[name] = arguments[name].to(data.draw(st.sampled_from(wrong)))
     with pytest.raises(TypeError, match=f"^{name}: expected a"):
-        fused_dqn_loss(**arguments, backend=road.backend)
+        fused_dqn_loss(**arguments, backend=setting.backend)

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Road
+from conftest import Setting
 from data import source
-from quantile_data import check, check_against_eager, clear_winner, compact, every_road, make
+from quantile_data import check, check_against_eager, clear_winner, compact, every_setting, make
 from torch import Tensor
 
 from dqn_fused import fused_quantile_loss, fused_quantile_loss_and_grad
@@ -28,19 +28,19 @@ def shape_id(x: Any) -> str:
     return "x".join(map(str, x)) if isinstance(x, tuple) else str(x)
 
 
-@every_road
+@every_setting
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize(("shape", "K2"), SHAPES, ids=shape_id)
-def test_shapes_and_dtypes(backend: Road, shape: tuple[int, ...], K2: int, dtype: torch.dtype) -> None:
+def test_shapes_and_dtypes(backend: Setting, shape: tuple[int, ...], K2: int, dtype: torch.dtype) -> None:
     check(backend, make(shape, K2, dtype))
 
 
-@every_road
+@every_setting
 @pytest.mark.parametrize("kappa", KAPPAS)
 @pytest.mark.parametrize("quantile_reduction", ["sum", "mean"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none", "weighted_mean"])
 def test_options_with_an_upstream_gradient(
-    backend: Road, reduction: str, quantile_reduction: str, kappa: float
+    backend: Setting, reduction: str, quantile_reduction: str, kappa: float
 ) -> None:
     arguments = make((2, 5, 3, 12), 7, seed=3)
     g = source(4)
@@ -52,11 +52,11 @@ def test_options_with_an_upstream_gradient(
     check(backend, {**arguments, **options}, upstream)
 
 
-@every_road
+@every_setting
 @pytest.mark.parametrize("kappa", [1.0, 0.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=dtype_id)
 @pytest.mark.parametrize("each", [False, True], ids=["K", "NxK"])
-def test_taus(backend: Road, each: bool, dtype: torch.dtype, kappa: float) -> None:
+def test_taus(backend: Setting, each: bool, dtype: torch.dtype, kappa: float) -> None:
     arguments = make((3, 4, 2, 9), 6, seed=5)
     taus = torch.rand((3, 4, 9) if each else (9,), generator=source(6)).to(dtype)
     check(backend, {**arguments, "taus": taus, "kappa": kappa})
@@ -68,8 +68,8 @@ def test_taus(backend: Road, each: bool, dtype: torch.dtype, kappa: float) -> No
         assert torch.equal(*results)
 
 
-@every_road
-def test_taus_of_the_midpoints_are_the_default(backend: Road) -> None:
+@every_setting
+def test_taus_of_the_midpoints_are_the_default(backend: Setting) -> None:
     arguments = make((6, 3, 8), seed=7)
     results = [
         fused_quantile_loss(**arguments, taus=x, backend=backend.backend) for x in (None, (torch.arange(8) + 0.5) / 8)
@@ -77,11 +77,11 @@ def test_taus_of_the_midpoints_are_the_default(backend: Road) -> None:
     assert torch.equal(*results)
 
 
-@every_road
+@every_setting
 @pytest.mark.parametrize("values", [False, True], ids=["quantiles", "q-values"])
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 @pytest.mark.parametrize("compacted", [False, True], ids=["", "compacted"])
-def test_double(backend: Road, values: bool, masked: bool, compacted: bool) -> None:
+def test_double(backend: Setting, values: bool, masked: bool, compacted: bool) -> None:
     arguments = make((17, 5, 6), 4, seed=8)
     g = source(9)
     chooser = clear_winner(torch.randn((17, 5, 3), generator=g), g)
@@ -93,9 +93,9 @@ def test_double(backend: Road, values: bool, masked: bool, compacted: bool) -> N
     check(backend, compact(arguments) if compacted else arguments)
 
 
-@every_road
+@every_setting
 @pytest.mark.parametrize("compacted", [False, True], ids=["", "compacted"])
-def test_an_illegal_action_is_never_chosen_nor_read(backend: Road, compacted: bool) -> None:
+def test_an_illegal_action_is_never_chosen_nor_read(backend: Setting, compacted: bool) -> None:
     """Illegal actions hold the largest values, NaN and inf; without them the batch is that of the legal ones alone."""
     arguments = make((12, 3, 5), 4, seed=10)
     huge = torch.tensor([1e4, torch.nan, torch.inf]).repeat(4)[:, None, None].expand(12, 1, 4)
@@ -116,8 +116,8 @@ def test_an_illegal_action_is_never_chosen_nor_read(backend: Road, compacted: bo
     assert torch.equal(gradient, wide_gradient[:, 1:4])
 
 
-@every_road
-def test_a_row_without_a_legal_action_is_nan_unless_terminated(backend: Road) -> None:
+@every_setting
+def test_a_row_without_a_legal_action_is_nan_unless_terminated(backend: Setting) -> None:
     arguments = make((4, 3, 5), seed=11)
     arguments["terminated"] = torch.tensor([False, True, False, False])
     mask = torch.ones(4, 3, dtype=torch.bool)
@@ -134,8 +134,8 @@ def test_a_row_without_a_legal_action_is_nan_unless_terminated(backend: Road) ->
     assert loss.isnan().tolist() == [True, False, True, True]
 
 
-@every_road
-def test_hand_worked(backend: Road) -> None:
+@every_setting
+def test_hand_worked(backend: Setting) -> None:
     """theta (0, 2), t (1, 3): u is (1, 3) and (-1, 1), tau 1/4 and 3/4.
 
     |tau - 1{u<0}| huber: 1/4 (0.5 + 2.5) / 2 = 0.375, and (1/4 0.5 + 3/4 0.5) / 2 = 0.25. Slopes by theta: -1/4 twice,
@@ -152,8 +152,8 @@ def test_hand_worked(backend: Road) -> None:
     assert loss.item() == 0.3125
 
 
-@every_road
-def test_hand_worked_at_the_edges(backend: Road) -> None:
+@every_setting
+def test_hand_worked_at_the_edges(backend: Setting) -> None:
     """|u| = kappa is 1/2 kappa either way, and u = 0 is nothing: theta (1, 3), t (1, 5), kappa 2, tau 1/4 and 3/4.
 
     u is (0, 4) and (-2, 2); huber / kappa (0, 3) and (1, 1); times |tau - 1{u<0}|: (0, 3/4) and (1/4, 3/4). Slopes by
@@ -167,8 +167,8 @@ def test_hand_worked_at_the_edges(backend: Road) -> None:
         assert gradient.tolist() == [[[-0.125, -0.25]]]
 
 
-@every_road
-def test_the_weights_go_with_the_predictions(backend: Road) -> None:
+@every_setting
+def test_the_weights_go_with_the_predictions(backend: Setting) -> None:
     """In public code tau has been broadcast along the targets; of one prediction at tau = 0.9 only u's sign counts."""
     arguments = (torch.tensor([0]), torch.tensor([0.0]), torch.tensor([[[1.0, -1.0, -1.0, -1.0]]]), None, 1.0)
     taus = torch.tensor([0.9])
@@ -176,9 +176,9 @@ def test_the_weights_go_with_the_predictions(backend: Road) -> None:
     assert math.isclose(loss.item(), (0.9 + 3 * 0.1) / 4, rel_tol=1e-6)
 
 
-@every_road
+@every_setting
 @pytest.mark.parametrize("kappa", KAPPAS)
-def test_ties(backend: Road, kappa: float) -> None:
+def test_ties(backend: Setting, kappa: float) -> None:
     """Quantiles, targets and means on a grid of halves: u = 0, |u| = kappa, equal means, of which the first wins."""
     g = source(12)
     arguments = make((40, 4, 8), 8, seed=12)
@@ -189,8 +189,8 @@ def test_ties(backend: Road, kappa: float) -> None:
     check(backend, {**arguments, "gamma": 1.0, "kappa": kappa, "next_quantiles_online": torch.zeros(40, 4)})
 
 
-@every_road
-def test_equal_rows_the_first_action_wins(backend: Road) -> None:
+@every_setting
+def test_equal_rows_the_first_action_wins(backend: Setting) -> None:
     """The same quantiles in each row but in another order would sum to another mean: here in the same one."""
     arguments = make((6, 5, 3), 37, seed=13)
     same = arguments["next_quantiles"][:, :1].expand(6, 5, 37)
@@ -202,9 +202,9 @@ def test_equal_rows_the_first_action_wins(backend: Road) -> None:
     assert torch.equal(*results)
 
 
-@every_road
+@every_setting
 @pytest.mark.parametrize("form", ["terminated", "mask"])
-def test_all_terminated(backend: Road, form: str) -> None:
+def test_all_terminated(backend: Setting, form: str) -> None:
     arguments = make((6, 3, 4), 5, seed=14)
     arguments["terminated"] = torch.ones(6, dtype=torch.bool)
     if form == "terminated":
@@ -212,16 +212,16 @@ def test_all_terminated(backend: Road, form: str) -> None:
     check(backend, compact(arguments) if form == "mask" else arguments)
 
 
-@every_road
-def test_no_sample(backend: Road) -> None:
+@every_setting
+def test_no_sample(backend: Setting) -> None:
     arguments = make((0, 3, 4), seed=15)
     assert fused_quantile_loss(**arguments, backend=backend.backend).isnan()
     assert fused_quantile_loss(**arguments, reduction="sum", backend=backend.backend) == 0
     assert fused_quantile_loss(**arguments, reduction="weighted_mean", backend=backend.backend).isnan()
 
 
-@every_road
-def test_nan_and_inf_in_a_terminated_row_are_not_used(backend: Road) -> None:
+@every_setting
+def test_nan_and_inf_in_a_terminated_row_are_not_used(backend: Setting) -> None:
     arguments = make((8, 3, 4), seed=16)
     arguments["terminated"] = torch.arange(8) % 2 == 0
     clean = fused_quantile_loss_and_grad(**arguments, backend=backend.backend)
@@ -231,10 +231,10 @@ def test_nan_and_inf_in_a_terminated_row_are_not_used(backend: Road) -> None:
     assert all(map(torch.equal, clean, again))
 
 
-@every_road
+@every_setting
 @pytest.mark.parametrize("where", ["next, chosen", "next, not chosen", "reward", "taken", "not taken", "tau", "online"])
 @pytest.mark.parametrize("kappa", [1.0, 0.0])
-def test_nan_in_a_live_row_is_nan_in_the_loss(backend: Road, where: str, kappa: float) -> None:
+def test_nan_in_a_live_row_is_nan_in_the_loss(backend: Setting, where: str, kappa: float) -> None:
     arguments = make((3, 2, 40), 33, seed=17)
     arguments |= {"terminated": torch.zeros(3), "actions": torch.zeros(3, dtype=torch.int64)}
     arguments["taus"] = torch.full((3, 40), 0.3)
@@ -258,8 +258,8 @@ def test_nan_in_a_live_row_is_nan_in_the_loss(backend: Road, where: str, kappa: 
     assert not gradient[:, 1].any()
 
 
-@every_road
-def test_a_nan_mean_is_the_largest(backend: Road) -> None:
+@every_setting
+def test_a_nan_mean_is_the_largest(backend: Setting) -> None:
     """As in torch.argmax; std::max and a comparison drop it. -inf and inf in one row have no mean either."""
     arguments = make((3, 3, 4), seed=18)
     arguments["terminated"] = torch.zeros(3)
@@ -269,9 +269,9 @@ def test_a_nan_mean_is_the_largest(backend: Road) -> None:
     assert loss.isnan().tolist() == [True, True, False]
 
 
-@every_road
+@every_setting
 @pytest.mark.parametrize("kappa", [1.0, 0.0])
-def test_infinite_targets(backend: Road, kappa: float) -> None:
+def test_infinite_targets(backend: Setting, kappa: float) -> None:
     """The loss is infinite, its slope is not: -tau below, 1 - tau above."""
     arguments = make((2, 1, 4), seed=19)
     arguments["terminated"] = torch.zeros(2)
@@ -282,9 +282,9 @@ def test_infinite_targets(backend: Road, kappa: float) -> None:
     assert torch.equal(gradient[:, 0], torch.stack([-taus, 1 - taus]))
 
 
-@every_road
+@every_setting
 @pytest.mark.parametrize("kappa", [1e-300, 1e-30, 1e-6, 1e30, 1e300])
-def test_extreme_kappa(backend: Road, kappa: float) -> None:
+def test_extreme_kappa(backend: Setting, kappa: float) -> None:
     check(backend, {**make((5, 2, 4), 3, seed=20), "kappa": kappa})
 
 
@@ -300,10 +300,10 @@ def layouts(x: Tensor) -> dict[str, Tensor]:
     }
 
 
-@every_road
+@every_setting
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 @pytest.mark.parametrize("layout", ["actions last", "samples last", "slice", "offset", "wider"])
-def test_layouts(backend: Road, layout: str, dtype: torch.dtype) -> None:
+def test_layouts(backend: Setting, layout: str, dtype: torch.dtype) -> None:
     arguments = make((9, 3, 35), 20, dtype, seed=21)
     g = source(22)
     arguments["next_quantiles_online"] = clear_winner(torch.randn((9, 3, 18), generator=g), g)
@@ -317,8 +317,8 @@ def test_layouts(backend: Road, layout: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(a, b)
 
 
-@every_road
-def test_expanded_quantiles_and_strided_samples(backend: Road) -> None:
+@every_setting
+def test_expanded_quantiles_and_strided_samples(backend: Setting) -> None:
     arguments = make((6, 3, 5), 4, seed=23)
     for name in ("actions", "rewards", "terminated"):
         arguments[name] = arguments[name].repeat_interleave(2)[::2]
@@ -327,8 +327,8 @@ def test_expanded_quantiles_and_strided_samples(backend: Road) -> None:
     check(backend, arguments)
 
 
-@every_road
-def test_time_slices_of_one_sequence(backend: Road) -> None:
+@every_setting
+def test_time_slices_of_one_sequence(backend: Setting) -> None:
     """(B, T + 1, A, K), of which q and next_q are the first and the last T: their leading dimensions do not merge."""
     g = source(24)
     sequence = clear_winner(torch.randn((12, 3, 5), generator=g), g).view(3, 4, 3, 5)
@@ -336,10 +336,10 @@ def test_time_slices_of_one_sequence(backend: Road) -> None:
     check(backend, arguments)
 
 
-@every_road
+@every_setting
 @pytest.mark.parametrize("name", ["next_quantiles", "next_quantiles_online", "rewards", "gamma", "weights"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-def test_dtypes_that_differ(backend: Road, name: str, dtype: torch.dtype) -> None:
+def test_dtypes_that_differ(backend: Setting, name: str, dtype: torch.dtype) -> None:
     arguments = make((6, 3, 5), 4, seed=25)
     g = source(26)
     arguments["next_quantiles_online"] = clear_winner(torch.randn((6, 3, 4), generator=g), g)
@@ -348,15 +348,15 @@ def test_dtypes_that_differ(backend: Road, name: str, dtype: torch.dtype) -> Non
     check(backend, arguments)
 
 
-@every_road
+@every_setting
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint64])
-def test_actions_of_any_integer_dtype(backend: Road, dtype: torch.dtype) -> None:
+def test_actions_of_any_integer_dtype(backend: Setting, dtype: torch.dtype) -> None:
     arguments = make((6, 3, 5), seed=27)
     check(backend, {**arguments, "actions": arguments["actions"].to(dtype)})
 
 
-@every_road
-def test_columns_equal_vectors(backend: Road) -> None:
+@every_setting
+def test_columns_equal_vectors(backend: Setting) -> None:
     arguments = make((2, 3, 3, 5), seed=28) | {"weights": torch.rand(2, 3), "gamma": torch.rand(2, 3)}
     columns = {
         k: x.unsqueeze(-1) if k in ("actions", "rewards", "terminated", "weights", "gamma") else x
@@ -370,14 +370,14 @@ def test_columns_equal_vectors(backend: Road) -> None:
         assert all(map(torch.equal, a, b))
 
 
-@every_road
+@every_setting
 @pytest.mark.parametrize(("shape", "K2"), [((4, 18, 200), 200), ((32, 3, 32), 32)], ids=shape_id)
-def test_errors_are_not_above_those_of_eager(backend: Road, shape: tuple[int, ...], K2: int) -> None:
+def test_errors_are_not_above_those_of_eager(backend: Setting, shape: tuple[int, ...], K2: int) -> None:
     check_against_eager(backend, make(shape, K2, seed=29))
 
 
-@every_road
-def test_the_same_bits_at_any_number_of_threads(backend: Road) -> None:
+@every_setting
+def test_the_same_bits_at_any_number_of_threads(backend: Setting) -> None:
     """A batch that is shared by threads, of one sample and of many."""
     threads = torch.get_num_threads()
     try:
@@ -398,8 +398,8 @@ def test_the_same_bits_at_any_number_of_threads(backend: Road) -> None:
         torch.set_num_threads(threads)
 
 
-@every_road
-def test_identities(backend: Road) -> None:
+@every_setting
+def test_identities(backend: Setting) -> None:
     """Permuted samples are permuted losses; equal networks make double DQN plain; weights of one are none."""
     arguments = make((10, 3, 6), seed=31)
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Road
-from quantile_data import every_road, make
+from conftest import Setting
+from quantile_data import every_setting, make
 from torch import Tensor
 
 import dqn_fused
@@ -141,25 +141,25 @@ def broken(more: dict[str, Any]) -> dict[str, Any]:
     return {**make((n, A, K), seed=60), **more}
 
 
-@every_road
+@every_setting
 @pytest.mark.parametrize("function", [fused_quantile_loss, fused_quantile_loss_and_grad])
 @pytest.mark.parametrize("name", ERRORS)
-def test_values(backend: Road, name: str, function: Any) -> None:
+def test_values(backend: Setting, name: str, function: Any) -> None:
     more, message = ERRORS[name]
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         function(**broken(more), backend=backend.backend)
 
 
-@every_road
+@every_setting
 @pytest.mark.parametrize("name", TYPE_ERRORS)
-def test_types(backend: Road, name: str) -> None:
+def test_types(backend: Setting, name: str) -> None:
     more, message = TYPE_ERRORS[name]
     with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
         fused_quantile_loss(**broken(more), backend=backend.backend)
 
 
-@every_road
-def test_illegal_actions(backend: Road) -> None:
+@every_setting
+def test_illegal_actions(backend: Setting) -> None:
     for action in (-1, A):
         arguments = broken({"actions": torch.tensor([0, 1, 2, action, 0, 0])})
         with pytest.raises(IndexError) as error:
@@ -167,8 +167,8 @@ def test_illegal_actions(backend: Road) -> None:
         assert str(error.value) == f"actions: expected values in [0, 4), got {action} in row 3"
 
 
-@every_road
-def test_a_mask_that_does_not_fit(backend: Road) -> None:
+@every_setting
+def test_a_mask_that_does_not_fit(backend: Setting) -> None:
     arguments = broken({**COMPACT, "next_quantiles": zeros(3, A, K)})
     with pytest.raises(IndexError) as error:
         fused_quantile_loss(**arguments, backend=backend.backend)

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Road
-from quantile_data import compact, every_road, make
+from conftest import Setting
+from quantile_data import compact, every_setting, make
 from test_quantile_compiled import CASES, op_arguments
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -15,10 +15,10 @@ from dqn_fused._ops import REDUCTIONS
 from dqn_fused.quantile_reference import quantile_loss
 
 
-@every_road
+@every_setting
 @pytest.mark.parametrize("kappa", [1.0, 0.2, 0.0])
 @pytest.mark.parametrize("reduction", ["mean", "none", "weighted_mean"])
-def test_gradcheck(backend: Road, kappa: float, reduction: str) -> None:
+def test_gradcheck(backend: Setting, kappa: float, reduction: str) -> None:
     arguments = make((3, 2, 4), 3, torch.float64, seed=40)
     x = arguments.pop("quantiles").requires_grad_()
     weights = torch.rand(3)
@@ -38,9 +38,9 @@ def test_gradcheck_of_the_reference() -> None:
     assert torch.autograd.gradgradcheck(lambda x: quantile_loss(x, **arguments), x)
 
 
-@every_road
+@every_setting
 @pytest.mark.parametrize("options", [{}, {"kappa": 0.0}, {"quantile_reduction": "mean", "reduction": "none"}])
-def test_the_reference_agrees(backend: Road, options: dict[str, Any]) -> None:
+def test_the_reference_agrees(backend: Setting, options: dict[str, Any]) -> None:
     arguments = make((2, 5, 3, 8), 6, torch.float64, seed=42)
     results = []
     for function in (fused_quantile_loss, quantile_loss):
@@ -53,8 +53,8 @@ def test_the_reference_agrees(backend: Road, options: dict[str, Any]) -> None:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
 
-@every_road
-def test_two_backwards_with_different_upstream_gradients(backend: Road) -> None:
+@every_setting
+def test_two_backwards_with_different_upstream_gradients(backend: Setting) -> None:
     arguments = make((6, 3, 4), seed=43)
     x = arguments["quantiles"].requires_grad_()
     loss = fused_quantile_loss(**arguments, reduction="none", backend=backend.backend)
@@ -64,9 +64,9 @@ def test_two_backwards_with_different_upstream_gradients(backend: Road) -> None:
     assert torch.equal(other, ones * upstream[:, None, None])
 
 
-@every_road
+@every_setting
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_an_upstream_gradient_of_any_stride(backend: Road, reduction: str) -> None:
+def test_an_upstream_gradient_of_any_stride(backend: Setting, reduction: str) -> None:
     arguments = make((2, 3, 3, 4), seed=44)
     x = arguments["quantiles"].requires_grad_()
     loss = fused_quantile_loss(**arguments, reduction=reduction, backend=backend.backend)
@@ -75,8 +75,8 @@ def test_an_upstream_gradient_of_any_stride(backend: Road, reduction: str) -> No
     assert torch.equal(expanded, transposed)
 
 
-@every_road
-def test_the_derivative_by_the_upstream_gradient(backend: Road) -> None:
+@every_setting
+def test_the_derivative_by_the_upstream_gradient(backend: Setting) -> None:
     """It is linear in it, and so are a loss's learned weights; what is refused is the curvature alone."""
     arguments = make((4, 3, 5), seed=45)
     x = arguments["quantiles"].requires_grad_()
@@ -89,8 +89,8 @@ def test_the_derivative_by_the_upstream_gradient(backend: Road) -> None:
     torch.testing.assert_close(by_scale, (ones * direction).sum((1, 2)))
 
 
-@every_road
-def test_columns_in_a_backward_that_is_recorded(backend: Road) -> None:
+@every_setting
+def test_columns_in_a_backward_that_is_recorded(backend: Setting) -> None:
     """An op that checks its arguments saves them as they are: weights of (n, 1) would broadcast against (n,)."""
     arguments = make((4, 3, 5), seed=45) | {"weights": torch.rand(4)}
     x = arguments["quantiles"].requires_grad_()
@@ -104,8 +104,8 @@ def test_columns_in_a_backward_that_is_recorded(backend: Road) -> None:
         torch.testing.assert_close(gradient, gradients[0])
 
 
-@every_road
-def test_a_second_derivative_is_refused(backend: Road) -> None:
+@every_setting
+def test_a_second_derivative_is_refused(backend: Setting) -> None:
     arguments = make((4, 3, 5), seed=46)
     x = arguments["quantiles"].requires_grad_()
     loss = fused_quantile_loss(**arguments, backend=backend.backend)
@@ -114,8 +114,8 @@ def test_a_second_derivative_is_refused(backend: Road) -> None:
         gradient.square().sum().backward()
 
 
-@every_road
-def test_forward_mode_is_refused(backend: Road) -> None:
+@every_setting
+def test_forward_mode_is_refused(backend: Setting) -> None:
     arguments = make((4, 3, 5), seed=47)
     x = arguments.pop("quantiles")
     with torch.autograd.forward_ad.dual_level():
@@ -125,9 +125,9 @@ def test_forward_mode_is_refused(backend: Road) -> None:
                 function(dual, **arguments, backend=backend.backend)
 
 
-@every_road
+@every_setting
 @pytest.mark.parametrize("transform", ["vmap", "grad"])
-def test_transforms_are_refused_with_a_way_out(backend: Road, transform: str) -> None:
+def test_transforms_are_refused_with_a_way_out(backend: Setting, transform: str) -> None:
     arguments = make((4, 3, 5), seed=48)
 
     def loss(x: Tensor) -> Any:
@@ -142,8 +142,8 @@ def test_transforms_are_refused_with_a_way_out(backend: Road, transform: str) ->
         torch.func.grad(run)(x) if transform == "grad" else torch.func.vmap(run)(torch.stack([x, x]))
 
 
-@every_road
-def test_everything_but_quantiles_is_a_constant(backend: Road) -> None:
+@every_setting
+def test_everything_but_quantiles_is_a_constant(backend: Setting) -> None:
     arguments = make((4, 3, 5), seed=49)
     arguments |= {"weights": torch.rand(4), "taus": torch.rand(5), "gamma": torch.rand(4)}
     for name in ("rewards", "next_quantiles", "weights", "taus", "gamma"):
@@ -157,8 +157,8 @@ def test_everything_but_quantiles_is_a_constant(backend: Road) -> None:
     assert all(arguments[name].grad is None for name in ("rewards", "next_quantiles", "weights", "taus", "gamma"))
 
 
-@every_road
-def test_what_backward_reads_must_not_change(backend: Road) -> None:
+@every_setting
+def test_what_backward_reads_must_not_change(backend: Setting) -> None:
     arguments = make((4, 3, 5), seed=50)
     arguments["quantiles"].requires_grad_()
     loss = fused_quantile_loss(**arguments, backend=backend.backend)
@@ -174,8 +174,8 @@ def test_what_backward_reads_must_not_change(backend: Road) -> None:
     assert x.grad.isfinite().all()
 
 
-@every_road
-def test_no_graph_without_a_gradient_to_give(backend: Road) -> None:
+@every_setting
+def test_no_graph_without_a_gradient_to_give(backend: Setting) -> None:
     arguments = make((4, 3, 5), seed=51)
     assert fused_quantile_loss(**arguments, backend=backend.backend).grad_fn is None
     arguments["quantiles"].requires_grad_()
@@ -184,8 +184,8 @@ def test_no_graph_without_a_gradient_to_give(backend: Road) -> None:
     assert all(not x.requires_grad for x in fused_quantile_loss_and_grad(**arguments, backend=backend.backend))
 
 
-@every_road
-def test_module_equals_function(backend: Road) -> None:
+@every_setting
+def test_module_equals_function(backend: Setting) -> None:
     arguments = make((4, 3, 5), seed=52)
     options = {"kappa": 0.5, "quantile_reduction": "mean", "reduction": "sum", "return_td_error": True}
     module = FusedQuantileLoss(0.9, **options, backend=backend.backend)
@@ -198,10 +198,10 @@ def test_module_equals_function(backend: Road) -> None:
     assert "kappa=1.0" in repr(moved)
 
 
-@every_road
+@every_setting
 @pytest.mark.parametrize("name", ["plain", "everything", "mask", "loss_and_grad"])
 @pytest.mark.graph
-def test_torch_compile_of_network_and_loss(backend: Road, name: str) -> None:
+def test_torch_compile_of_network_and_loss(backend: Setting, name: str) -> None:
     """One graph without a break; a second one when the batch size has changed for the first time, and no third."""
     torch._dynamo.reset()
     counters.clear()
@@ -239,10 +239,10 @@ def test_torch_compile_of_network_and_loss(backend: Road, name: str) -> None:
     assert not counters["graph_break"]
 
 
-@every_road
+@every_setting
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 @pytest.mark.parametrize("case", ["plain", "float64", "everything", "q-values, taus of all"])
-def test_the_ops_that_a_graph_holds(backend: Road, case: str, reduction: str) -> None:
+def test_the_ops_that_a_graph_holds(backend: Setting, case: str, reduction: str) -> None:
     if backend.backend != "triton":
         pytest.skip("its graph holds the compiled ops, or PyTorch's operations")
     from dqn_fused import _distributional_ops as ops
@@ -258,9 +258,9 @@ def test_the_ops_that_a_graph_holds(backend: Road, case: str, reduction: str) ->
     torch.library.opcheck(ops.triton_rows_backward, (torch.ones_like(loss), *saved))
 
 
-@every_road
+@every_setting
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_autocast_changes_nothing_inside(backend: Road, dtype: torch.dtype) -> None:
+def test_autocast_changes_nothing_inside(backend: Setting, dtype: torch.dtype) -> None:
     arguments = make((4, 3, 5), dtype=dtype, seed=53)
     plain = fused_quantile_loss_and_grad(**arguments, backend=backend.backend)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -268,9 +268,9 @@ def test_autocast_changes_nothing_inside(backend: Road, dtype: torch.dtype) -> N
     assert all(map(torch.equal, plain, inside))
 
 
-@every_road
+@every_setting
 @pytest.mark.parametrize("mode", ["meta", "fake"])
-def test_tensors_without_values(backend: Road, mode: str) -> None:
+def test_tensors_without_values(backend: Setting, mode: str) -> None:
     if mode == "meta" and backend.backend != "torch":
         pytest.skip("a device of its own, which torch serves")
     arguments = make((4, 3, 5), seed=54)
@@ -294,8 +294,8 @@ def nothing_looks(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"dqn_fused.{module}.looks_at_values", lambda device: False)
 
 
-@every_road
-def test_illegal_actions_where_nothing_looks(backend: Road, monkeypatch: pytest.MonkeyPatch) -> None:
+@every_setting
+def test_illegal_actions_where_nothing_looks(backend: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: the loss is NaN and the gradient's row zero."""
     nothing_looks(monkeypatch)
     arguments = make((4, 3, 5), seed=55)
@@ -308,9 +308,9 @@ def test_illegal_actions_where_nothing_looks(backend: Road, monkeypatch: pytest.
     assert not x.grad.isnan().any()
 
 
-@every_road
+@every_setting
 @pytest.mark.parametrize("count", [2, 4])
-def test_a_wrong_mask_where_nothing_looks(backend: Road, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+def test_a_wrong_mask_where_nothing_looks(backend: Setting, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     nothing_looks(monkeypatch)
     arguments = make((4, 3, 5), seed=56)
     del arguments["terminated"]

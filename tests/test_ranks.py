@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import Road
+from conftest import Setting
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(
@@ -24,7 +24,7 @@ from bench.reporting.ranks import AGREEMENT, SENT  # noqa: E402
 from dqn_fused import fused_linear_dqn_loss, fused_linear_td_loss  # noqa: E402
 
 Found = dict[str, Any]
-ROAD = Road("auto", "cpu")
+ROAD = Setting("auto", "cpu")
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["two", "four"])

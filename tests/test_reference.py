@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import Road
+from conftest import Setting
 from data import SEED
 from torch import Tensor, nn
 
@@ -23,13 +23,13 @@ def transitions(n: int, final: float, column: bool) -> Batch:
     return states, next_states, actions, rewards, mask
 
 
-def fused(road: Road) -> Callable[..., Tensor]:
+def fused(setting: Setting) -> Callable[..., Tensor]:
     def loss(batch: Batch, main_net: nn.Module, target_net: nn.Module, gamma: float) -> Tensor:
         states, next_states, actions, rewards, mask = batch
         with torch.no_grad():
             next_q = target_net(next_states)
         return fused_dqn_loss(
-            main_net(states), actions, rewards, next_q, gamma=gamma, non_final_mask=mask, backend=road.backend
+            main_net(states), actions, rewards, next_q, gamma=gamma, non_final_mask=mask, backend=setting.backend
         )
 
     return loss
@@ -37,12 +37,12 @@ def fused(road: Road) -> Callable[..., Tensor]:
 
 @pytest.mark.parametrize("final", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("column", [False, True])
-def test_three_ways_to_one_loss(road: Road, column: bool, final: float) -> None:
+def test_three_ways_to_one_loss(setting: Setting, column: bool, final: float) -> None:
     torch.manual_seed(SEED)
-    main_net, target_net = (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).to(road.device) for _ in "ab")
-    batch = tuple(x.to(road.device) for x in transitions(11, final, column))
+    main_net, target_net = (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).to(setting.device) for _ in "ab")
+    batch = tuple(x.to(setting.device) for x in transitions(11, final, column))
     results = {}
-    for name, loss in {"naive": naive_dqn_loss, "simple": simple_dqn_loss, "fused": fused(road)}.items():
+    for name, loss in {"naive": naive_dqn_loss, "simple": simple_dqn_loss, "fused": fused(setting)}.items():
         main_net.zero_grad()
         value = loss(batch, main_net, target_net, 0.9)
         value.backward()
@@ -54,15 +54,15 @@ def test_three_ways_to_one_loss(road: Road, column: bool, final: float) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_reference_and_fused_agree(road: Road, reduction: str) -> None:
-    q = torch.randn(2, 9, 4, device=road.device, requires_grad=True)
+def test_reference_and_fused_agree(setting: Setting, reduction: str) -> None:
+    q = torch.randn(2, 9, 4, device=setting.device, requires_grad=True)
     rest = (
-        torch.randint(4, (2, 9), device=road.device),
-        torch.randn(2, 9, device=road.device),
-        torch.randn(2, 9, 4, device=road.device),
-        torch.rand(2, 9, device=road.device) < 0.5,
+        torch.randint(4, (2, 9), device=setting.device),
+        torch.randn(2, 9, device=setting.device),
+        torch.randn(2, 9, 4, device=setting.device),
+        torch.rand(2, 9, device=setting.device) < 0.5,
     )
-    ours = fused_dqn_loss(q, *rest, reduction=reduction, return_td_error=True, backend=road.backend)
+    ours = fused_dqn_loss(q, *rest, reduction=reduction, return_td_error=True, backend=setting.backend)
     reference = dqn_loss(q, *rest, reduction=reduction, return_td_error=True)
     torch.testing.assert_close(ours, reference)
     upstream = torch.randn_like(ours[0])

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Road
+from conftest import Setting
 from data import SEED
 from test_loss import compact, make
 from torch import Tensor, nn
@@ -29,9 +29,9 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def network(road: Road) -> nn.Module:
+def network(setting: Setting) -> nn.Module:
     torch.manual_seed(SEED)
-    return nn.Sequential(nn.Linear(D, 16), nn.ReLU(), nn.Linear(16, A)).to(road.device)
+    return nn.Sequential(nn.Linear(D, 16), nn.ReLU(), nn.Linear(16, A)).to(setting.device)
 
 
 def double(n: int, device: str) -> dict[str, Tensor]:
@@ -78,28 +78,28 @@ def gradients(loss: Tensor, model: nn.Module) -> list[Tensor]:
 
 @pytest.mark.graph
 @pytest.mark.parametrize("name", [*LOSSES, "loss_and_grad"])
-def test_torch_compile_of_network_and_loss(road: Road, name: str) -> None:
+def test_torch_compile_of_network_and_loss(setting: Setting, name: str) -> None:
     """One graph without a break; a second one when the batch size has changed for the first time, and no third."""
-    model = network(road)
+    model = network(setting)
     more, options = LOSSES.get(name, LOSSES["plain"])
 
     def loss(obs: Tensor, rest: dict[str, Tensor]) -> Tensor:
         q = model(obs)
         if name == "loss_and_grad":
-            value, grad_q = fused_dqn_loss_and_grad(q, **rest, backend=road.backend)
+            value, grad_q = fused_dqn_loss_and_grad(q, **rest, backend=setting.backend)
             return value + (q * grad_q).sum() - (q * grad_q).sum().detach()
-        return total(fused_dqn_loss(q, **rest, **options, backend=road.backend))
+        return total(fused_dqn_loss(q, **rest, **options, backend=setting.backend))
 
     compiled = torch.compile(loss, fullgraph=True)
     for n in SIZES:
-        arguments = {**make((n, A), device=road.device, seed=n), **more(n, road.device)}
+        arguments = {**make((n, A), device=setting.device, seed=n), **more(n, setting.device)}
         if name == "mask":
             arguments["terminated"] = (
-                torch.arange(n, device=road.device) % 4 == 0
+                torch.arange(n, device=setting.device) % 4 == 0
             )  # as many next states at no two sizes
             arguments = compact(arguments)
         arguments.pop("q")
-        obs = torch.randn(n, D, device=road.device)
+        obs = torch.randn(n, D, device=setting.device)
         results = [gradients(function(obs, arguments), model) for function in (compiled, loss)]
         for got, expected in zip(*results, strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
@@ -109,17 +109,17 @@ def test_torch_compile_of_network_and_loss(road: Road, name: str) -> None:
 
 @pytest.mark.graph
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_torch_compile_of_leading_dimensions(road: Road, reduction: str) -> None:
+def test_torch_compile_of_leading_dimensions(setting: Setting, reduction: str) -> None:
     """Slices of a sequence, whose two leading dimensions do not merge: Dynamo catches no error of a view."""
     T, n = 6, 3
-    arguments = make((n, T, A), device=road.device)
-    sequence = torch.randn(n, T + 1, A, device=road.device, requires_grad=True)
+    arguments = make((n, T, A), device=setting.device)
+    sequence = torch.randn(n, T + 1, A, device=setting.device, requires_grad=True)
     del arguments["q"], arguments["next_q"]
 
     def loss(sequence: Tensor) -> Any:
         q, next_q = sequence[:, :-1], sequence[:, 1:]
         return fused_dqn_loss(
-            q, next_q=next_q, **arguments, cql_alpha=0.5, reduction=reduction, return_cql=True, backend=road.backend
+            q, next_q=next_q, **arguments, cql_alpha=0.5, reduction=reduction, return_cql=True, backend=setting.backend
         )
 
     results = [function(sequence) for function in (torch.compile(loss, fullgraph=True), loss)]
@@ -130,49 +130,49 @@ def test_torch_compile_of_leading_dimensions(road: Road, reduction: str) -> None
 
 
 @pytest.mark.graph
-def test_priorities_in_place_inside_a_graph(road: Road) -> None:
+def test_priorities_in_place_inside_a_graph(setting: Setting) -> None:
     """Eager refuses to change what the backward needs; in a graph nobody noticed, and the gradient was that of |td|."""
-    arguments = make((8, A), device=road.device)
+    arguments = make((8, A), device=setting.device)
     q = arguments.pop("q").requires_grad_()
 
     def step(q: Tensor) -> tuple[Tensor, Tensor]:
-        loss, td_error = fused_dqn_loss(q, **arguments, return_td_error=True, backend=road.backend)
+        loss, td_error = fused_dqn_loss(q, **arguments, return_td_error=True, backend=setting.backend)
         return loss, td_error.abs_().add_(1e-3)
 
     loss, priorities = torch.compile(step, fullgraph=True)(q)
-    expected, td_error = fused_dqn_loss(q, **arguments, return_td_error=True, backend=road.backend)
+    expected, td_error = fused_dqn_loss(q, **arguments, return_td_error=True, backend=setting.backend)
     torch.testing.assert_close(priorities, td_error.abs() + 1e-3)
     torch.testing.assert_close(torch.autograd.grad(loss, q), torch.autograd.grad(expected, q))
 
 
 @pytest.mark.graph
-def test_a_discount_in_a_tensor_is_no_constant_of_the_graph(road: Road) -> None:
-    arguments = make((8, A), device=road.device)
+def test_a_discount_in_a_tensor_is_no_constant_of_the_graph(setting: Setting) -> None:
+    arguments = make((8, A), device=setting.device)
 
     def loss(gamma: Tensor) -> Any:
-        return fused_dqn_loss(**arguments, gamma=gamma, backend=road.backend)
+        return fused_dqn_loss(**arguments, gamma=gamma, backend=setting.backend)
 
     compiled = torch.compile(loss, fullgraph=True)
-    for gamma in torch.linspace(0.9, 0.99, 4, device=road.device):
+    for gamma in torch.linspace(0.9, 0.99, 4, device=setting.device):
         torch.testing.assert_close(compiled(gamma), loss(gamma))
     assert counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.graph
 @pytest.mark.skipif(not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="Dynamo traces no backward")
-def test_torch_compile_of_network_loss_and_backward(road: Road) -> None:
+def test_torch_compile_of_network_loss_and_backward(setting: Setting) -> None:
     """The backward in the same graph, where Dynamo is told to trace it."""
-    model = network(road)
+    model = network(setting)
 
     def step(obs: Tensor, rest: dict[str, Tensor]) -> list[Tensor]:
-        return gradients(total(fused_dqn_loss(model(obs), **rest, backend=road.backend)), model)
+        return gradients(total(fused_dqn_loss(model(obs), **rest, backend=setting.backend)), model)
 
     with torch._dynamo.config.patch(trace_autograd_ops=True):
         compiled = torch.compile(step, fullgraph=True)
         for n in SIZES:
-            arguments = make((n, A), device=road.device, seed=n)
+            arguments = make((n, A), device=setting.device, seed=n)
             arguments.pop("q")
-            obs = torch.randn(n, D, device=road.device)
+            obs = torch.randn(n, D, device=setting.device)
             for got, expected in zip(compiled(obs, arguments), step(obs, arguments), strict=True):
                 torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
     assert counters["stats"]["unique_graphs"] == 2
@@ -181,9 +181,9 @@ def test_torch_compile_of_network_loss_and_backward(road: Road) -> None:
 
 @pytest.mark.graph
 @pytest.mark.parametrize("name", ["max", "soft", "cql", "munchausen"])
-def test_torch_compile_of_a_linear_head(road: Road, name: str) -> None:
-    body = nn.Linear(D, 16).to(road.device)
-    head, target_head = nn.Linear(16, 300).to(road.device), nn.Linear(16, 300).to(road.device)
+def test_torch_compile_of_a_linear_head(setting: Setting, name: str) -> None:
+    body = nn.Linear(D, 16).to(setting.device)
+    head, target_head = nn.Linear(16, 300).to(setting.device), nn.Linear(16, 300).to(setting.device)
     double = name in ("max", "cql")
     target = {"soft": Soft(0.5), "munchausen": Munchausen(0.5)}.get(name, "max")
     options = {"target": target, "cql_alpha": 0.5 if name == "cql" else 0.0}
@@ -198,15 +198,15 @@ def test_torch_compile_of_a_linear_head(road: Road, name: str) -> None:
             given["target_hidden"] = next_hidden.flip(1)
         return total(
             fused_linear_dqn_loss(
-                hidden, head.weight, actions, rewards, *layers, **options, backend=road.backend, **given
+                hidden, head.weight, actions, rewards, *layers, **options, backend=setting.backend, **given
             )
         )
 
     compiled = torch.compile(loss, fullgraph=True)
     both = nn.ModuleList([body, head])
     for n in SIZES[:3]:
-        rest = make((n, 300), device=road.device, seed=n)
-        obs, next_hidden = torch.randn(n, D, device=road.device), torch.randn(n, 16, device=road.device)
+        rest = make((n, 300), device=setting.device, seed=n)
+        obs, next_hidden = torch.randn(n, D, device=setting.device), torch.randn(n, 16, device=setting.device)
         del rest["q"], rest["next_q"]
         for got, expected in zip(
             gradients(compiled(obs, next_hidden, rest), both),
@@ -225,15 +225,15 @@ def eager_loss(q: Tensor, actions: Tensor, rewards: Tensor, next_q: Tensor, term
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
-def test_autocast(road: Road, dtype: torch.dtype) -> None:
+def test_autocast(setting: Setting, dtype: torch.dtype) -> None:
     """Half-precision networks, float32 rewards: dtypes as eager has them, values at least as close to float64."""
-    model, target = network(road), network(road)
-    rest = make((64, A), device=road.device)
+    model, target = network(setting), network(setting)
+    rest = make((64, A), device=setting.device)
     del rest["q"], rest["next_q"]
-    obs, next_obs = torch.randn(64, D, device=road.device), torch.randn(64, D, device=road.device)
+    obs, next_obs = torch.randn(64, D, device=setting.device), torch.randn(64, D, device=setting.device)
 
     def run(loss_of: Callable[..., Any], wide: bool = False) -> tuple[Tensor, list[Tensor]]:
-        with torch.autocast(road.device, dtype):
+        with torch.autocast(setting.device, dtype):
             with torch.no_grad():
                 next_q = target(next_obs)
             q = model(obs)
@@ -243,7 +243,7 @@ def test_autocast(road: Road, dtype: torch.dtype) -> None:
             loss = loss_of(q, **rest, next_q=next_q)
         return loss, torch.autograd.grad(loss, list(model.parameters()))
 
-    loss, grads = run(lambda *args, **kwargs: fused_dqn_loss(*args, **kwargs, backend=road.backend))
+    loss, grads = run(lambda *args, **kwargs: fused_dqn_loss(*args, **kwargs, backend=setting.backend))
     eager, eager_grads = run(eager_loss)
     exact, _ = run(eager_loss, wide=True)
     assert loss.dtype is eager.dtype is torch.float32
@@ -254,46 +254,46 @@ def test_autocast(road: Road, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", list(LOSSES))
-def test_autocast_changes_nothing_inside(road: Road, name: str) -> None:
+def test_autocast_changes_nothing_inside(setting: Setting, name: str) -> None:
     """The same bits with the call inside the region and after it."""
     more, options = LOSSES[name]
-    arguments = {**make((16, A), torch.bfloat16, road.device), **more(16, road.device)}
+    arguments = {**make((16, A), torch.bfloat16, setting.device), **more(16, setting.device)}
     if name == "mask":
         arguments = compact(arguments)
     q = arguments.pop("q").requires_grad_()
 
     def run() -> list[Tensor]:
-        loss = total(fused_dqn_loss(q, **arguments, **options, backend=road.backend))
+        loss = total(fused_dqn_loss(q, **arguments, **options, backend=setting.backend))
         return [loss.detach(), *torch.autograd.grad(loss, q)]
 
     expected = run()
-    with torch.autocast(road.device, torch.bfloat16):
+    with torch.autocast(setting.device, torch.bfloat16):
         got = run()
     assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
 
 
 @pytest.mark.parametrize("cql_alpha", [0.0, 0.5])
-def test_autocast_of_a_linear_head(road: Road, cql_alpha: float) -> None:
+def test_autocast_of_a_linear_head(setting: Setting, cql_alpha: float) -> None:
     """As nn.Linear: hidden states are cast, though a LayerNorm left them in float32; near the loss of its matrix."""
-    rest = make((32, 300), device=road.device)
+    rest = make((32, 300), device=setting.device)
     del rest["q"], rest["next_q"]
     actions, rewards = rest.pop("actions"), rest.pop("rewards")
-    hidden, next_hidden, online = (torch.randn(32, 16, device=road.device) for _ in range(3))
-    head, target_head = nn.Linear(16, 300).to(road.device), nn.Linear(16, 300).to(road.device)
+    hidden, next_hidden, online = (torch.randn(32, 16, device=setting.device) for _ in range(3))
+    head, target_head = nn.Linear(16, 300).to(setting.device), nn.Linear(16, 300).to(setting.device)
     inputs = [hidden.requires_grad_(), *head.parameters()]
     biases = {"bias": head.bias, "next_bias": target_head.bias}
 
     def loss_of(hidden: Tensor, next_hidden: Tensor, online: Tensor) -> Any:
         return fused_linear_dqn_loss(
             hidden, head.weight, actions, rewards, next_hidden, target_head.weight,
-            next_hidden_online=online, **biases, **rest, cql_alpha=cql_alpha, backend=road.backend,
+            next_hidden_online=online, **biases, **rest, cql_alpha=cql_alpha, backend=setting.backend,
         )  # fmt: skip
 
-    with torch.autocast(road.device, torch.bfloat16):
+    with torch.autocast(setting.device, torch.bfloat16):
         loss = loss_of(hidden, next_hidden, online)
         matrix = fused_dqn_loss(
             head(hidden), actions, rewards, target_head(next_hidden), next_q_online=head(online), **rest,
-            cql_alpha=cql_alpha, backend=road.backend,
+            cql_alpha=cql_alpha, backend=setting.backend,
         )  # fmt: skip
     assert loss.dtype is torch.float32
     cast = loss_of(*(x.to(torch.bfloat16) for x in (hidden, next_hidden, online)))
@@ -307,17 +307,17 @@ def test_autocast_of_a_linear_head(road: Road, cql_alpha: float) -> None:
     torch.testing.assert_close(loss, matrix, rtol=0.05, atol=0)  # type: ignore[arg-type]
 
 
-def test_grad_scaler(road: Road) -> None:
+def test_grad_scaler(setting: Setting) -> None:
     """A scaled loss of a float16 network: the step as eager takes it, skipped where the scaled gradient overflows."""
-    rest = make((16, A), device=road.device)
+    rest = make((16, A), device=setting.device)
     del rest["q"]
-    obs = torch.randn(16, D, device=road.device)
+    obs = torch.randn(16, D, device=setting.device)
 
     def run(loss_of: Callable[..., Any], scale: float) -> tuple[list[Tensor], float]:
-        model = network(road)
+        model = network(setting)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        scaler = torch.amp.GradScaler(road.device, init_scale=scale)
-        with torch.autocast(road.device, torch.float16):
+        scaler = torch.amp.GradScaler(setting.device, init_scale=scale)
+        with torch.autocast(setting.device, torch.float16):
             loss = loss_of(model(obs), **rest)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
@@ -325,9 +325,9 @@ def test_grad_scaler(road: Road) -> None:
         return [p.detach() for p in model.parameters()], scaler.get_scale()
 
     def fused(q: Tensor, **rest: Tensor) -> Any:
-        return fused_dqn_loss(q, **rest, backend=road.backend)  # type: ignore[arg-type]
+        return fused_dqn_loss(q, **rest, backend=setting.backend)  # type: ignore[arg-type]
 
-    before = [p.detach() for p in network(road).parameters()]
+    before = [p.detach() for p in network(setting).parameters()]
     for scale, moves in ((1024.0, True), (2.0**20, False)):
         (got, scale_after), (expected, eager_scale) = run(fused, scale), run(eager_loss, scale)
         assert scale_after == eager_scale == (scale if moves else scale / 2)
@@ -337,12 +337,12 @@ def test_grad_scaler(road: Road) -> None:
 
 
 @pytest.mark.parametrize("name", list(LOSSES))
-def test_the_ops_that_a_graph_holds(road: Road, name: str) -> None:
+def test_the_ops_that_a_graph_holds(setting: Setting, name: str) -> None:
     """Schema, fake and strides of the ops behind which torch.compile does not look."""
-    if road.backend != "triton":
+    if setting.backend != "triton":
         pytest.skip("its graph holds PyTorch's operations or the compiled ops")
     more, options = LOSSES[name]
-    arguments = {"gamma": 0.9, **make((7, A), device=road.device), **more(7, road.device)}
+    arguments = {"gamma": 0.9, **make((7, A), device=setting.device), **more(7, setting.device)}
     if name == "mask":
         arguments = compact(arguments)
     spec = check_loss(**{key: value for key, value in options.items() if key != "return_td_error"})
@@ -359,23 +359,23 @@ def test_the_ops_that_a_graph_holds(road: Road, name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["max", "argmax", "soft"])
-def test_the_sweeps_that_a_graph_holds(road: Road, kind: str) -> None:
-    hidden, weight = torch.randn(6, 16, device=road.device), torch.randn(40, 16, device=road.device)
-    mask = torch.rand(6, 40, device=road.device) < 0.9
+def test_the_sweeps_that_a_graph_holds(setting: Setting, kind: str) -> None:
+    hidden, weight = torch.randn(6, 16, device=setting.device), torch.randn(40, 16, device=setting.device)
+    mask = torch.rand(6, 40, device=setting.device) < 0.9
     given = (hidden, weight, None, mask, kind, 0.5)
     torch.library.opcheck(_ops.sweep, given)
-    if road.backend == "triton":
+    if setting.backend == "triton":
         for auto in (True, False):
             torch.library.opcheck(_ops.triton_sweep, (*given, auto))
 
 
 @pytest.mark.parametrize("needs", [[True, True, True], [False, True, False], [True, False, False]])
-def test_the_backward_of_a_sweep_that_a_graph_holds(road: Road, needs: list[bool]) -> None:
-    hidden, weight, bias = (torch.randn(size, device=road.device) for size in ((6, 16), (40, 16), (40,)))
-    mask, actions = torch.rand(6, 40, device=road.device) < 0.9, torch.randint(40, (6,), device=road.device)
-    coefficients = torch.rand(3, 6, device=road.device)
+def test_the_backward_of_a_sweep_that_a_graph_holds(setting: Setting, needs: list[bool]) -> None:
+    hidden, weight, bias = (torch.randn(size, device=setting.device) for size in ((6, 16), (40, 16), (40,)))
+    mask, actions = torch.rand(6, 40, device=setting.device) < 0.9, torch.randint(40, (6,), device=setting.device)
+    coefficients = torch.rand(3, 6, device=setting.device)
     given = (hidden, weight, bias, mask, coefficients[0], coefficients[1], actions, coefficients[2], needs)
     torch.library.opcheck(_ops.sweep_backward, given)
-    if road.backend == "triton":
+    if setting.backend == "triton":
         for auto in (True, False):
             torch.library.opcheck(_ops.triton_sweep_backward, (*given, auto))

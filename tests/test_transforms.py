@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Road
+from conftest import Setting
 from test_loss import compact, make
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, jacrev, stack_module_state, vmap
@@ -68,15 +68,15 @@ def assert_same(got: Any, expected: Any) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_ensemble(road: Road, name: str) -> None:
+def test_ensemble(setting: Setting, name: str) -> None:
     """A stack of networks on one batch: values and TD errors, gradients, and both in either nesting."""
-    arguments = make((B, A), torch.float64, road.device)
-    more = options(name, road.device)
-    q, next_q = matrix(K, B, A, device=road.device), matrix(K, B, A, device=road.device)
+    arguments = make((B, A), torch.float64, setting.device)
+    more = options(name, setting.device)
+    q, next_q = matrix(K, B, A, device=setting.device), matrix(K, B, A, device=setting.device)
 
     def loss(q: Tensor, next_q: Tensor) -> Any:
         given = {**arguments, "q": q, "next_q": next_q, **more}
-        return fused_dqn_loss(**given, return_td_error=True, backend=road.backend)
+        return fused_dqn_loss(**given, return_td_error=True, backend=setting.backend)
 
     def total(q: Tensor, next_q: Tensor) -> Tensor:
         return loss(q, next_q)[0].sum()
@@ -99,18 +99,18 @@ def test_ensemble(road: Road, name: str) -> None:
         assert_same(grad(total)(q[0], next_q[0]), expected[0])
 
 
-def test_stacked_modules(road: Road) -> None:
+def test_stacked_modules(setting: Setting) -> None:
     """The recipe of the torch.func tutorial: functional_call over stacked parameters."""
-    networks = [nn.Linear(D, A).to(road.device, torch.float64) for _ in range(K)]
-    targets = [nn.Linear(D, A).to(road.device, torch.float64) for _ in range(K)]
-    arguments = make((B, A), torch.float64, road.device)
-    obs, next_obs = matrix(B, D, device=road.device), matrix(B, D, device=road.device)
+    networks = [nn.Linear(D, A).to(setting.device, torch.float64) for _ in range(K)]
+    targets = [nn.Linear(D, A).to(setting.device, torch.float64) for _ in range(K)]
+    arguments = make((B, A), torch.float64, setting.device)
+    obs, next_obs = matrix(B, D, device=setting.device), matrix(B, D, device=setting.device)
     base = nn.Linear(D, A, device="meta")
 
     def loss(parameters: dict[str, Tensor], target_parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         q, next_q = functional_call(base, parameters, obs), functional_call(base, target_parameters, next_obs)
         given = {**arguments, "q": q, "next_q": next_q}
-        result = fused_dqn_loss(**given, return_td_error=True, backend=road.backend)
+        result = fused_dqn_loss(**given, return_td_error=True, backend=setting.backend)
         assert isinstance(result, tuple)
         return result[0], result[1]
 
@@ -120,7 +120,7 @@ def test_stacked_modules(road: Road) -> None:
         with torch.no_grad():
             next_q = target(next_obs)
         given = {**arguments, "q": network(obs), "next_q": next_q}
-        expected, expected_td = fused_dqn_loss(**given, return_td_error=True, backend=road.backend)
+        expected, expected_td = fused_dqn_loss(**given, return_td_error=True, backend=setting.backend)
         expected.backward()
         assert_same(losses[k], expected.detach())
         assert_same(td_error[k], expected_td)
@@ -128,14 +128,14 @@ def test_stacked_modules(road: Road) -> None:
             assert_same(gradients[key][k], parameter.grad)
 
 
-def test_every_input_may_belong_to_a_member(road: Road) -> None:
+def test_every_input_may_belong_to_a_member(setting: Setting) -> None:
     """And its dimension of members may be any."""
-    members = [make((B, A), torch.float64, road.device, seed=seed) for seed in range(K)]
+    members = [make((B, A), torch.float64, setting.device, seed=seed) for seed in range(K)]
     stacked = {name: torch.stack([member[name] for member in members], -1) for name in members[0]}
-    stacked["gamma"] = torch.tensor([0.9, 0.5, 0.0], device=road.device)
+    stacked["gamma"] = torch.tensor([0.9, 0.5, 0.0], device=setting.device)
 
     def loss(given: dict[str, Tensor]) -> Any:
-        return fused_dqn_loss(**given, backend=road.backend)
+        return fused_dqn_loss(**given, backend=setting.backend)
 
     expected = torch.stack(
         [loss({**member, "gamma": gamma}) for member, gamma in zip(members, stacked["gamma"], strict=True)]
@@ -145,14 +145,14 @@ def test_every_input_may_belong_to_a_member(road: Road) -> None:
 
 @pytest.mark.parametrize("members", [1, 3])
 @pytest.mark.parametrize("batch", [0, 1, 7])
-def test_members_in_a_view(road: Road, members: int, batch: int) -> None:
+def test_members_in_a_view(setting: Setting, members: int, batch: int) -> None:
     """A transposed tensor of members by samples is contiguous to vmap, and its last dimension that of the members."""
-    q, next_q = matrix(members, batch, A, device=road.device), matrix(members, batch, A, device=road.device)
-    actions = torch.randint(A, (members, batch), device=road.device)
-    rewards, gamma = matrix(members, batch, device=road.device), torch.rand(members, device=road.device)
+    q, next_q = matrix(members, batch, A, device=setting.device), matrix(members, batch, A, device=setting.device)
+    actions = torch.randint(A, (members, batch), device=setting.device)
+    rewards, gamma = matrix(members, batch, device=setting.device), torch.rand(members, device=setting.device)
 
     def loss(*given: Tensor) -> Any:
-        return fused_dqn_loss(*given, reduction="sum", backend=road.backend)
+        return fused_dqn_loss(*given, reduction="sum", backend=setting.backend)
 
     function = lambda q, a, r, next_q, gamma: loss(q, a, r, next_q, None, gamma)  # noqa: E731
     got = vmap(function, in_dims=(0, 1, 1, 0, 0))(q, actions.T, rewards.T, next_q, gamma)
@@ -164,13 +164,13 @@ def test_members_in_a_view(road: Road, members: int, batch: int) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none", "weighted_mean"])
-def test_gradients_of_single_samples(road: Road, reduction: str) -> None:
+def test_gradients_of_single_samples(setting: Setting, reduction: str) -> None:
     """vmap over the samples themselves: q is (A,) inside."""
-    arguments = make((B, A), torch.float64, road.device)
-    weights = torch.rand(B, device=road.device) + 0.5
+    arguments = make((B, A), torch.float64, setting.device)
+    weights = torch.rand(B, device=setting.device) + 0.5
 
     def loss(given: dict[str, Tensor], weight: Tensor) -> Any:
-        return fused_dqn_loss(**given, weights=weight, reduction=reduction, backend=road.backend)
+        return fused_dqn_loss(**given, weights=weight, reduction=reduction, backend=setting.backend)
 
     def gradient(given: dict[str, Tensor], weight: Tensor) -> Tensor:
         q = given["q"].clone().requires_grad_()
@@ -183,13 +183,13 @@ def test_gradients_of_single_samples(road: Road, reduction: str) -> None:
         assert_same(got[i], gradient({**given, "q": q[i]}, weights[i]))
 
 
-def test_leading_dimensions_and_nested_ensembles(road: Road) -> None:
+def test_leading_dimensions_and_nested_ensembles(setting: Setting) -> None:
     shape = (2, B, A)
-    arguments = make(shape, torch.float64, road.device)
-    q = matrix(K, 4, *shape, device=road.device)
+    arguments = make(shape, torch.float64, setting.device)
+    q = matrix(K, 4, *shape, device=setting.device)
 
     def loss(q: Tensor) -> Any:
-        return fused_dqn_loss(**{**arguments, "q": q}, return_td_error=True, backend=road.backend)
+        return fused_dqn_loss(**{**arguments, "q": q}, return_td_error=True, backend=setting.backend)
 
     value, td_error = vmap(vmap(loss))(q)
     assert td_error.shape == (K, 4, 2, B)
@@ -199,32 +199,32 @@ def test_leading_dimensions_and_nested_ensembles(road: Road) -> None:
             assert_same((value[k, j], td_error[k, j]), expected)
 
 
-def test_non_final_mask(road: Road) -> None:
+def test_non_final_mask(setting: Setting) -> None:
     """One mask for all: the members' compacted next states follow each other."""
-    ends = torch.arange(B, device=road.device) % 3 == 1
-    arguments = compact({**make((B, A), torch.float64, road.device), "terminated": ends})
+    ends = torch.arange(B, device=setting.device) % 3 == 1
+    arguments = compact({**make((B, A), torch.float64, setting.device), "terminated": ends})
     m = arguments["next_q"].shape[0]
-    q, next_q = matrix(K, B, A, device=road.device), matrix(K, m, A, device=road.device)
+    q, next_q = matrix(K, B, A, device=setting.device), matrix(K, m, A, device=setting.device)
 
     def loss(q: Tensor, next_q: Tensor) -> Any:
-        return fused_dqn_loss(**{**arguments, "q": q, "next_q": next_q}, backend=road.backend)
+        return fused_dqn_loss(**{**arguments, "q": q, "next_q": next_q}, backend=setting.backend)
 
     assert_same(vmap(loss)(q, next_q), loop(loss, q, next_q))
     assert_same(vmap(loss, in_dims=(0, None))(q, next_q[0]), loop(loss, q, next_q[:1].expand(K, m, A)))
     masks = arguments["non_final_mask"].expand(K, B)
     with pytest.raises(ValueError, match="non_final_mask: expected the same one for every member"):
-        vmap(lambda q, mask: fused_dqn_loss(**{**arguments, "q": q, "non_final_mask": mask}, backend=road.backend))(
+        vmap(lambda q, mask: fused_dqn_loss(**{**arguments, "q": q, "non_final_mask": mask}, backend=setting.backend))(
             q, masks
         )
 
 
 @pytest.mark.parametrize("name", ["plain", "cql"])
-def test_second_order(road: Road, name: str) -> None:
-    arguments = make((3, 2), torch.float64, road.device)
+def test_second_order(setting: Setting, name: str) -> None:
+    arguments = make((3, 2), torch.float64, setting.device)
     more = {"cql_alpha": 0.5} if name == "cql" else {}
 
     def loss(q: Tensor) -> Any:
-        return fused_dqn_loss(**{**arguments, "q": q}, **more, backend=road.backend)
+        return fused_dqn_loss(**{**arguments, "q": q}, **more, backend=setting.backend)
 
     q = arguments.pop("q")
     expected = torch.autograd.functional.hessian(loss, q)
@@ -232,18 +232,18 @@ def test_second_order(road: Road, name: str) -> None:
     assert_same(jacrev(jacrev(loss))(q), expected)
 
 
-def test_a_ready_target(road: Road) -> None:
-    q, target = matrix(K, B, A, device=road.device), matrix(K, B, device=road.device)
-    actions = torch.randint(A, (B,), device=road.device)
+def test_a_ready_target(setting: Setting) -> None:
+    q, target = matrix(K, B, A, device=setting.device), matrix(K, B, device=setting.device)
+    actions = torch.randint(A, (B,), device=setting.device)
 
     def loss(q: Tensor, target: Tensor) -> Any:
-        return fused_td_loss(q, actions, target, backend=road.backend)
+        return fused_td_loss(q, actions, target, backend=setting.backend)
 
     assert_same(vmap(loss)(q, target), loop(loss, q, target))
 
 
-def test_an_ensemble_is_one_call_of_the_backend(road: Road, monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = choose(road.backend, torch.device(road.device))
+def test_an_ensemble_is_one_call_of_the_backend(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = choose(setting.backend, torch.device(setting.device))
     forward, seen = backend.forward, []
 
     def counted(batch: Any, spec: Any) -> Any:
@@ -251,42 +251,42 @@ def test_an_ensemble_is_one_call_of_the_backend(road: Road, monkeypatch: pytest.
         return forward(batch, spec)
 
     monkeypatch.setattr(backend, "forward", counted)
-    arguments = make((B, A), device=road.device)
-    q = torch.randn(K, B, A, device=road.device)
-    vmap(grad(lambda q: fused_dqn_loss(**{**arguments, "q": q}, backend=road.backend)))(q)
+    arguments = make((B, A), device=setting.device)
+    q = torch.randn(K, B, A, device=setting.device)
+    vmap(grad(lambda q: fused_dqn_loss(**{**arguments, "q": q}, backend=setting.backend)))(q)
     assert seen == [K * B]
 
 
-def test_an_illegal_action_is_found(road: Road) -> None:
+def test_an_illegal_action_is_found(setting: Setting) -> None:
     """On a GPU it is NaN, as outside."""
-    arguments = make((B, A), device=road.device)
+    arguments = make((B, A), device=setting.device)
     arguments["actions"][4] = A
-    q = torch.randn(K, B, A, device=road.device)
+    q = torch.randn(K, B, A, device=setting.device)
 
     def loss(q: Tensor) -> Any:
-        return fused_dqn_loss(**{**arguments, "q": q}, backend=road.backend)
+        return fused_dqn_loss(**{**arguments, "q": q}, backend=setting.backend)
 
     for function, x in ((vmap(loss), q), (grad(loss), q[0]), (vmap(grad(loss)), q)):
-        if road.device == "cpu":
+        if setting.device == "cpu":
             with pytest.raises(IndexError, match=r"actions: expected values in \[0, 5\), got 5 in row"):
                 function(x)
         else:
             assert function(x).isnan().any() or not function(x)[..., 4, :].any()
 
 
-def test_what_has_no_rule_says_so(road: Road) -> None:
-    arguments = make((B, A), device=road.device)
+def test_what_has_no_rule_says_so(setting: Setting) -> None:
+    arguments = make((B, A), device=setting.device)
     q = arguments.pop("q")
     with pytest.raises(RuntimeError, match=r"fused_dqn_loss_and_grad: .* torch\.func.grad_and_value of fused_dqn_loss"):
-        vmap(lambda q: fused_dqn_loss_and_grad(q, **arguments, backend=road.backend))(q.expand(K, B, A))
-    hidden, weight = torch.randn(B, D, device=road.device), torch.randn(A, D, device=road.device)
+        vmap(lambda q: fused_dqn_loss_and_grad(q, **arguments, backend=setting.backend))(q.expand(K, B, A))
+    hidden, weight = torch.randn(B, D, device=setting.device), torch.randn(A, D, device=setting.device)
     given = (arguments["actions"], arguments["rewards"], hidden, weight)
     with pytest.raises(RuntimeError, match=r"fused_linear_dqn_loss: .* call fused_dqn_loss with"):
-        grad(lambda h: fused_linear_dqn_loss(h, weight, *given, backend=road.backend))(hidden)
+        grad(lambda h: fused_linear_dqn_loss(h, weight, *given, backend=setting.backend))(hidden)
 
 
-def test_a_named_backend_still_does_not_fall_back(road: Road) -> None:
-    if road.backend == "triton":
+def test_a_named_backend_still_does_not_fall_back(setting: Setting) -> None:
+    if setting.backend == "triton":
         pytest.skip("it serves")
     arguments = make((B, A))
     q = arguments.pop("q")
@@ -344,12 +344,12 @@ def test_inside_torch_compile_a_named_backend_refuses() -> None:
         torch.compile(grad(lambda q: fused_dqn_loss(q, **arguments, backend="compiled")), fullgraph=True)(q)
 
 
-def test_vmap_over_a_recorded_backward(road: Road) -> None:
-    arguments = make((4, 3), torch.float64, road.device)
+def test_vmap_over_a_recorded_backward(setting: Setting) -> None:
+    arguments = make((4, 3), torch.float64, setting.device)
     q = arguments.pop("q").requires_grad_()
-    loss = fused_dqn_loss(q, **arguments, reduction="none", backend=road.backend)
+    loss = fused_dqn_loss(q, **arguments, reduction="none", backend=setting.backend)
     assert isinstance(loss, Tensor)
-    identity = torch.eye(4, dtype=torch.float64, device=road.device)
+    identity = torch.eye(4, dtype=torch.float64, device=setting.device)
     warnings.filterwarnings("error", message=".*batching rule")
     rows = vmap(lambda v: torch.autograd.grad(loss, q, v, retain_graph=True)[0])(identity)
     assert_same(rows, torch.stack([torch.autograd.grad(loss, q, v, retain_graph=True)[0] for v in identity]))

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from bounds import Arithmetic, Number, Values, assert_close
-from conftest import Road
+from conftest import Setting
 from data import source
 from oracle import oracle
 from oracle import signed_hyperbolic as exact_h
@@ -32,10 +32,10 @@ def scaled(scale: float, dtype: torch.dtype, A: int = 5) -> dict[str, Any]:
 
 @DTYPES
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e-6, 1e-3, 1.0, 1e4, 1e15])
-def test_values_of_any_size(road: Road, scale: float, dtype: torch.dtype) -> None:
+def test_values_of_any_size(setting: Setting, scale: float, dtype: torch.dtype) -> None:
     """sqrt(1 + 1e-12) - 1 is 0 in float32, and in float64 has four digits left."""
     for A in (5, 130):
-        check(road, {**scaled(scale, dtype, A), "loss": "huber"})
+        check(setting, {**scaled(scale, dtype, A), "loss": "huber"})
 
 
 @DTYPES
@@ -62,11 +62,11 @@ def test_h_and_its_inverse(dtype: torch.dtype) -> None:
     assert signed_parabolic(torch.tensor(torch.nan)).isnan()
 
 
-def test_identities(road: Road) -> None:
-    arguments = {k: to_device(x, road.device) for k, x in variant("double-mask", (33, 19)).items()}
+def test_identities(setting: Setting) -> None:
+    arguments = {k: to_device(x, setting.device) for k, x in variant("double-mask", (33, 19)).items()}
 
     def td(**changed: Any) -> torch.Tensor:
-        return fused_dqn_loss(**{**arguments, **changed}, return_td_error=True, backend=road.backend)[1]
+        return fused_dqn_loss(**{**arguments, **changed}, return_td_error=True, backend=setting.backend)[1]
 
     ends = torch.ones_like(arguments["terminated"])
     taken = arguments["q"].gather(1, arguments["actions"][:, None]).squeeze(1)
@@ -78,12 +78,12 @@ def test_identities(road: Road) -> None:
     assert torch.equal(td(value_transform="identity"), td())
 
 
-def test_the_gradient(road: Road) -> None:
-    arguments = {k: to_device(x, road.device) for k, x in scaled(10.0, torch.float64).items()}
+def test_the_gradient(setting: Setting) -> None:
+    arguments = {k: to_device(x, setting.device) for k, x in scaled(10.0, torch.float64).items()}
     q = arguments.pop("q").requires_grad_()
 
     def loss(q: torch.Tensor) -> Any:
-        return fused_dqn_loss(q, **arguments, backend=road.backend)
+        return fused_dqn_loss(q, **arguments, backend=setting.backend)
 
     assert torch.autograd.gradcheck(loss, q)
     assert torch.autograd.gradgradcheck(loss, q)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import INTERPRETED, Road
+from conftest import INTERPRETED, Setting
 from test_family import compacted, on, variant
 
 from dqn_fused import fused_dqn_loss, fused_dqn_loss_and_grad, warmup
@@ -23,48 +23,48 @@ def compiled_kernels() -> int:
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("shape", [(7, 5), (5, 130)], ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_nothing_is_left_to_compile(road: Road, name: str, shape: tuple[int, int], reduction: str) -> None:
+def test_nothing_is_left_to_compile(setting: Setting, name: str, shape: tuple[int, int], reduction: str) -> None:
     """An odd offset in memory, another binary than for an aligned tensor, is kept."""
-    given = on(road, variant(name, shape))
+    given = on(setting, variant(name, shape))
     given["next_q"] = torch.cat([given["next_q"].flatten(), given["next_q"].flatten()])[1:].as_strided(
         shape, (shape[1], 1)
     )
-    options = {"reduction": reduction, "backend": road.backend}
+    options = {"reduction": reduction, "backend": setting.backend}
     warmup(**given, **options)
-    before = 0 if road.backend != "triton" or INTERPRETED else compiled_kernels()
+    before = 0 if setting.backend != "triton" or INTERPRETED else compiled_kernels()
     q = given["q"].detach().requires_grad_()
     loss = fused_dqn_loss(**{**given, "q": q}, **options)
     torch.autograd.grad(loss, q, torch.ones_like(loss))
     fused_dqn_loss_and_grad(**given, **options)
-    assert before == (0 if road.backend != "triton" or INTERPRETED else compiled_kernels())
+    assert before == (0 if setting.backend != "triton" or INTERPRETED else compiled_kernels())
 
 
-def test_it_leaves_no_trace(road: Road) -> None:
-    given = on(road, variant(NAMES[1], (7, 5)))
+def test_it_leaves_no_trace(setting: Setting) -> None:
+    given = on(setting, variant(NAMES[1], (7, 5)))
     given["q"].requires_grad_()
     q = given["q"] * 1
     given_before = {k: x.clone() for k, x in given.items() if isinstance(x, torch.Tensor)}
     with torch.no_grad():
-        assert warmup(**{**given, "q": q}, backend=road.backend) is None
+        assert warmup(**{**given, "q": q}, backend=setting.backend) is None
     assert given["q"].grad is None
     assert all(torch.equal(given[k], x) for k, x in given_before.items())
 
 
-def test_values_mean_nothing(road: Road) -> None:
+def test_values_mean_nothing(setting: Setting) -> None:
     for arguments in (variant(NAMES[0], (7, 5)), compacted(variant(NAMES[0], (7, 5)))):
-        given: dict[str, Any] = on(road, arguments)
+        given: dict[str, Any] = on(setting, arguments)
         given["actions"] = torch.full_like(given["actions"], 2**62)
         if "non_final_mask" in given:
             given["non_final_mask"] = torch.ones_like(given["non_final_mask"])
-        warmup(**given, backend=road.backend)
+        warmup(**given, backend=setting.backend)
 
 
-def test_what_does_not_fit_is_refused(road: Road) -> None:
-    given = on(road, variant(NAMES[0], (7, 5)))
+def test_what_does_not_fit_is_refused(setting: Setting) -> None:
+    given = on(setting, variant(NAMES[0], (7, 5)))
     with pytest.raises(ValueError, match="rewards"):
-        warmup(**{**given, "rewards": given["rewards"][:3]}, backend=road.backend)
+        warmup(**{**given, "rewards": given["rewards"][:3]}, backend=setting.backend)
     with pytest.raises(TypeError, match="actions"):
-        warmup(**{**given, "actions": given["actions"].float()}, backend=road.backend)
+        warmup(**{**given, "actions": given["actions"].float()}, backend=setting.backend)
     with pytest.raises(TypeError):
         warmup(given["q"])
 

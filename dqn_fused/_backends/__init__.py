@@ -131,13 +131,13 @@ def choose(name: str, device: torch.device, actions: int | None = None) -> Modul
             return _named(TRACED, device)
         return _named(_first(device, True), device)
     wide = actions is None or bool(actions > NARROW)
-    road = _CHOSEN.get((name, device, wide))
-    if road is None:
-        road = _named(_first(device, wide) if name == "auto" else name, device)
+    implementation = _CHOSEN.get((name, device, wide))
+    if implementation is None:
+        implementation = _named(_first(device, wide) if name == "auto" else name, device)
         # During a capture nothing is launched to see whether Triton can: that is made up for later.
         if not capturing():
-            _CHOSEN[name, device, wide] = road
-    return road
+            _CHOSEN[name, device, wide] = implementation
+    return implementation
 
 
 def capturing() -> bool:
@@ -167,12 +167,12 @@ def choose_distributional(family: str, name: str, device: torch.device, K: int) 
         if name == "auto" and device.type == "cpu" and (most is None or most >= K):
             return _named(TRACED, device)
         return _choose_distributional(family, name, device)
-    road = _CHOSEN_DISTRIBUTIONAL.get((family, name, device))
-    if road is None:
-        road = _choose_distributional(family, name, device)
+    implementation = _CHOSEN_DISTRIBUTIONAL.get((family, name, device))
+    if implementation is None:
+        implementation = _choose_distributional(family, name, device)
         if not capturing():
-            _CHOSEN_DISTRIBUTIONAL[family, name, device] = road
-    return road
+            _CHOSEN_DISTRIBUTIONAL[family, name, device] = implementation
+    return implementation
 
 
 _CHOSEN_DISTRIBUTIONAL: dict[tuple[str, str, torch.device], ModuleType] = {}
