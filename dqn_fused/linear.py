@@ -195,7 +195,7 @@ def _run(
         )
     if process_group is not None:
         check_group(process_group, spec)
-    if sparse_grad and spec.dense_gradient:
+    if sparse_grad and spec.dense_gradient():
         raise ValueError("sparse_grad: expected False with cql_alpha: every row of the weight has a gradient")
     head, samples = check_head(head, samples, spec)
     head = autocast(head)

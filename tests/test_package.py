@@ -54,7 +54,7 @@ def test_version_is_the_packages() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["arguments", "options", "quantile_arguments", "categorical_arguments", "autograd", "row_loss", "head"]
+    "name", ["arguments", "options", "quantile_arguments", "categorical_arguments", "autograd", "row_loss", "head.loss"]
 )
 def test_what_dynamo_traces_has_no_properties(name: str) -> None:
     """Those of a named tuple it does not trace in torch 2.10: the graph breaks, or with fullgraph=True raises."""
@@ -217,12 +217,12 @@ def test_the_choice_of_a_distributional_loss_on_cuda(
     monkeypatch.setattr(_backends, "_LOADED", fakes)
     monkeypatch.setattr(_backends, "_CHOSEN_DISTRIBUTIONAL", {})
     device = torch.device("cuda", 0)
-    assert _backends.choose_distributional(family, "auto", device) is fakes["triton" if serves else "torch"]
+    assert _backends.choose_distributional(family, "auto", device, 51) is fakes["triton" if serves else "torch"]
     with pytest.raises(BackendUnavailableError, match=f"it has no {family} loss for tensors on cuda"):
-        _backends.choose_distributional(family, "compiled", device)
+        _backends.choose_distributional(family, "compiled", device, 51)
     if not serves:
         with pytest.raises(BackendUnavailableError, match="it does not"):
-            _backends.choose_distributional(family, "triton", device)
+            _backends.choose_distributional(family, "triton", device, 51)
 
 
 def test_a_choice_within_a_capture_is_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:

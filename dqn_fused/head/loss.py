@@ -56,7 +56,7 @@ def head_loss(head: Head, samples: Batch, spec: LossSpec, options: Options) -> t
 def _values_of_state(head: Head, actions: Tensor, spec: LossSpec, options: Options) -> tuple[Tensor, Tensor | None]:
     """Value of the action taken, and the conservative term if it is asked for, both (n,); NaN where one is illegal."""
     hidden, weight, bias, mask = head.hidden, head.weight, head.bias, head.action_mask
-    if spec.dense_gradient:
+    if spec.dense_gradient():
         given = (hidden, weight, bias, actions, mask, options.backend, options.auto)
         taken, rest, largest = ConservativeValues.apply(*given)
         return taken, (largest - taken) + rest
