@@ -216,8 +216,8 @@ def normalise_weights(
     return batch._replace(weights=weights / weights.sum()), spec._replace(reduction="sum")
 
 
-def check_values(batch: Batch, A: int, m: int, next_name: str = "next_q", counts_mask: bool = False) -> Batch:
-    """Check what only the values tell: actions inside [0, A), and m true entries in non_final_mask, as next rows.
+def check_values(batch: Batch, A: int | None, m: int, next_name: str = "next_q", counts_mask: bool = False) -> Batch:
+    """Check what only the values tell: actions inside [0, A), if A is known, and m true entries in non_final_mask.
 
     On the CPU, and on any device under ``DQN_FUSED_CHECK=1``, a violation is an IndexError. Elsewhere looking would
     cost a synchronisation: an illegal action is left to the backend (td is NaN, the gradient row zero), and a wrong
@@ -231,18 +231,31 @@ def check_values(batch: Batch, A: int, m: int, next_name: str = "next_q", counts
         if counts_mask and not torch.compiler.is_compiling():
             return batch._replace(checked=torch.empty_like(batch.actions, dtype=torch.int64))
         return batch._replace(actions=torch.where(mask.sum() == m, batch.actions.to(torch.int64), -1))
-    if batch.actions.numel():
-        low, high = (int(x) for x in torch.aminmax(batch.actions))
-        if low < 0 or high >= A:
-            actions = batch.actions.to(torch.int64)  # A need not fit the actions' own dtype
-            row = int(((actions < 0) | (actions >= A)).int().argmax())
-            where = row_index(row, batch.shape)
-            raise IndexError(f"actions: expected values in [0, {A}), got {int(batch.actions[row])} in row {where}")
+    if A is not None:
+        check_actions(batch, A)
     if mask is not None and (count := int(mask.sum())) != m:
         raise IndexError(
             f"non_final_mask: expected as many true entries as {next_name} has rows, {m}, got {count} of {mask.numel()}"
         )
     return batch
+
+
+def check_actions(batch: Batch, A: int) -> None:
+    """Check that the actions, looked at, are inside [0, A)."""
+    low, high = action_range(batch)
+    if low < 0 or high >= A:
+        actions = batch.actions.to(torch.int64)  # A need not fit the actions' own dtype
+        row = int(((actions < 0) | (actions >= A)).int().argmax())
+        where = row_index(row, batch.shape)
+        raise IndexError(f"actions: expected values in [0, {A}), got {int(batch.actions[row])} in row {where}")
+
+
+def action_range(batch: Batch) -> tuple[int, int]:
+    """Lowest and highest of the actions, of none (0, 0)."""
+    if not batch.actions.numel():
+        return 0, 0
+    low, high = torch.aminmax(batch.actions)
+    return int(low), int(high)
 
 
 def looks_at_values(device: torch.device) -> bool:

@@ -1,14 +1,19 @@
 """The public losses of a linear head, as functions."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from dqn_fused._backends import choose
 from dqn_fused.arguments import Batch, LossSpec, check_group, check_loss
 from dqn_fused.autograd import apart, inside_transform
+from dqn_fused.checks import wrong_choice
+from dqn_fused.head.agreement import Agreement, check_member
 from dqn_fused.head.arguments import Head, autocast, check_head
+from dqn_fused.head.dtensor import is_dtensor, local_layers, refuse_dtensors
 from dqn_fused.head.loss import Options, head_loss
+from dqn_fused.head.ranks import HIDDEN_GRADS
 from dqn_fused.targets import Munchausen, Soft
 from dqn_fused.transforms import refuse
 
@@ -44,6 +49,8 @@ def fused_linear_dqn_loss(
     return_cql: bool = False,
     sparse_grad: bool = False,
     process_group: "ProcessGroup | None" = None,
+    tensor_parallel_group: "ProcessGroup | None" = None,
+    hidden_grad: str = "sum",
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, ...]:
     """DQN loss of a linear head, whose Q matrix is never built.
@@ -89,6 +96,12 @@ def fused_linear_dqn_loss(
             ``torch.optim.SGD`` and ``SparseAdam``: nothing of size A is then allocated at all. torch.compile does not
             trace it. Not with ``cql_alpha``, whose gradient has no zero rows.
         process_group: with ``"weighted_mean"``, the ranks over which weights are summed.
+        tensor_parallel_group: ranks that share the rows of the weights out. Each gives its own rows, in the order of
+            the ranks, as many as it has, maybe none: weight, bias, next_weight and next_bias. Masks have its columns.
+            All else is the same on every rank, actions are those of all rows, and so are the results. Weights that are
+            DTensors, ``Shard(0)`` on a mesh of one dimension, say so themselves.
+        hidden_grad: on ranks, ``"sum"``: the gradient of hidden is summed over them, as behind a copy-to region; or
+            ``"partial"``: what the rows of this rank make of it, where the layer below sums.
         backend: ``"auto"``, or by name as in :func:`dqn_fused.backends`.
 
     Returns:
@@ -107,17 +120,16 @@ def fused_linear_dqn_loss(
     >>> loss.detach(), weight.grad.abs().sum(1).nonzero().flatten()
     (tensor(12.5000), tensor([  7, 900]))
     """
-    if next_hidden is None:
-        raise TypeError(
-            "next_hidden: expected a torch.Tensor, got NoneType; for a ready target there is fused_linear_td_loss"
-        )
-    spec = check_loss(loss, delta, reduction, target, cql_alpha, return_cql, value_transform)
+    chosen = (loss, delta, reduction, target, cql_alpha, return_cql, value_transform)
     head = Head(
         hidden, weight, bias, next_hidden, next_weight, next_bias,
         next_hidden_online, next_action_mask, target_hidden, action_mask,
     )  # fmt: skip
     samples = Batch(hidden, actions, rewards, next_hidden, terminated, gamma, non_final_mask, weights=weights)
-    outputs = _run(head, samples, spec, backend, sparse_grad, process_group, "fused_dqn_loss")
+    outputs = _run(
+        head, samples, chosen, tensor_parallel_group, hidden_grad, "fused_linear_dqn_loss",
+        backend, sparse_grad, process_group,
+    )  # fmt: skip
     return _returned(outputs, return_td_error, return_cql)
 
 
@@ -138,6 +150,8 @@ def fused_linear_td_loss(
     return_cql: bool = False,
     sparse_grad: bool = False,
     process_group: "ProcessGroup | None" = None,
+    tensor_parallel_group: "ProcessGroup | None" = None,
+    hidden_grad: str = "sum",
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, ...]:
     """:func:`fused_linear_dqn_loss` for a target that is already there: returns, or the V(s') of ILQL.
@@ -159,6 +173,8 @@ def fused_linear_td_loss(
         return_cql: also return the conservative term.
         sparse_grad: row-sparse gradients, without ``cql_alpha``.
         process_group: of ``"weighted_mean"``.
+        tensor_parallel_group: ranks that share the rows of the weight out.
+        hidden_grad: ``"sum"`` or ``"partial"`` over those ranks.
         backend: by name, or ``"auto"``.
 
     Returns:
@@ -172,35 +188,97 @@ def fused_linear_td_loss(
     >>> fused_linear_td_loss(hidden, weight, torch.tensor([7, 900]), torch.tensor([1.0, 3.0]), cql_alpha=1.0)
     tensor(11.9078)
     """
-    spec = check_loss(loss, delta, reduction, "max", cql_alpha, return_cql)
+    chosen = (loss, delta, reduction, "max", cql_alpha, return_cql)
     head = Head(hidden, weight, bias, action_mask=action_mask)
     samples = Batch(hidden, actions, target, None, weights=weights)
-    outputs = _run(head, samples, spec, backend, sparse_grad, process_group, "fused_td_loss")
+    outputs = _run(
+        head, samples, chosen, tensor_parallel_group, hidden_grad, "fused_linear_td_loss",
+        backend, sparse_grad, process_group,
+    )  # fmt: skip
     return _returned(outputs, return_td_error, return_cql)
 
 
 def _run(
     head: Head,
     samples: Batch,
-    spec: LossSpec,
+    chosen: tuple[Any, ...],
+    tensor_parallel_group: "ProcessGroup | None",
+    hidden_grad: str,
+    name: str,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    if inside_transform():
+        instead = name.replace("_linear", "")
+        refuse(name, f"call {instead} with the Q matrices, or this once for each network")
+    if tensor_parallel_group is not None or is_dtensor(head.weight):
+        return _run_on_ranks(head, samples, chosen, tensor_parallel_group, hidden_grad, name, *rest)
+    if hidden_grad != "sum":
+        raise ValueError(f"hidden_grad: expected 'sum' without tensor_parallel_group, got {hidden_grad!r}")
+    return head_loss(*_checked(head, samples, chosen, False, name, *rest))
+
+
+def _run_eagerly(
+    head: Head,
+    samples: Batch,
+    chosen: tuple[Any, ...],
+    group: "ProcessGroup | None",
+    hidden_grad: str,
+    name: str,
     backend: str,
     sparse_grad: bool,
     process_group: "ProcessGroup | None",
-    with_matrices: str,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    if inside_transform():
-        refuse(
-            with_matrices.replace("fused_", "fused_linear_"),
-            f"call {with_matrices} with the Q matrices, or this once for each network",
+    """The loss of a weight whose rows are those of a rank. What is before the agreement is the same on every rank."""
+    if group is not None:
+        check_member(group)
+    row_sparse = sparse_grad and is_dtensor(head.weight)
+    head, group = local_layers(head, group)
+    assert group is not None
+    with Agreement(group, process_group) as agreement:
+        if hidden_grad not in HIDDEN_GRADS:
+            wrong_choice("hidden_grad", hidden_grad, HIDDEN_GRADS)
+        if row_sparse:
+            raise ValueError("sparse_grad: expected False with DTensors, whose gradients are dense")
+        refuse_dtensors(head, samples)
+        checked = _checked(head, samples, chosen, True, name, backend, sparse_grad, process_group)
+        head, samples, spec, options = checked
+        agreement.state(head, samples, (spec, hidden_grad))
+    ranks = agreement.ranks
+    assert ranks is not None
+    if hidden_grad == "sum":
+        head = head._replace(hidden=ranks.enter(head.hidden))
+    return head_loss(head, samples, spec, options._replace(shards=ranks))
+
+
+# torch.compile leaves it to Python, and says so with fullgraph=True. Decorated by torch.compiler.disable, this module
+# would import Dynamo, which takes a second.
+_run_on_ranks = torch._disable_dynamo(_run_eagerly)
+
+
+def _checked(
+    head: Head,
+    samples: Batch,
+    chosen: tuple[Any, ...],
+    sharded: bool,
+    name: str,
+    backend: str,
+    sparse_grad: bool,
+    process_group: "ProcessGroup | None",
+) -> tuple[Head, Batch, LossSpec, Options]:
+    """Arguments of head_loss."""
+    if name == "fused_linear_dqn_loss" and head.next_hidden is None:
+        raise TypeError(
+            "next_hidden: expected a torch.Tensor, got NoneType; for a ready target there is fused_linear_td_loss"
         )
+    spec = check_loss(*chosen)
     if process_group is not None:
         check_group(process_group, spec)
     if sparse_grad and spec.dense_gradient():
         raise ValueError("sparse_grad: expected False with cql_alpha: every row of the weight has a gradient")
-    head, samples = check_head(head, samples, spec)
+    head, samples = check_head(head, samples, spec, sharded)
     head = autocast(head)
     options = Options(choose(backend, head.hidden.device), backend == "auto", sparse_grad, process_group)
-    return head_loss(head, samples, spec, options)
+    return head, samples, spec, options
 
 
 def _returned(

@@ -42,6 +42,8 @@ class FusedLinearDQNLoss(nn.Module):
         return_cql: bool = False,
         sparse_grad: bool = False,
         process_group: "ProcessGroup | None" = None,
+        tensor_parallel_group: "ProcessGroup | None" = None,
+        hidden_grad: str = "sum",
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -54,6 +56,7 @@ class FusedLinearDQNLoss(nn.Module):
         self.target, self.cql_alpha, self.value_transform = target, cql_alpha, value_transform
         self.return_td_error, self.return_cql, self.sparse_grad = return_td_error, return_cql, sparse_grad
         self.process_group, self.backend = process_group, backend
+        self.tensor_parallel_group, self.hidden_grad = tensor_parallel_group, hidden_grad
 
     def forward(
         self,
@@ -101,6 +104,8 @@ class FusedLinearDQNLoss(nn.Module):
             return_cql=self.return_cql,
             sparse_grad=self.sparse_grad,
             process_group=self.process_group,
+            tensor_parallel_group=self.tensor_parallel_group,
+            hidden_grad=self.hidden_grad,
             backend=self.backend,
         )
 

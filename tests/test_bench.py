@@ -30,7 +30,7 @@ from bench.measure.rlax_process import RlaxProcess
 from bench.measure.timing import figures, interleaved
 from bench.measure.traffic import least_bytes
 from bench.measure.variants import VARIANTS, Variant, random_arguments
-from bench.reporting import plots, report, tables
+from bench.reporting import plots, ranks, report, tables
 from bench.reporting.results import COLUMNS, Table, read
 from dqn_fused._backends import serving
 
@@ -301,19 +301,19 @@ def test_distributional_losses(name: str, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_the_pages_say_what_the_csv_says() -> None:
-    wanted = report.sections(report.result_folders())
+    wanted = report.sections(report.result_folders()) | ranks.sections()
     text = {page: page.read_text() for page in report.pages()}
     marked = [name for page in text.values() for name in report.marked(page)]
     own = {f"cpu/{kind}" for kind in ("summary", "loss", "family", "linear", "distributional", "update", "graph")}
     assert len(set(marked)) == len(marked)
-    assert own | {"kernels", "host"} <= set(marked) <= set(wanted)
+    assert own | {"kernels", "host"} | set(ranks.sections()) <= set(marked) <= set(wanted)
     for page in text.values():
         assert report.stale(page, wanted) == [], "run python -m bench report"
         assert report.replaced(page, wanted) == page
 
 
 def test_a_changed_digit_in_a_page_is_noticed() -> None:
-    wanted = report.sections(report.result_folders())
+    wanted = report.sections(report.result_folders()) | ranks.sections()
     for page in report.pages():
         whole = page.read_text()
         for name, text in report.marked(whole).items():

@@ -206,9 +206,24 @@ def check(road: Road, arguments: Arguments, sparse: bool = False) -> dict[str, T
     loss, td_error, *cql = fused_linear_dqn_loss(
         **arguments, return_td_error=True, return_cql=conservative, sparse_grad=sparse, backend=road.backend
     )
-    upstream = torch.ones_like(loss)
-    got = torch.autograd.grad(loss, [arguments[k] for k in learned], upstream)
+    got = torch.autograd.grad(loss, [arguments[k] for k in learned], torch.ones_like(loss))
+    found = dict(zip(learned, got, strict=True))
+    for name in learned:
+        assert found[name].is_sparse == (sparse and name != "hidden")
+        found[name] = found[name].to_dense()
+    for term in cql:
+        assert not term.requires_grad
+    compare(road, arguments, loss, td_error, cql, found)
+    return found
 
+
+def compare(
+    road: Road, arguments: Arguments, loss: Tensor, td_error: Tensor, cql: list[Tensor], found: dict[str, Tensor]
+) -> None:
+    """Compare the results of a call, and the gradients that were found, with the oracle."""
+    learned = [*found]
+    for k in learned:
+        arguments = {**arguments, k: arguments[k].detach().requires_grad_()}
     eager_loss, eager_td = eager(**matrices(arguments))
     eager_grads = torch.autograd.grad(eager_loss, [arguments[k] for k in learned], torch.ones_like(eager_loss))
     expected = oracle(**exact_matrices(road, arguments))
@@ -218,16 +233,11 @@ def check(road: Road, arguments: Arguments, sparse: bool = False) -> dict[str, T
     assert_close("loss", loss, expected.loss, eager_loss)
     for term in cql:
         assert term.dtype == accumulation
-        assert not term.requires_grad
         assert_close("cql", term, expected.cql)
     grads = exact_gradients(arguments, expected.grad_q)
-    found = dict(zip(learned, got, strict=True))
     for name, eager_grad in zip(learned, eager_grads, strict=True):
-        assert found[name].is_sparse == (sparse and name != "hidden")
-        found[name] = found[name].to_dense()
         assert found[name].dtype == arguments[name].dtype
         assert_close(f"grad_{name}", found[name], grads[name], eager_grad)
-    return found
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)

@@ -217,12 +217,12 @@ def test_the_choice_of_a_distributional_loss_on_cuda(
     monkeypatch.setattr(_backends, "_LOADED", fakes)
     monkeypatch.setattr(_backends, "_CHOSEN_DISTRIBUTIONAL", {})
     device = torch.device("cuda", 0)
-    assert _backends.choose_distributional(family, "auto", device, 51) is fakes["triton" if serves else "torch"]
+    assert _backends.choose_distributional(family, "auto", device, 8) is fakes["triton" if serves else "torch"]
     with pytest.raises(BackendUnavailableError, match=f"it has no {family} loss for tensors on cuda"):
-        _backends.choose_distributional(family, "compiled", device, 51)
+        _backends.choose_distributional(family, "compiled", device, 8)
     if not serves:
         with pytest.raises(BackendUnavailableError, match="it does not"):
-            _backends.choose_distributional(family, "triton", device, 51)
+            _backends.choose_distributional(family, "triton", device, 8)
 
 
 def test_a_choice_within_a_capture_is_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -313,34 +313,104 @@ class TestCartPole:
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
+def trained(name: str, processes: int, folder: Path, *options: str) -> list[Tensor]:
+    """Weights of each rank after some steps of an example, started as torchrun does."""
+    folder.mkdir()
+    command = [str(ROOT / "examples" / f"{name}.py"), "--steps", "5", "--save", str(folder), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if processes > 1:
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *command]
+    else:  # what torchrun would set
+        environment |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    run = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    return [torch.load(folder / f"{rank}.pt") for rank in range(processes)]
+
+
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 @pytest.mark.parametrize("weighted", [False, True], ids=["equal", "weighted"])
 def test_ddp_is_one_process_on_the_joined_batch(weighted: bool, tmp_path: Path) -> None:
-    weights = []
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        folder.mkdir()
-        command = [str(ROOT / "examples/ddp.py"), "--steps", "5", "--batch-size", "32", "--save", str(folder)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        if processes > 1:
-            command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *command]
-        else:  # what torchrun would set
-            environment |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-            environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-        if weighted:
-            command.append("--weighted")
-        run = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=120)
-        assert run.returncode == 0, run.stderr
-        weights.append([torch.load(folder / f"{rank}.pt") for rank in range(processes)])
-    (alone,), (first, second) = weights
+    options = ["--batch-size", "32", *(["--weighted"] if weighted else [])]
+    (alone,) = trained("ddp", 1, tmp_path / "1", *options)
+    first, second = trained("ddp", 2, tmp_path / "2", *options)
     assert torch.equal(first, second), "the ranks hold different weights"
     torch.testing.assert_close(first, alone, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["sb3_dqn", "sb3_qrdqn", "torchrl_dqn", "cleanrl_dqn", "ddp", "cartpole", "large_actions", "token_q_learning"],
-)
+class TestMicroBatches:
+    @staticmethod
+    def gradients(
+        parts: int, dtype: torch.dtype = torch.float32, amp: torch.dtype | None = None, size: int = 50
+    ) -> Tensor:
+        from examples.micro_batches import QNetwork, accumulate, joined_batch
+
+        torch.manual_seed(0)
+        target, model = QNetwork().to(dtype), QNetwork().to(dtype)
+        data = {name: x.to(dtype) if x.is_floating_point() else x for name, x in joined_batch(size, step=0).items()}
+        loss = accumulate(model, target, data, parts, amp)
+        grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        return torch.cat([loss.reshape(1), *grads]).double()
+
+    @pytest.mark.parametrize("parts", [2, 7, 50])
+    def test_the_whole_batch_in_float64(self, parts: int) -> None:
+        """Unequal parts, too, and weights: the mean of their means would be off in the second digit."""
+        whole = self.gradients(1, torch.float64)
+        torch.testing.assert_close(self.gradients(parts, torch.float64), whole, rtol=1e-11, atol=1e-13)
+
+    @pytest.mark.parametrize("amp", [None, torch.bfloat16], ids=["float32", "bfloat16"])
+    def test_as_exact_as_the_whole_batch(self, amp: torch.dtype | None) -> None:
+        """Each part rounds its own gradients, which are then added up in float32."""
+        exact = self.gradients(1, torch.float64)
+        whole, parts = ((self.gradients(n, amp=amp) - exact).square().mean().sqrt() for n in (1, 7))
+        rounding = exact.square().mean().sqrt() * torch.finfo(amp or torch.float32).eps
+        assert whole > 0
+        assert parts <= 2 * whole + rounding
+
+    @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+    def test_processes(self, tmp_path: Path) -> None:
+        """With AMP as far from float32 as one process with the whole batch is, which rounds as often."""
+        size = ("--batch-size", "48", "--micro-batches")
+        (alone,) = trained("micro_batches", 1, tmp_path / "1", *size, "1")
+        first, second = trained("micro_batches", 2, tmp_path / "2", *size, "5")
+        assert torch.equal(first, second), "the ranks hold different weights"
+        torch.testing.assert_close(first, alone, rtol=1e-5, atol=1e-6)
+        (amp,) = trained("micro_batches", 1, tmp_path / "amp1", *size, "1", "--amp")
+        first, second = trained("micro_batches", 2, tmp_path / "amp2", *size, "5", "--amp")
+        assert torch.equal(first, second), "the ranks hold different weights"
+        assert 0 < (first - alone).norm() <= 2 * (amp - alone).norm()
+
+    def test_one_all_reduce_a_step(self, tmp_path: Path) -> None:
+        """no_sync: DDP's hook runs once for all micro-batches. A group of one rank is enough to see it."""
+        from examples.micro_batches import QNetwork, accumulate, joined_batch
+
+        if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+            pytest.skip("torch without torch.distributed or gloo")
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+        try:
+            model = torch.nn.parallel.DistributedDataParallel(QNetwork())
+            calls = []
+
+            def hook(state: object, bucket: torch.distributed.GradBucket) -> torch.futures.Future[Tensor]:
+                calls.append(bucket.index())
+                future: torch.futures.Future[Tensor] = torch.futures.Future()
+                future.set_result(bucket.buffer())
+                return future
+
+            model.register_comm_hook(None, hook)
+            accumulate(model, QNetwork(), joined_batch(24, step=0), 4)
+            assert len(calls) == len(set(calls)) > 0
+        finally:
+            torch.distributed.destroy_process_group()
+
+
+EXAMPLES = (
+    "sb3_dqn", "sb3_qrdqn", "torchrl_dqn", "cleanrl_dqn", "ddp", "micro_batches", "cartpole", "large_actions",
+    "token_q_learning",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_help(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Every example says what it takes."""
     import runpy

@@ -128,13 +128,16 @@ def check_each(stub: Stub, several: list[Calls]) -> None:
             assert stub.directly(call) == launches[name]
 
 
+OPTIONS = {"loss", "delta", "target", "cql_alpha", "value_transform"}
+
+
 @pytest.mark.aot
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
 @pytest.mark.parametrize("shape", [(32, 18), (520, 40), (3, 130), (2, 3, 5), (3, 5003)], ids=str)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_family(stub: Stub, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     arguments = variant(name, shape, dtype)
-    options = {key: arguments.pop(key) for key in ("loss", "delta", "target", "cql_alpha") if key in arguments}
+    options = {key: arguments.pop(key) for key in OPTIONS & arguments.keys()}
     several = [host.calls(form(arguments), **options) for form in (dict, compacted)]
     if dtype is torch.float32:
         several += [host.calls(arguments, reduction=reduction, **options) for reduction in ("none", "sum")]

@@ -1,7 +1,7 @@
 """Write the tables of the README and of docs/, the sentences with figures in them, and the pictures, from the CSV.
 
 Each stands between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->``; NAME is the results folder and a section of
-it, such as cpu/loss, or kernels, or host.
+it, such as cpu/loss, or kernels, or host. Those of ranks, such as ranks/memory, are computed.
 """
 
 import re
@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 
 from bench.measure.machine import ROOT
-from bench.reporting import plots, tables
+from bench.reporting import plots, ranks, tables
 from bench.reporting.results import Row, read
 
 RESULTS, README, DOCS = ROOT / "bench/results", ROOT / "README.md", ROOT / "docs"
@@ -21,7 +21,7 @@ OTHERS = ("eager", "torch.compile", "torch.compile, reduce-overhead", "eager, CU
 
 def run(folders: Sequence[Path]) -> None:
     """Render these results folders, the kernels and their launches, into the README and docs/."""
-    wanted = sections(folders)
+    wanted = sections(folders) | ranks.sections()
     for page in pages():
         text = page.read_text()
         page.write_text(replaced(text, wanted))

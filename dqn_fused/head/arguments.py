@@ -35,29 +35,34 @@ class Head(NamedTuple):
     action_mask: Tensor | None = None  # (n, A)
 
 
-def check_head(head: Head, samples: Batch, spec: LossSpec) -> tuple[Head, Batch]:
-    """Check shapes, dtypes, devices and values; flatten. Of samples what there is one of for each sample is read."""
+def check_head(head: Head, samples: Batch, spec: LossSpec, sharded: bool = False) -> tuple[Head, Batch]:
+    """Check shapes, dtypes, devices and values; flatten. Of samples what there is one of for each sample is read.
+
+    Sharded, the layers have the rows of a rank, maybe none, and the range of the actions is left to the ranks.
+    """
     hidden = head.hidden
     dense("hidden", hidden, FLOATS)
     device, shape = hidden.device, hidden.shape
     if not shape or shape[-1] == 0:
         raise ValueError(f"hidden: expected shape (*N, D) with at least one feature, got {show(shape)}")
-    A = check_layers(head)
+    A = check_layers(head, least=0 if sharded else 1)
     actions, rewards, terminated, gamma, mask, weights = check_samples(samples, shape[:-1], device, "hidden")
     head = _check_state(_check_next_state(head, mask, spec, A), spec, A)
     next_hidden = head.next_hidden
     batch = Batch(
         head.hidden, actions, rewards, next_hidden, terminated, gamma, mask, weights=weights, shape=shape[:-1]
     )
-    return head, check_values(batch, A, 0 if next_hidden is None else next_hidden.shape[0], "next_hidden")
+    return head, check_values(
+        batch, None if sharded else A, 0 if next_hidden is None else next_hidden.shape[0], "next_hidden"
+    )
 
 
-def check_layers(head: Head) -> int:
-    """Check weights and biases; return the number of actions."""
+def check_layers(head: Head, least: int) -> int:
+    """Check weights and biases, of at least so many rows; return how many."""
     hidden, weight = head.hidden, head.weight
     D, device = hidden.shape[-1], hidden.device
     dense("weight", weight, FLOATS)
-    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != D:
+    if weight.dim() != 2 or weight.shape[0] < least or weight.shape[1] != D:
         raise ValueError(f"weight: expected shape (A, {D}), as nn.Linear holds it, got {show(weight.shape)}")
     A = weight.shape[0]
     for name, x, size in (
@@ -126,4 +131,4 @@ def autocast(head: Head) -> Head:
 
 def flat(x: Tensor) -> Tensor:
     """(*N, D) as (n, D), copied where its leading dimensions do not merge."""
-    return x.reshape(-1, x.shape[-1])
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])

@@ -6,28 +6,32 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from dqn_fused.arguments import LossSpec
+from dqn_fused.head.arguments import Head
 from dqn_fused.head.second_order import SecondOrder, second_order
 from dqn_fused.head.sweep import Statistics, Sweep, log_total
-from dqn_fused.head.sweep_backward import Gradients, SweepBackward
+from dqn_fused.head.sweep_backward import Gradients, SweepBackward, sweep_backward
 from dqn_fused.head.taken import taken_values
-from dqn_fused.reference import legal_actions
+from dqn_fused.head.whole import WHOLE, Whole
 
 
-def statistics(sweep: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None) -> Statistics:
-    """Largest Q-value and sum of exponentials below it, of the legal actions; NaN where none is legal."""
-    found: Statistics = sweep(Sweep(hidden, weight, bias, mask, "soft", 1.0))
-    if mask is None:
-        return found
-    return found._replace(largest=torch.where(found.largest == -torch.inf, torch.nan, found.largest))
+def state_sweep(head: Head, spec: LossSpec) -> Sweep | None:
+    """What the conservative term needs of all actions; None without it."""
+    return Sweep(head.hidden, head.weight, head.bias, head.action_mask, "soft", 1.0) if spec.cql else None
 
 
-def conservative_term(taken: Tensor, found: Statistics) -> Tensor:
+def largest_legal(found: Statistics, mask: Tensor | None) -> Tensor:
+    """Largest Q-value, (n,); NaN where no action is legal."""
+    return found.largest if mask is None else torch.where(found.largest == -torch.inf, torch.nan, found.largest)
+
+
+def conservative_term(taken: Tensor, found: Statistics, mask: Tensor | None) -> Tensor:
     """logsumexp_a q[i, a] - q[i, a_i], (n,), the term of CQL(H) (Kumar et al., 2020)."""
-    return (found.largest - taken) + log_total(found, 1.0)
+    return (largest_legal(found, mask) - taken) + log_total(found, 1.0)
 
 
 class ConservativeValues(torch.autograd.Function):
-    """(taken, rest, largest), each (n,): the value of the action taken, and the two parts of the log-sum-exp.
+    """(taken, rest), each (n,): the value of the action taken, and what the log-sum-exp is above the largest Q-value.
 
     By the weights, rest has the derivative of the whole log-sum-exp, and largest none: on it their sum does not depend.
     taken and rest are NaN where the action is illegal, and the gradient of that row is zero. Every action has a share
@@ -42,36 +46,40 @@ class ConservativeValues(torch.autograd.Function):
         bias: Tensor | None,
         actions: Tensor,
         mask: Tensor | None,
+        largest: Tensor,
+        total: Tensor,
         backend: ModuleType,
         auto: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """One sweep over the actions."""
-        found = statistics(backend.auto_sweep if auto else backend.sweep, hidden, weight, bias, mask)
-        index, legal = legal_actions(actions, weight.shape[0])
-        taken, rest = taken_values(hidden, weight, bias, index), log_total(found, 1.0)
+        shards: Whole,
+    ) -> tuple[Tensor, Tensor]:
+        """Of what a sweep has found: largest, of the legal actions, and total, (n,)."""
+        taken, rest = taken_values(hidden, weight, bias, actions, shards), total.log()
+        legal = shards.legal(actions, weight.shape[0])
         if legal is not None:
-            taken, rest = (torch.where(legal, x, torch.nan) for x in (taken, rest))
-        ctx.save_for_backward(hidden, weight, bias, actions, mask, found.largest, found.total)
-        ctx.about = backend, auto
-        ctx.mark_non_differentiable(found.largest)
+            rest = torch.where(legal, rest, torch.nan)
+        ctx.save_for_backward(hidden, weight, bias, actions, mask, largest, total)
+        ctx.about, ctx.shards = (backend, auto), shards
         ctx.set_materialize_grads(False)
-        return taken, rest, found.largest
+        return taken, rest
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of hidden, (n, D), of weight, (A, D), and of bias, (A,)."""
         hidden, weight, bias, actions, mask, largest, total = ctx.saved_tensors
-        taken, rest = (torch.zeros_like(total) if x is None else x for x in grads[:2])
-        index, legal = legal_actions(actions, weight.shape[0])
+        taken, rest = (torch.zeros_like(total) if x is None else x for x in grads)
+        index, here = ctx.shards.locate(actions, weight.shape[0])
+        if here is not None:
+            taken = torch.where(here, taken, 0)
+        legal = ctx.shards.legal(actions, weight.shape[0])
         if legal is not None:
-            taken, rest = (torch.where(legal, x, 0) for x in (taken, rest))
+            rest = torch.where(legal, rest, 0)
         given = (hidden, weight, bias, mask, largest, total, index, taken, rest)
         needs = tuple(ctx.needs_input_grad[:3])
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            found = RecordedGradients.apply(*given, needs, *ctx.about)
+            found = RecordedGradients.apply(*given, needs, *ctx.about, ctx.shards)
         else:
             found = gradients(*given, needs, *ctx.about)
-        return *found, None, None, None, None
+        return *found, None, None, None, None, None, None, None
 
 
 def gradients(
@@ -91,6 +99,8 @@ def gradients(
     """Those of hidden, weight and bias, from what came upstream of taken and rest, (n,)."""
     policy = torch.where(total == 0, 0, rest / total)  # without a legal action
     run = backend.auto_sweep_backward if auto else backend.sweep_backward
+    if weight.shape[0] == 0:  # of a rank
+        run = sweep_backward
     found: Gradients = run(SweepBackward(hidden, weight, bias, mask, largest, policy, index, taken, needs))
     return found
 
@@ -103,15 +113,17 @@ class RecordedGradients(torch.autograd.Function):
         """Sweep once more."""
         ctx.save_for_backward(*given[:9])
         ctx.set_materialize_grads(False)
-        ctx.has_bias = given[2] is not None
-        return gradients(*given)
+        ctx.has_bias, ctx.shards = given[2] is not None, given[-1]
+        return gradients(*given[:-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of hidden, weight, bias and of what came upstream of taken and rest; a third order raises."""
+        if ctx.shards is not WHOLE:
+            raise NotImplementedError("the second derivative of the conservative term over ranks is not implemented")
         hidden, weight, bias, taken, rest = SecondOrderGradients.apply(*ctx.saved_tensors, *grads)
         return (
-            hidden, weight, bias if ctx.has_bias else None, None, None, None, None, taken, rest, None, None, None,
+            hidden, weight, bias if ctx.has_bias else None, None, None, None, None, taken, rest, None, None, None, None,
         )  # fmt: skip
 
 

@@ -8,9 +8,11 @@ from torch import Tensor
 
 from dqn_fused.arguments import Batch, LossSpec, accumulation_dtype, normalise_weights
 from dqn_fused.head.arguments import Head
-from dqn_fused.head.conservative import ConservativeValues, conservative_term, statistics
+from dqn_fused.head.conservative import ConservativeValues, conservative_term, largest_legal, state_sweep
+from dqn_fused.head.sweep import Statistics
 from dqn_fused.head.taken import TakenValues
-from dqn_fused.head.targets import bonus, next_values
+from dqn_fused.head.targets import bonus, bonus_sweep, next_sweep, next_values
+from dqn_fused.head.whole import WHOLE, Sweeper, Whole
 from dqn_fused.node import td_loss
 
 if TYPE_CHECKING:
@@ -24,17 +26,25 @@ class Options(NamedTuple):
     auto: bool  # the backend was not asked for by name
     sparse_grad: bool = False
     process_group: "ProcessGroup | None" = None
+    shards: Whole = WHOLE
+
+    @property
+    def sweep(self) -> Sweeper:
+        """The backend's."""
+        return self.backend.auto_sweep if self.auto else self.backend.sweep
 
 
 def head_loss(head: Head, samples: Batch, spec: LossSpec, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
     """(loss, td_error, cql) of checked arguments; cql, N, if it is asked for."""
-    backend = options.backend
-    sweep = backend.auto_sweep if options.auto else backend.sweep
+    backend, shards = options.backend, options.shards
     with torch.no_grad():
-        rewards, next_q = samples.rewards, next_values(head, spec, sweep)
-        if spec.target == "munchausen":
-            rewards = rewards.to(accumulation_dtype(head.hidden)) + bonus(head, samples.actions, spec, sweep)
-    taken, term = _values_of_state(head, samples.actions, spec, options)
+        works = (next_sweep(head, spec), bonus_sweep(head, spec), state_sweep(head, spec))
+        of_next, of_target, of_state = shards.sweeps(options.sweep, works)
+        rewards, next_q = samples.rewards, next_values(head, spec, of_next, shards)
+        if of_target is not None:
+            rewards = rewards.to(accumulation_dtype(head.hidden))
+            rewards = rewards + bonus(head, samples.actions, spec, of_target, shards)
+    taken, term = _values_of_state(head, samples.actions, spec, of_state, options)
     batch = samples._replace(
         q=taken.unsqueeze(1),
         actions=torch.zeros_like(samples.actions),
@@ -53,19 +63,21 @@ def head_loss(head: Head, samples: Batch, spec: LossSpec, options: Options) -> t
     return loss, td_error, None if term is None else term.detach().view(batch.shape)
 
 
-def _values_of_state(head: Head, actions: Tensor, spec: LossSpec, options: Options) -> tuple[Tensor, Tensor | None]:
+def _values_of_state(
+    head: Head, actions: Tensor, spec: LossSpec, found: Statistics | None, options: Options
+) -> tuple[Tensor, Tensor | None]:
     """Value of the action taken, and the conservative term if it is asked for, both (n,); NaN where one is illegal."""
     hidden, weight, bias, mask = head.hidden, head.weight, head.bias, head.action_mask
-    if spec.dense_gradient():
-        given = (hidden, weight, bias, actions, mask, options.backend, options.auto)
-        taken, rest, largest = ConservativeValues.apply(*given)
+    if found is not None and spec.dense_gradient():
+        largest = largest_legal(found, mask)
+        how = (options.backend, options.auto, options.shards)
+        taken, rest = ConservativeValues.apply(hidden, weight, bias, actions, mask, largest, found.total, *how)
         return taken, (largest - taken) + rest
-    taken = TakenValues.apply(hidden, weight, bias, actions, options.sparse_grad)
-    if not spec.cql:
+    taken = TakenValues.apply(hidden, weight, bias, actions, options.sparse_grad, options.shards)
+    if found is None:
         return taken, None
     with torch.no_grad():
-        sweep = options.backend.auto_sweep if options.auto else options.backend.sweep
-        return taken, conservative_term(taken, statistics(sweep, hidden, weight, bias, mask))
+        return taken, conservative_term(taken, found, mask)
 
 
 def _reduced(each: Tensor, weights: Tensor | None, reduction: str) -> Tensor:

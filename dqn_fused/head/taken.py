@@ -3,54 +3,78 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dqn_fused.arguments import accumulation_dtype
 from dqn_fused.head.rows import add_rows, take_rows
-from dqn_fused.reference import legal_actions
+from dqn_fused.head.whole import WHOLE, Whole
 
 
-def taken_values(hidden: Tensor, weight: Tensor, bias: Tensor | None, actions: Tensor) -> Tensor:
-    """Q-values of one action a row, (n,): dot products in the accumulation dtype."""
+def taken_values(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    actions: Tensor,
+    shards: Whole = WHOLE,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Q-values of one action a row, (n,): dot products in the accumulation dtype.
+
+    NaN where the action is out of range, -inf where the mask, (n, A), has it illegal.
+    """
     dtype = accumulation_dtype(hidden)
-    value = (hidden.to(dtype) * weight.index_select(0, actions).to(dtype)).sum(-1)
-    return value if bias is None else value + bias.index_select(0, actions).to(dtype)
+    index, here = shards.locate(actions, weight.shape[0])
+    if weight.shape[0] == 0:
+        weight, bias, mask = _with_a_row(weight), None, None
+    value = (hidden.to(dtype) * weight.index_select(0, index).to(dtype)).sum(-1)
+    value = value if bias is None else value + bias.index_select(0, index).to(dtype)
+    if mask is not None:
+        value = torch.where(mask.gather(1, index.unsqueeze(1)).squeeze(1), value, -torch.inf)
+    return shards.select(value, here)
+
+
+def _with_a_row(weight: Tensor) -> Tensor:
+    """Of a rank without rows one of zeros: no action is it, but what is made of it takes part in the backward."""
+    return weight if weight.shape[0] else F.pad(weight, (0, 0, 0, 1))
 
 
 class TakenValues(torch.autograd.Function):
-    """taken_values, NaN where the action is illegal, with gradients for hidden, weight and bias.
+    """taken_values, with gradients for hidden, weight and bias.
 
     The rows of the weight's gradient are added up in a fixed order, in the accumulation dtype, where several samples
     took the same action. A backward that is itself recorded is written in differentiable operations.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, actions: Tensor, sparse: bool) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, actions: Tensor, sparse: bool, shards: Whole
+    ) -> Tensor:
         """Gather the rows and multiply."""
-        index, legal = legal_actions(actions, weight.shape[0])
         ctx.save_for_backward(hidden, weight, actions)
-        ctx.bias_dtype, ctx.sparse = None if bias is None else bias.dtype, sparse
-        value = taken_values(hidden, weight, bias, index)
-        return value if legal is None else torch.where(legal, value, torch.nan)
+        ctx.bias_dtype, ctx.sparse, ctx.shards = None if bias is None else bias.dtype, sparse, shards
+        return taken_values(hidden, weight, bias, actions, shards)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         """Gradients of hidden, (n, D), of weight, (A, D), and of bias, (A,)."""
         hidden, weight, actions = ctx.saved_tensors
-        (grad,) = grads
         A = weight.shape[0]
-        index, legal = legal_actions(actions, A)
-        if legal is not None:
-            grad = torch.where(legal, grad, 0)
+        index, here = ctx.shards.locate(actions, A)
+        grad = ctx.shards.enter(grads[0])
+        if here is not None:
+            grad = torch.where(here, grad, 0)
         grad = grad.unsqueeze(1)
         grad_hidden = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_hidden = (grad * take_rows(weight, index).to(grad.dtype)).to(hidden.dtype)
+            grad_hidden = (grad * take_rows(_with_a_row(weight), index).to(grad.dtype)).to(hidden.dtype)
+        if A == 0:
+            grad, hidden, index = grad[:0], hidden[:0], index[:0]
         if ctx.needs_input_grad[1]:
             grad_weight = _add_rows(grad * hidden.to(grad.dtype), index, A, weight.dtype, ctx.sparse)
         if ctx.needs_input_grad[2]:
             grad_bias = _add_rows(grad, index, A, ctx.bias_dtype, ctx.sparse, column=True)
-        return grad_hidden, grad_weight, grad_bias, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
 def _add_rows(values: Tensor, index: Tensor, A: int, dtype: torch.dtype, sparse: bool, column: bool = False) -> Tensor:

@@ -1,7 +1,5 @@
 """What a target network's linear head says: the value of the next states, and Munchausen's bonus of the state."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -9,45 +7,50 @@ from dqn_fused.arguments import LossSpec, accumulation_dtype
 from dqn_fused.head.arguments import Head
 from dqn_fused.head.sweep import Statistics, Sweep, log_total
 from dqn_fused.head.taken import taken_values
-from dqn_fused.reference import legal_actions
-
-Sweeper = Callable[[Sweep], Statistics]
+from dqn_fused.head.whole import Whole
 
 
-def next_values(head: Head, spec: LossSpec, sweep: Sweeper) -> Tensor | None:
-    """What each next state is worth, (m,), in the accumulation dtype; None where a target is ready.
-
-    Nothing of size (m, A) is held.
-    """
+def next_sweep(head: Head, spec: LossSpec) -> Sweep | None:
+    """What next_values needs of all actions; None where a target is ready."""
     if head.next_hidden is None or head.next_weight is None:
         return None
     mask = head.next_action_mask
     if head.next_hidden_online is not None:
-        found = sweep(Sweep(head.next_hidden_online, head.weight, head.bias, mask, "argmax", spec.temperature))
-        assert found.first is not None
-        value = taken_values(head.next_hidden, head.next_weight, head.next_bias, found.first)
+        return Sweep(head.next_hidden_online, head.weight, head.bias, mask, "argmax", spec.temperature)
+    kind = "max" if spec.target == "max" else "soft"
+    return Sweep(head.next_hidden, head.next_weight, head.next_bias, mask, kind, spec.temperature)
+
+
+def next_values(head: Head, spec: LossSpec, found: Statistics | None, shards: Whole) -> Tensor | None:
+    """What each next state is worth, (m,), in the accumulation dtype; None where a target is ready."""
+    if found is None or head.next_hidden is None or head.next_weight is None:
+        return None
+    if found.first is not None:
+        value = taken_values(head.next_hidden, head.next_weight, head.next_bias, found.first, shards)
         value = torch.where(found.largest.isnan(), torch.nan, value)
     else:
-        kind = "max" if spec.target == "max" else "soft"
-        found = sweep(Sweep(head.next_hidden, head.next_weight, head.next_bias, mask, kind, spec.temperature))
-        value = found.largest if kind == "max" else found.largest + log_total(found, spec.temperature)
+        value = found.largest if found.total is None else found.largest + log_total(found, spec.temperature)
     # With a mask, -inf says that no action was legal.
-    return value if mask is None else torch.where(found.largest == -torch.inf, torch.nan, value)
+    return value if head.next_action_mask is None else torch.where(found.largest == -torch.inf, torch.nan, value)
 
 
-def bonus(head: Head, actions: Tensor, spec: LossSpec, sweep: Sweeper) -> Tensor:
+def bonus_sweep(head: Head, spec: LossSpec) -> Sweep | None:
+    """What bonus needs of all actions; None without Munchausen."""
+    if head.target_hidden is None or head.next_weight is None:
+        return None
+    return Sweep(head.target_hidden, head.next_weight, head.next_bias, head.action_mask, "soft", spec.temperature)
+
+
+def bonus(head: Head, actions: Tensor, spec: LossSpec, found: Statistics, shards: Whole) -> Tensor:
     """alpha * clip(temperature * log pi(a|s), clip, 0) of the target network, (n,): Vieillard et al. (2020).
 
-    Anything where an action is out of range.
+    NaN where an action is out of range.
     """
     hidden, weight, mask = head.target_hidden, head.next_weight, head.action_mask
     assert hidden is not None
     assert weight is not None
-    found = sweep(Sweep(hidden, weight, head.next_bias, mask, "soft", spec.temperature))
-    index, _ = legal_actions(actions, weight.shape[0])
-    taken, largest = taken_values(hidden, weight, head.next_bias, index), found.largest
+    taken, largest = taken_values(hidden, weight, head.next_bias, actions, shards, mask), found.largest
     if mask is not None:
-        taken = torch.where(mask.gather(1, index.unsqueeze(1)).squeeze(1), taken, -torch.inf)
         largest = torch.where(largest == -torch.inf, torch.nan, largest)
     log_policy = (taken - largest) - log_total(found, spec.temperature)
     return spec.alpha * log_policy.to(accumulation_dtype(head.hidden)).clamp(spec.clip, 0)

@@ -1,0 +1,129 @@
+"""Before a sharded head sends anything: do all ranks of the group call it with arguments that fit, or none of them."""
+
+import zlib
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dqn_fused.arguments import Batch, action_range, check_actions, looks_at_values
+from dqn_fused.head.arguments import Head
+from dqn_fused.head.ranks import Ranks
+
+# What must be the same on every rank, as Agreement.state has it.
+EQUAL = ("samples", "next states", "features", "dtypes", "options", "optional arguments", "grad mode of hidden")
+RAISED: dict[str, type[Exception]] = {error.__name__: error for error in (ValueError, TypeError, IndexError)}
+
+
+class Agreement:
+    """A block that checks arguments, on every rank of a group: an error in it on one rank is an error on all.
+
+    At its end the ranks exchange a few integers each, in one collective; where weights are summed over a process group,
+    the ranks of that one, too. The rank whose arguments are wrong raises what it found, every other one an error of the
+    same type that says which rank and why. What fails later, such as memory, ends by the time-out of the group.
+    """
+
+    def __init__(self, group: "dist.ProcessGroup", process_group: "dist.ProcessGroup | None") -> None:
+        self.group, self.process_group = group, process_group
+        self.rows = 0
+        self.equal: tuple[object, ...] = (0,) * len(EQUAL)
+        self.samples: Batch | None = None
+        self.ranks: Ranks | None = None
+
+    def state(self, head: Head, samples: Batch, options: object) -> None:
+        """Say what this rank calls with, once it is checked."""
+        self.rows, self.samples = head.weight.shape[0], samples
+        tensors = head._asdict() | samples._asdict()
+        states = [head.hidden, head.next_hidden, head.next_hidden_online, head.target_hidden]
+        self.equal = (
+            head.hidden.shape[0],
+            0 if head.next_hidden is None else head.next_hidden.shape[0],
+            head.hidden.shape[1],
+            [None if x is None else x.dtype for x in states],
+            options,
+            [name for name, x in tensors.items() if x is not None],
+            (torch.is_grad_enabled(), head.hidden.requires_grad),
+        )
+
+    def __enter__(self) -> "Agreement":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> None:
+        if not (error is None or isinstance(error, Exception)):
+            return
+        found = error
+        try:
+            self._exchange(error)
+        except Exception as another:
+            found = another
+        if isinstance(self.process_group, dist.ProcessGroup):
+            _tell("process_group", self.process_group, [], found)
+        if found is not None and found is not error:
+            raise found
+
+    def _exchange(self, error: Exception | None) -> None:
+        """Tell what this rank calls with, and check what all said, every rank with the same result."""
+        looked = self.samples is not None and looks_at_values(self.samples.actions.device)
+        actions = action_range(self.samples) if self.samples is not None and looked else (0, 0)
+        facts = [self.rows, *actions, *(_number(x) for x in self.equal)]
+        found = _tell("tensor_parallel_group", self.group, facts, error)
+        for i, what in enumerate(EQUAL):
+            column = [facts[3 + i] for facts in found]
+            other = next((rank for rank, x in enumerate(column) if x != column[0]), None)
+            if other is not None:
+                raise ValueError(
+                    f"tensor_parallel_group: expected the same {what} on every rank, got others on rank {other} than "
+                    f"on rank 0; on this one {self.equal[i]}"
+                )
+        rows = [facts[0] for facts in found]
+        A = sum(rows)
+        if A == 0:
+            raise ValueError(f"weight: expected a row on one of the ranks at least, got {rows}")
+        assert self.samples is not None
+        if looked:
+            check_actions(self.samples, A)
+        for other, (_, low, high, *_) in enumerate(found):
+            if low < 0 or high >= A:
+                text = f"actions: expected values in [0, {A}), got {low if low < 0 else high}"
+                raise IndexError(_of_another("tensor_parallel_group", other, text))
+        self.ranks = Ranks(self.group, sum(rows[: dist.get_rank(self.group)]), A)
+
+
+def check_member(group: object) -> None:
+    """Check that this process is in the group."""
+    if group == dist.GroupMember.NON_GROUP_MEMBER:  # what new_group returns to others
+        raise ValueError("tensor_parallel_group: expected a group that this process is in")
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"tensor_parallel_group: expected a torch.distributed.ProcessGroup, got {type(group).__name__}; "
+            "torch.distributed.group.WORLD is the one of all ranks"
+        )
+
+
+def _number(x: object) -> int:
+    """A number that is as equal as x is, in every process."""
+    return x if isinstance(x, int) else zlib.crc32(repr(x).encode())
+
+
+def _tell(name: str, group: "dist.ProcessGroup", facts: list[int], error: Exception | None) -> list[list[int]]:
+    """Facts of every rank; raises if a rank has an error: its own there, elsewhere one that tells of it."""
+    backends = dist.get_backend_config(group)
+    # On the CPU, where the group has a backend for it: no device is waited for.
+    device = torch.device("cpu" if "cpu:" in backends else backends.partition(":")[0])
+    mine = torch.tensor([error is not None, *facts], dtype=torch.int64, device=device)
+    gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, mine, group=group)
+    found = [each.tolist() for each in gathered]
+    if any(failed for failed, *_ in found):
+        messages: list[Any] = [None] * len(found)
+        dist.all_gather_object(messages, error and (type(error).__name__, str(error)), group=group)
+        if error is not None:
+            raise error
+        rank, (kind, text) = next((rank, message) for rank, message in enumerate(messages) if message is not None)
+        raise RAISED.get(kind, RuntimeError)(_of_another(name, rank, text))
+    return [each for _, *each in found]
+
+
+def _of_another(name: str, rank: int, text: str) -> str:
+    return f"{name}: on rank {rank}: {text}"
