@@ -28,7 +28,6 @@ class Options(NamedTuple):
     process_group: "ProcessGroup | None" = None
     shards: Whole = WHOLE
 
-    @property
     def sweep(self) -> Sweeper:
         """The backend's."""
         return self.backend.auto_sweep if self.auto else self.backend.sweep
@@ -39,7 +38,7 @@ def head_loss(head: Head, samples: Batch, spec: LossSpec, options: Options) -> t
     backend, shards = options.backend, options.shards
     with torch.no_grad():
         works = (next_sweep(head, spec), bonus_sweep(head, spec), state_sweep(head, spec))
-        of_next, of_target, of_state = shards.sweeps(options.sweep, works)
+        of_next, of_target, of_state = shards.sweeps(options.sweep(), works)
         rewards, next_q = samples.rewards, next_values(head, spec, of_next, shards)
         if of_target is not None:
             rewards = rewards.to(accumulation_dtype(head.hidden))
