@@ -12,7 +12,7 @@ from dqn_fused.loss import fused_dqn_loss, fused_dqn_loss_and_grad
 
 
 def warmup(*args: Any, **kwargs: Any) -> None:
-    """Compile and load what :func:`fused_dqn_loss`, its backward and :func:`fused_dqn_loss_and_grad` need.
+    """Compile and load what ``fused_dqn_loss``, its backward and ``fused_dqn_loss_and_grad`` need.
 
     To be called once before a CUDA graph is captured, or before anything is timed. Which kernel runs depends on dtypes,
     shapes and strides, on where each tensor begins in memory, to 16 bytes, and on the options; so give it the tensors
@@ -25,7 +25,7 @@ def warmup(*args: Any, **kwargs: Any) -> None:
         **kwargs: those of ``fused_dqn_loss``, ``backend`` included.
 
     Raises:
-        As :func:`fused_dqn_loss`, but IndexError.
+        ValueError, TypeError, BackendUnavailableError: as ``fused_dqn_loss``.
         RuntimeError: a CUDA graph is being captured on this stream.
 
     On the CPU it is a call like any other.

@@ -56,7 +56,7 @@ def fused_categorical_loss(
         actions: (\\*N) or (\\*N, 1), any integer dtype, in [0, A): the action taken.
         rewards: (\\*N) or (\\*N, 1), floating or integer.
         next_logits: (\\*N, A, K) of the target network in the next state, floating. With ``non_final_mask``: (M, A, K).
-        terminated: (\\*N) or (\\*N, 1), nonzero where nothing is bootstrapped, as in :func:`fused_dqn_loss`.
+        terminated: (\\*N) or (\\*N, 1), nonzero where nothing is bootstrapped, as in ``fused_dqn_loss``.
         gamma: discount: a number, a 0-d tensor, or (\\*N) / (\\*N, 1) floating, for n-step returns.
         support: the atoms: their ends ``(v_min, v_max)``, or all of them, (K,), floating, increasing by the same step.
             On a GPU the values of a tensor are checked only if ``DQN_FUSED_CHECK=1`` is set.
@@ -73,15 +73,16 @@ def fused_categorical_loss(
         return_td_error: also return the expectation of the distribution of the action taken less that of the projected
             target, (\\*N), signed, unweighted and without gradient.
         process_group: with ``"weighted_mean"``, the ranks over which weights are summed, as in
-            :func:`fused_dqn_loss`.
-        backend: ``"auto"``, or by name as in :func:`dqn_fused.backends`. Inside ``torch.compile`` on the CPU ``"auto"``
+            ``fused_dqn_loss``.
+        backend: ``"auto"``, or by name as in ``dqn_fused.backends``. Inside ``torch.compile`` on the CPU ``"auto"``
             takes ``"torch"``, whose operations Inductor fuses.
 
     Returns:
         The loss, or ``(loss, td_error)``, in float32, or in float64 if logits is float64.
 
     Raises:
-        As :func:`fused_dqn_loss`. A second derivative raises NotImplementedError.
+        ValueError, TypeError, IndexError, BackendUnavailableError: as ``fused_dqn_loss``.
+        NotImplementedError: of a second derivative.
 
     >>> import torch
     >>> logits = torch.zeros(1, 2, 3, requires_grad=True)
@@ -124,17 +125,17 @@ def fused_categorical_loss_and_grad(
     backend: str = "auto",
     **unknown: NoReturn,
 ) -> tuple[Tensor, ...]:
-    """:func:`fused_categorical_loss` and its gradient by logits in one pass, without autograd.
+    """``fused_categorical_loss`` and its gradient by logits in one pass, without autograd.
 
     Args:
-        logits: (\\*N, A, K), and all other arguments, as in :func:`fused_categorical_loss`. No graph is recorded.
+        logits: (\\*N, A, K), and all other arguments, as in ``fused_categorical_loss``. No graph is recorded.
 
     Returns:
         ``(loss, gradient)`` or ``(loss, gradient, td_error)``. The gradient has the shape and dtype of logits and is
         contiguous. With ``reduction="none"`` it is the gradient of the sum of the losses.
 
     Raises:
-        As :func:`fused_categorical_loss`.
+        ValueError, TypeError, IndexError, BackendUnavailableError: as ``fused_categorical_loss``.
 
     >>> import torch
     >>> fused_categorical_loss_and_grad(
@@ -174,7 +175,7 @@ def fused_categorical_td_loss(
     The target becomes a distribution on the K atoms, and the loss is its cross-entropy with ``softmax(logits[a])``.
 
     Args:
-        logits: (\\*N, A, K), and all other arguments, as in :func:`fused_categorical_loss`.
+        logits: (\\*N, A, K), and all other arguments, as in ``fused_categorical_loss``.
         target: (\\*N) or (\\*N, 1), floating or integer; a constant. Beyond the support it is moved to its end.
         projection: ``"two_hot"``: shared between the two atoms beside it, in proportion to their nearness;
             ``"hl_gauss"``: a normal distribution around it, cut into bins whose centres are the atoms, what falls
@@ -189,7 +190,7 @@ def fused_categorical_td_loss(
         The loss, or a tuple of it and what else is asked for, in that order: loss, td_error, expectation.
 
     Raises:
-        As :func:`fused_categorical_loss`.
+        ValueError, TypeError, IndexError, BackendUnavailableError: as ``fused_categorical_loss``.
 
     >>> import torch
     >>> logits = torch.zeros(1, 2, 3)
@@ -221,16 +222,16 @@ def fused_categorical_td_loss_and_grad(
     backend: str = "auto",
     **unknown: NoReturn,
 ) -> tuple[Tensor, ...]:
-    """:func:`fused_categorical_td_loss` and its gradient by logits in one pass, without autograd.
+    """``fused_categorical_td_loss`` and its gradient by logits in one pass, without autograd.
 
     Args:
-        logits: (\\*N, A, K), and all other arguments, as in :func:`fused_categorical_td_loss`. No graph is recorded.
+        logits: (\\*N, A, K), and all other arguments, as in ``fused_categorical_td_loss``. No graph is recorded.
 
     Returns:
         ``(loss, gradient)``, and then td_error and expectation, if asked for.
 
     Raises:
-        As :func:`fused_categorical_loss`.
+        ValueError, TypeError, IndexError, BackendUnavailableError: as ``fused_categorical_loss``.
 
     >>> import torch
     >>> logits, target = torch.zeros(1, 1, 2), torch.tensor([0.75])

@@ -31,7 +31,7 @@ class _OnSupport(nn.Module):
 
 
 class FusedCategoricalLoss(_OnSupport):
-    """:func:`fused_categorical_loss` as a module that keeps the support, the discount and the options.
+    """``fused_categorical_loss`` as a module that keeps the support, the discount and the options.
 
     ``gamma`` is a number or a tensor, which becomes a buffer and moves with the module; a call may bring its own.
 
@@ -83,7 +83,7 @@ class FusedCategoricalLoss(_OnSupport):
         weights: Tensor | None = None,
         **unknown: NoReturn,
     ) -> Tensor | tuple[Tensor, ...]:
-        """Loss of a batch; see :func:`fused_categorical_loss`."""
+        """Loss of a batch; see ``fused_categorical_loss``."""
         if unknown:
             hints.unexpected("FusedCategoricalLoss", unknown)
         return fused_categorical_loss(
@@ -110,7 +110,7 @@ class FusedCategoricalLoss(_OnSupport):
 
 
 class FusedCategoricalTDLoss(_OnSupport):
-    """:func:`fused_categorical_td_loss` as a module that keeps the support and the options.
+    """``fused_categorical_td_loss`` as a module that keeps the support and the options.
 
     >>> import torch
     >>> criterion = FusedCategoricalTDLoss((0.0, 2.0), projection="hl_gauss")
@@ -151,7 +151,7 @@ class FusedCategoricalTDLoss(_OnSupport):
         weights: Tensor | None = None,
         **unknown: NoReturn,
     ) -> Tensor | tuple[Tensor, ...]:
-        """Loss of a batch; see :func:`fused_categorical_td_loss`."""
+        """Loss of a batch; see ``fused_categorical_td_loss``."""
         if unknown:
             hints.unexpected("FusedCategoricalTDLoss", unknown)
         return fused_categorical_td_loss(

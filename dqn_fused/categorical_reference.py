@@ -38,7 +38,7 @@ def categorical_loss(
 ) -> Tensor | tuple[Tensor, ...]:
     """Loss of C51 (Bellemare et al., 2017) by PyTorch operations, differentiated by autograd, on any device.
 
-    Arguments, result and errors are those of :func:`dqn_fused.fused_categorical_loss`; ``backend`` is there for the
+    Arguments, result and errors are those of ``dqn_fused.fused_categorical_loss``; ``backend`` is there for the
     sake of the same signature and must be ``"auto"`` or ``"torch"``.
 
     >>> import torch
@@ -72,7 +72,7 @@ def categorical_td_loss(
 ) -> Tensor | tuple[Tensor, ...]:
     """Regression as classification (Farebrother et al., 2024) by PyTorch operations, differentiated by autograd.
 
-    Arguments, result and errors are those of :func:`dqn_fused.fused_categorical_td_loss`; ``backend`` must be
+    Arguments, result and errors are those of ``dqn_fused.fused_categorical_td_loss``; ``backend`` must be
     ``"auto"`` or ``"torch"``.
 
     >>> import torch

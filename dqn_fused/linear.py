@@ -57,7 +57,7 @@ def fused_linear_dqn_loss(
 ) -> Tensor | tuple[Tensor, ...]:
     """DQN loss of a linear head, whose Q matrix is never built.
 
-    The same as :func:`fused_dqn_loss` of ``linear(hidden, weight, bias)`` and ``linear(next_hidden, next_weight,
+    The same as ``fused_dqn_loss`` of ``linear(hidden, weight, bias)`` and ``linear(next_hidden, next_weight,
     next_bias)``, but the online network costs a dot product a sample, and a row of the weight's gradient, and of the
     next state only the maximum is kept. For a vocabulary or a catalogue: many actions. The conservative term and
     Munchausen sum over all actions of the state itself, tile by tile, and the backward of the former multiplies the
@@ -71,7 +71,7 @@ def fused_linear_dqn_loss(
         rewards: (\\*N) or (\\*N, 1), floating or integer.
         next_hidden: (\\*N, D) of the target network in the next state. With ``non_final_mask``: (M, D).
         next_weight: (A, D) of the target network's head.
-        terminated: as in :func:`fused_dqn_loss`, as are gamma, non_final_mask, weights, loss, delta and reduction.
+        terminated: as in ``fused_dqn_loss``, as are gamma, non_final_mask, weights, loss, delta and reduction.
         gamma: discount.
         bias: (A,) of the head. Receives a gradient.
         next_bias: (A,) of the target network's head.
@@ -88,10 +88,10 @@ def fused_linear_dqn_loss(
         loss: ``"mse"``, ``"huber"`` or ``"smooth_l1"``.
         delta: of huber and smooth_l1.
         reduction: ``"mean"``, ``"weighted_mean"``, ``"sum"`` or ``"none"``.
-        target: ``"max"``, ``"soft"``, ``"munchausen"``, :class:`Soft` or :class:`Munchausen`.
+        target: ``"max"``, ``"soft"``, ``"munchausen"``, ``Soft`` or ``Munchausen``.
         cql_alpha: weight of the conservative term of CQL(H) (Kumar et al., 2020). Its second derivative is
             right, a third one raises.
-        value_transform: ``"identity"`` or ``"signed_hyperbolic"``, as in :func:`fused_dqn_loss`.
+        value_transform: ``"identity"`` or ``"signed_hyperbolic"``, as in ``fused_dqn_loss``.
         return_td_error: also return the signed TD errors, (\\*N), without gradient.
         return_cql: also return the conservative term of each sample, (\\*N), unweighted and without gradient.
         sparse_grad: give weight and bias row-sparse gradients, as ``nn.Embedding(sparse=True)`` does, for
@@ -104,14 +104,14 @@ def fused_linear_dqn_loss(
             DTensors, ``Shard(0)`` on a mesh of one dimension, say so themselves.
         hidden_grad: on ranks, ``"sum"``: the gradient of hidden is summed over them, as behind a copy-to region; or
             ``"partial"``: what the rows of this rank make of it, where the layer below sums.
-        backend: ``"auto"``, or by name as in :func:`dqn_fused.backends`.
+        backend: ``"auto"``, or by name as in ``dqn_fused.backends``.
 
     Returns:
         The loss, or a tuple of it and what else is asked for, in that order: loss, td_error, cql. In float32, or in
         float64 if hidden is float64.
 
     Raises:
-        As :func:`fused_dqn_loss`.
+        ValueError, TypeError, IndexError, BackendUnavailableError: as ``fused_dqn_loss``.
 
     >>> import torch
     >>> hidden, next_hidden = torch.ones(2, 3, requires_grad=True), torch.ones(2, 3)
@@ -159,17 +159,17 @@ def fused_linear_td_loss(
     backend: str = "auto",
     **unknown: NoReturn,
 ) -> Tensor | tuple[Tensor, ...]:
-    """:func:`fused_linear_dqn_loss` for a target that is already there: returns, or the V(s') of ILQL.
+    """``fused_linear_dqn_loss`` for a target that is already there: returns, or the V(s') of ILQL.
 
     Args:
-        hidden: (\\*N, D), and all other arguments, as in :func:`fused_linear_dqn_loss`.
+        hidden: (\\*N, D), and all other arguments, as in ``fused_linear_dqn_loss``.
         weight: (A, D).
         actions: (\\*N) or (\\*N, 1).
         target: (\\*N) or (\\*N, 1), floating or integer: what ``q[a]`` is compared with; a constant.
         bias: (A,).
         action_mask: (\\*N, A), for the conservative term.
         weights: (\\*N) or (\\*N, 1).
-        loss: as the options below in :func:`fused_linear_dqn_loss`.
+        loss: as the options below in ``fused_linear_dqn_loss``.
         delta: of huber and smooth_l1.
         reduction: over the samples.
         cql_alpha: weight of the conservative term. With it the loss is that of the Q-values of ILQL (Snell et al.,
@@ -183,10 +183,10 @@ def fused_linear_td_loss(
         backend: by name, or ``"auto"``.
 
     Returns:
-        The loss, or a tuple, as :func:`fused_linear_dqn_loss`.
+        The loss, or a tuple, as ``fused_linear_dqn_loss``.
 
     Raises:
-        As :func:`fused_linear_dqn_loss`.
+        ValueError, TypeError, IndexError, BackendUnavailableError: as ``fused_linear_dqn_loss``.
 
     >>> import torch
     >>> hidden, weight = torch.ones(2, 3), torch.zeros(1000, 3)

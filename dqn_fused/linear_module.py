@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class FusedLinearDQNLoss(nn.Module):
-    """:func:`fused_linear_dqn_loss` as a module, for heads that are ``nn.Linear`` layers.
+    """``fused_linear_dqn_loss`` as a module, for heads that are ``nn.Linear`` layers.
 
     The layers are arguments of the call, not children of the module: their parameters stay where they are.
 
@@ -81,7 +81,7 @@ class FusedLinearDQNLoss(nn.Module):
         weights: Tensor | None = None,
         **unknown: NoReturn,
     ) -> Tensor | tuple[Tensor, ...]:
-        """Loss of a batch; see :func:`fused_linear_dqn_loss`."""
+        """Loss of a batch; see ``fused_linear_dqn_loss``."""
         if unknown:
             hints.unexpected("FusedLinearDQNLoss", unknown)
         return fused_linear_dqn_loss(

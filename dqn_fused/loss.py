@@ -83,7 +83,7 @@ def fused_dqn_loss(
         delta: where huber turns from a parabola into a line; the beta of smooth_l1, for which 0 means l1.
         reduction: ``"mean"``, which divides by the number of samples whatever their weights, ``"weighted_mean"``, which
             divides by the sum of the weights, ``"sum"``, or ``"none"`` for the loss of each sample, (\\*N).
-        target: ``"max"``, ``"soft"``, ``"munchausen"``, or :class:`Soft` and :class:`Munchausen` with constants other
+        target: ``"max"``, ``"soft"``, ``"munchausen"``, or ``Soft`` and ``Munchausen`` with constants other
             than the papers'. They are classes, so that a temperature cannot be given to a target that has none.
         target_q: (\\*N, A), floating: Q-values of the target network in the state itself, for Munchausen.
         cql_alpha: weight of the conservative term of CQL(H) (Kumar et al., 2020), which is added to the loss of each
@@ -102,7 +102,7 @@ def fused_dqn_loss(
             ``torch.distributed.group.WORLD`` for all of them. The mean of the ranks' losses, and of their gradients,
             which DistributedDataParallel takes, is then the weighted mean over all samples, however they are shared
             out. Every rank must call. Without ``weights`` each sample weighs one.
-        backend: ``"auto"``, or by name as in :func:`dqn_fused.backends`. Inside ``torch.compile`` ``"auto"`` takes
+        backend: ``"auto"``, or by name as in ``dqn_fused.backends``. Inside ``torch.compile`` ``"auto"`` takes
             ``"torch"``, whose operations Inductor fuses, up to 64 actions.
 
     Returns:
@@ -162,17 +162,17 @@ def fused_td_loss(
     backend: str = "auto",
     **unknown: NoReturn,
 ) -> Tensor | tuple[Tensor, ...]:
-    """:func:`fused_dqn_loss` for a target that is already there: n-step returns, Q(lambda), the V(s') of ILQL.
+    """``fused_dqn_loss`` for a target that is already there: n-step returns, Q(lambda), the V(s') of ILQL.
 
     Args:
-        q: (\\*N, A), and all other arguments, as in :func:`fused_dqn_loss`.
+        q: (\\*N, A), and all other arguments, as in ``fused_dqn_loss``.
         target: (\\*N) or (\\*N, 1), floating or integer: what ``q[a]`` is compared with; a constant.
 
     Returns:
-        The loss, or a tuple, as :func:`fused_dqn_loss`.
+        The loss, or a tuple, as ``fused_dqn_loss``.
 
     Raises:
-        As :func:`fused_dqn_loss`.
+        ValueError, TypeError, IndexError, BackendUnavailableError: as ``fused_dqn_loss``.
 
     >>> import torch
     >>> q = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
@@ -218,7 +218,7 @@ def fused_dqn_loss_and_grad(
     ``q.backward(grad_q)`` then goes on through the network. JAX users know the form as ``value_and_grad``.
 
     Args:
-        q: (\\*N, A), and all other arguments, as in :func:`fused_dqn_loss`. No graph is recorded, whether or not ``q``
+        q: (\\*N, A), and all other arguments, as in ``fused_dqn_loss``. No graph is recorded, whether or not ``q``
             requires a gradient.
 
     Returns:
@@ -227,7 +227,7 @@ def fused_dqn_loss_and_grad(
         gradient of the sum of the losses.
 
     Raises:
-        As :func:`fused_dqn_loss`.
+        ValueError, TypeError, IndexError, BackendUnavailableError: as ``fused_dqn_loss``.
 
     >>> import torch
     >>> states, network = torch.ones(2, 3), torch.nn.Linear(3, 2)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class FusedDQNLoss(nn.Module):
-    """:func:`fused_dqn_loss` as a module that keeps the discount and the options, like ``torch.nn.MSELoss``.
+    """``fused_dqn_loss`` as a module that keeps the discount and the options, like ``torch.nn.MSELoss``.
 
     ``gamma`` is a number or a tensor, which becomes a buffer and moves with the module; a call may bring its own.
 
@@ -79,7 +79,7 @@ class FusedDQNLoss(nn.Module):
         action_mask: Tensor | None = None,
         **unknown: NoReturn,
     ) -> Tensor | tuple[Tensor, ...]:
-        """Loss of a batch; see :func:`fused_dqn_loss`."""
+        """Loss of a batch; see ``fused_dqn_loss``."""
         if unknown:
             hints.unexpected("FusedDQNLoss", unknown)
         return fused_dqn_loss(

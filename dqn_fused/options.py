@@ -1,7 +1,7 @@
 """The options of the loss, once: what a call takes, what becomes of it, and how an op is given it.
 
-An option has its names or its range in :func:`check_loss`, a field of :class:`LossSpec`, a row of :data:`CODES` and one
-of :data:`PUBLIC`. From these follow the arguments of the ops; tests/test_options.py compares with them the signatures
+An option has its names or its range in ``check_loss``, a field of ``LossSpec``, a row of ``CODES`` and one
+of ``PUBLIC``. From these follow the arguments of the ops; tests/test_options.py compares with them the signatures
 of functions and modules, their docstrings, docs/call.md and csrc/td_loss.h.
 """
 

@@ -52,7 +52,7 @@ def fused_quantile_loss(
         rewards: (\\*N) or (\\*N, 1), floating or integer.
         next_quantiles: (\\*N, A, K') quantiles of the target network in the next state, floating; K' need not be K.
             With ``non_final_mask``: (M, A, K').
-        terminated: (\\*N) or (\\*N, 1), nonzero where nothing is bootstrapped, as in :func:`fused_dqn_loss`.
+        terminated: (\\*N) or (\\*N, 1), nonzero where nothing is bootstrapped, as in ``fused_dqn_loss``.
         gamma: discount: a number, a 0-d tensor, or (\\*N) / (\\*N, 1) floating, for n-step returns.
         taus: (K,) or (\\*N, K), floating: the fractions that the predicted quantiles stand for, a constant. None for
             the midpoints ``(i + 1/2) / K`` of QR-DQN. Sampled ones are those of IQN (Dabney et al., 2018b), midpoints
@@ -74,15 +74,16 @@ def fused_quantile_loss(
         return_td_error: also return the mean of the predicted less the mean of the target quantiles, (\\*N), signed,
             unweighted and without gradient.
         process_group: with ``"weighted_mean"``, the ranks over which weights are summed, as in
-            :func:`fused_dqn_loss`.
-        backend: ``"auto"``, or by name as in :func:`dqn_fused.backends`. Inside ``torch.compile`` on the CPU ``"auto"``
+            ``fused_dqn_loss``.
+        backend: ``"auto"``, or by name as in ``dqn_fused.backends``. Inside ``torch.compile`` on the CPU ``"auto"``
             takes ``"torch"``, whose operations Inductor fuses, up to 32 predicted quantiles.
 
     Returns:
         The loss, or ``(loss, td_error)``, in float32, or in float64 if quantiles is float64.
 
     Raises:
-        As :func:`fused_dqn_loss`. A second derivative raises NotImplementedError.
+        ValueError, TypeError, IndexError, BackendUnavailableError: as ``fused_dqn_loss``.
+        NotImplementedError: of a second derivative.
 
     >>> import torch
     >>> quantiles = torch.tensor([[[0.0, 2.0], [9.0, 9.0]]], requires_grad=True)
@@ -130,14 +131,14 @@ def fused_quantile_loss_and_grad(
     ``quantiles.backward(gradient)`` then goes on through the network.
 
     Args:
-        quantiles: (\\*N, A, K), and all other arguments, as in :func:`fused_quantile_loss`. No graph is recorded.
+        quantiles: (\\*N, A, K), and all other arguments, as in ``fused_quantile_loss``. No graph is recorded.
 
     Returns:
         ``(loss, gradient)`` or ``(loss, gradient, td_error)``. The gradient has the shape and dtype of quantiles and is
         contiguous. With ``reduction="none"`` it is the gradient of the sum of the losses.
 
     Raises:
-        As :func:`fused_quantile_loss`.
+        ValueError, TypeError, IndexError, BackendUnavailableError: as ``fused_quantile_loss``.
 
     >>> import torch
     >>> quantiles = torch.tensor([[[0.0, 2.0], [9.0, 9.0]]])
@@ -200,7 +201,7 @@ def _run(
 
 
 class FusedQuantileLoss(nn.Module):
-    """:func:`fused_quantile_loss` as a module that keeps the discount and the options.
+    """``fused_quantile_loss`` as a module that keeps the discount and the options.
 
     ``gamma`` is a number or a tensor, which becomes a buffer and moves with the module; a call may bring its own.
 
@@ -253,7 +254,7 @@ class FusedQuantileLoss(nn.Module):
         weights: Tensor | None = None,
         **unknown: NoReturn,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Loss of a batch; see :func:`fused_quantile_loss`."""
+        """Loss of a batch; see ``fused_quantile_loss``."""
         if unknown:
             hints.unexpected("FusedQuantileLoss", unknown)
         return fused_quantile_loss(

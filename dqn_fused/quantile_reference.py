@@ -37,7 +37,7 @@ def quantile_loss(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Quantile regression loss (Dabney et al., 2018) by PyTorch operations, differentiated by autograd, on any device.
 
-    Arguments, result and errors are those of :func:`dqn_fused.fused_quantile_loss`; ``backend`` is there for the sake
+    Arguments, result and errors are those of ``dqn_fused.fused_quantile_loss``; ``backend`` is there for the sake
     of the same signature and must be ``"auto"`` or ``"torch"``.
 
     >>> import torch

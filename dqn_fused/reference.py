@@ -1,7 +1,7 @@
 """The DQN loss in plain PyTorch: ground truth for the kernels, fallback where none of them runs.
 
-:func:`dqn_loss` keeps the promises of :func:`dqn_fused.fused_dqn_loss` and leaves the gradient to autograd.
-:func:`naive_dqn_loss` and :func:`simple_dqn_loss` are the loss as it is written by hand: a loop over the samples, and a
+``dqn_loss`` keeps the promises of ``dqn_fused.fused_dqn_loss`` and leaves the gradient to autograd.
+``naive_dqn_loss`` and ``simple_dqn_loss`` are the loss as it is written by hand: a loop over the samples, and a
 gather.
 """
 
@@ -65,7 +65,7 @@ def dqn_loss(
 ) -> Tensor | tuple[Tensor, ...]:
     """DQN loss (Mnih et al., 2015) by PyTorch operations, differentiated by autograd, on any device.
 
-    Arguments, result and errors are those of :func:`dqn_fused.fused_dqn_loss`; ``backend`` is there for the sake of the
+    Arguments, result and errors are those of ``dqn_fused.fused_dqn_loss``; ``backend`` is there for the sake of the
     same signature and must be ``"auto"`` or ``"torch"``.
 
     >>> import torch
