@@ -110,7 +110,7 @@ environment:
 	grep -vE "^(torch|triton)==" requirements-dev.txt > $(VENV)/requirements.txt
 	$(PY) -m pip install --quiet $(foreach package,$(PACKAGES),"$(package)") --requirement $(VENV)/requirements.txt
 
-$(VENV)/.ready: requirements-dev.txt requirements-extras.txt pyproject.toml setup.py $(CSRC)
+$(VENV)/.ready: requirements-dev.txt requirements-extras.txt pyproject.toml setup.py dqn_fused/__init__.py $(CSRC)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --requirement requirements-dev.txt
 	$(PY) -m pip install --quiet --requirement requirements-extras.txt --constraint requirements-dev.txt \

@@ -93,7 +93,8 @@ def test_a_barrier_removed(name: str) -> None:
             if text[: match.end()].count("\n") + 1 in ordering:
                 message = noticed(CASES[name], text, without(text, match), expected)
                 assert message is not None
-                assert "race" in message or "never written" in message or message == "value"
+                # What another warp has not written yet may be taken for an index.
+                assert message == "value" or any(x in message for x in ("race", "never written", "outside of every"))
                 removed += 1
     assert removed
 
