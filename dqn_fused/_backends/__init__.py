@@ -59,12 +59,11 @@ DISTRIBUTIONAL: dict[str, dict[str, tuple[str, ...]]] = {
 # 10 with them, and at 1024 x 512 the op is up to 17 % ahead (bench/results/cpu/graph.csv). On CUDA it is reasoned: two
 # or three kernels that Inductor launches itself, against a call of Python for each of an op's two.
 TRACED = "torch"
-# The same of distributional losses on the CPU, up to so many quantiles or atoms, None being any number. With PyTorch's
-# operations a graph of network and loss is 4 to 10 % ahead of one with the op: C51 at 32 x 18 x 51 and 128 x 2 x 101,
-# HL-Gauss at 32 x 18 x 51, quantiles at 32 x 4 x 8 and 32 x 18 x 8; as fast, within 3 %, for C51 and HL-Gauss at
-# 512 x 18 x 51 and IQN at 32 x 18 x 64; 14 % behind for QR-DQN at 128 x 2 x 50 (python -m bench full --only graph, in
-# processor time on one thread).
-TRACED_UP_TO: dict[str, int | None] = {"quantile": 32, "categorical": None}
+# The same of distributional losses on the CPU, up to so many quantiles or atoms. With 8 of them a graph with PyTorch's
+# operations is 2 to 11 % ahead of one with the op. With 51 and more it depends on the rest: two-hot and HL-Gauss at
+# 32 x 18 x 51 are 2 to 9 % ahead, C51 there and IQN at 32 x 18 x 64 level, C51 2 to 4 % behind at 128 x 2 x 101 and 11 %
+# at 512 x 18 x 51, QR-DQN 16 % at 128 x 2 x 50 (python -m bench full --only graph).
+TRACED_UP_TO = 32
 
 
 class BackendUnavailableError(RuntimeError):
@@ -163,8 +162,7 @@ def choose_distributional(family: str, name: str, device: torch.device, K: int) 
     In a graph of torch.compile TRACED stands for the first up to TRACED_UP_TO quantiles or atoms.
     """
     if torch.compiler.is_compiling():
-        most = TRACED_UP_TO[family]
-        if name == "auto" and device.type == "cpu" and (most is None or most >= K):
+        if name == "auto" and device.type == "cpu" and K <= TRACED_UP_TO:
             return _named(TRACED, device)
         return _choose_distributional(family, name, device)
     implementation = _CHOSEN_DISTRIBUTIONAL.get((family, name, device))
