@@ -102,24 +102,24 @@ def atoms(n: int, K: int) -> tuple[dict[str, Any], Callable[..., Any], str]:
 
 
 @pytest.mark.parametrize("n", [2, 512])
-def test_auto_takes_pytorch_operations_for_atoms_and_few_quantiles(n: int) -> None:
+def test_auto_takes_pytorch_operations_for_few_quantiles_and_atoms(n: int) -> None:
     for K in (8, 32):
         assert ops_of(*quantiles(n, K)) == set()
-    for K in (8, 101):
         assert ops_of(*atoms(n, K)) == ops_of(*ready(n, K)) == set()
 
 
 @pytest.mark.skipif(not HAS_OPS, reason="no ops for the CPU")
-def test_auto_takes_the_op_for_many_quantiles_and_a_named_backend_its_own() -> None:
+def test_auto_takes_the_op_for_many_quantiles_or_atoms_and_a_named_backend_its_own() -> None:
     rows_backward = "dqn_fused::rows_backward"
     assert ops_of(*quantiles(4, 33)) == {"dqn_fused::quantile_loss", rows_backward}
-    assert ops_of(*quantiles(4, 33), backend="torch") == set()
+    assert ops_of(*atoms(4, 33)) == {"dqn_fused::categorical_loss", rows_backward}
+    assert ops_of(*quantiles(4, 33), backend="torch") == ops_of(*atoms(4, 33), backend="torch") == set()
     assert ops_of(*quantiles(4, 8), backend="compiled") == {"dqn_fused::quantile_loss", rows_backward}
     assert ops_of(*atoms(4, 8), backend="compiled") == {"dqn_fused::categorical_loss", rows_backward}
 
 
 @pytest.mark.graph
-@pytest.mark.parametrize(("family", "K"), [(quantiles, 32), (quantiles, 33), (atoms, 51), (ready, 51)])
+@pytest.mark.parametrize(("family", "K"), [(quantiles, 32), (quantiles, 33), (atoms, 32), (atoms, 51), (ready, 51)])
 def test_a_distributional_loss_makes_no_graph_for_each_batch(family: Callable[..., Any], K: int) -> None:
     """And computes what it does outside of one."""
     _, function, x = family(2, K)

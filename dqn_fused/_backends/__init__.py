@@ -61,8 +61,8 @@ DISTRIBUTIONAL: dict[str, dict[str, tuple[str, ...]]] = {
 TRACED = "torch"
 # The same of distributional losses on the CPU, up to so many quantiles or atoms. With 8 of them a graph with PyTorch's
 # operations is 2 to 11 % ahead of one with the op. With 51 and more it depends on the rest: two-hot and HL-Gauss at
-# 32 x 18 x 51 are 2 to 9 % ahead, C51 there and IQN at 32 x 18 x 64 level, C51 2 to 4 % behind at 128 x 2 x 101 and 11 %
-# at 512 x 18 x 51, QR-DQN 16 % at 128 x 2 x 50 (python -m bench full --only graph).
+# 32 x 18 x 51 are 2 to 9 % ahead, C51 there and IQN at 32 x 18 x 64 level, C51 2 to 4 % behind at 128 x 2 x 101, 5 to
+# 11 % at 512 x 18 x 51, QR-DQN 16 % at 128 x 2 x 50 (python -m bench full --only graph).
 TRACED_UP_TO = 32
 
 
