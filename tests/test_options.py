@@ -88,7 +88,7 @@ def test_docstrings(function: Callable[..., Any]) -> None:
     """Args lists what the signature has, in its order; or says that it is as in fused_dqn_loss."""
     text = inspect.getdoc(function) or ""
     if "Args:" not in text:
-        assert "Arguments, result and errors are those of ``dqn_fused.fused_dqn_loss`" in text
+        assert "Arguments, result and errors are those of ``dqn_fused.fused_dqn_loss``" in text
         return
     section = text.partition("Args:\n")[2].partition("\n\n")[0]
     listed = re.findall(r"^    (\w+): ", section, re.MULTILINE)
