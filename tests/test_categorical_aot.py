@@ -73,7 +73,9 @@ def test_machine_code(target: Target, compiled: Compiled, case: str, dtype: torc
     calls["backward"]()
     assert compiled[-1].name == "rows_bwd_kernel"
     calls["loss_and_grad"]()
-    check(compiled, target, dtype, wide=case in ("quads", "many_actions") and shape[2] * dtype.itemsize % 16 == 0)
+    # With the 512 threads of CDNA for many actions, less than 8 elements are left for each.
+    enough = case == "quads" or (case == "many_actions" and not (target.name == "gfx942" and dtype.itemsize == 2))
+    check(compiled, target, dtype, wide=enough and shape[2] * dtype.itemsize % 16 == 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=dtype_id)
