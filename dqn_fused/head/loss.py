@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dqn_fused.arguments import Batch, LossSpec, accumulation_dtype, normalise_weights
+from dqn_fused.distributional import reduced
 from dqn_fused.head.arguments import Head
 from dqn_fused.head.conservative import ConservativeValues, conservative_term, largest_legal, state_sweep
 from dqn_fused.head.sweep import Statistics
@@ -58,7 +59,7 @@ def head_loss(head: Head, samples: Batch, spec: LossSpec, options: Options) -> t
     else:
         each = batch._replace(weights=None), of_td._replace(reduction="none")
         loss, td_error, _ = td_loss(*each, backend, batch.q)
-        loss = _reduced(loss + spec.cql_alpha * term.view(batch.shape), batch.weights, spec.reduction)
+        loss = reduced(loss.view(-1) + spec.cql_alpha * term, batch, spec.reduction)
     return loss, td_error, None if term is None else term.detach().view(batch.shape)
 
 
@@ -77,12 +78,3 @@ def _values_of_state(
         return taken, None
     with torch.no_grad():
         return taken, conservative_term(taken, found, mask)
-
-
-def _reduced(each: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
-    """Loss of each sample, N, weighted and reduced."""
-    if weights is not None:
-        each = each * weights.to(each.dtype).view(each.shape)
-    if reduction == "none":
-        return each
-    return each.mean() if reduction == "mean" else each.sum()
