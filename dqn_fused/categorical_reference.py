@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dqn_fused.arguments import Batch, accumulation_dtype, check_group, check_values, constants, normalise_weights
 from dqn_fused.categorical_arguments import CategoricalSpec, Support, check_categorical_options, check_logits
-from dqn_fused.distributional import chosen, per_row, reduced, taken
-from dqn_fused.reference import bootstrapped
+from dqn_fused.distributional import chosen, per_row, taken
+from dqn_fused.reference import bootstrapped, reduced
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -114,12 +114,3 @@ def per_row(batch: Batch) -> Batch:
         if isinstance(x := getattr(batch, name), Tensor) and x.dim()
     }
     return batch._replace(**columns)
-
-
-def reduced(per_sample: Tensor, batch: Batch, reduction: str) -> Tensor:
-    """Loss of a batch, N or (), from that of each sample, (n,)."""
-    if batch.weights is not None:
-        per_sample = per_sample * batch.weights.to(per_sample.dtype)
-    if reduction == "none":
-        return per_sample.view(batch.shape)
-    return per_sample.mean() if reduction == "mean" else per_sample.sum()

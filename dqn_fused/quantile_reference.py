@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dqn_fused.arguments import Batch, accumulation_dtype, check_group, check_values, constants, normalise_weights
-from dqn_fused.distributional import chosen, per_row, reduced, taken
+from dqn_fused.distributional import chosen, per_row, taken
 from dqn_fused.quantile_arguments import QuantileSpec, check_quantile_options, check_quantiles
-from dqn_fused.reference import bootstrapped
+from dqn_fused.reference import bootstrapped, reduced
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -128,11 +128,16 @@ def loss_of_td_error(td: Tensor, normaliser: Tensor | None, batch: Batch, spec: 
         per_sample = F.smooth_l1_loss(td, td.new_zeros(()).expand_as(td), reduction="none", beta=spec.delta)
     if normaliser is not None and spec.cql_alpha != 0:
         per_sample = per_sample + spec.cql_alpha * conservative_term(normaliser, batch)
+    return reduced(per_sample, batch, spec.reduction)
+
+
+def reduced(per_sample: Tensor, batch: Batch, reduction: str) -> Tensor:
+    """Loss of a batch, N or (), from that of each sample, N or (n,); of every family."""
     if batch.weights is not None:
-        per_sample = per_sample * _cast(batch.weights, td.dtype).view(td.shape)
-    if spec.reduction == "none":
-        return per_sample
-    return per_sample.mean() if spec.reduction == "mean" else per_sample.sum()
+        per_sample = per_sample * _cast(batch.weights, per_sample.dtype).view(per_sample.shape)
+    if reduction == "none":
+        return per_sample if per_sample.shape == batch.shape else per_sample.view(batch.shape)
+    return per_sample.mean() if reduction == "mean" else per_sample.sum()
 
 
 def normaliser_of(batch: Batch) -> Tensor:

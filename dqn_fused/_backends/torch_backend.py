@@ -7,13 +7,13 @@ from dqn_fused.arguments import Batch, LossSpec
 from dqn_fused.autograd import Saved, loss_gradient
 from dqn_fused.categorical_arguments import CategoricalSpec
 from dqn_fused.categorical_reference import atoms, cross_entropy, slopes_of, target_distribution, values_of
-from dqn_fused.distributional import reduced, taken
+from dqn_fused.distributional import taken
 from dqn_fused.head.sweep import sweep
 from dqn_fused.head.sweep_backward import sweep_backward
 from dqn_fused.quantile_arguments import QuantileSpec
 from dqn_fused.quantile_reference import loss_of_pairs, slopes_of_pairs, target_quantiles
 from dqn_fused.quantile_reference import td_error as quantile_td_error
-from dqn_fused.reference import loss_of_td_error, normaliser_of, td_error
+from dqn_fused.reference import loss_of_td_error, normaliser_of, reduced, td_error
 from dqn_fused.row_loss import SavedRows, rows_gradient
 
 __all__ = ["sweep", "sweep_backward"]

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from dqn_fused.arguments import Batch, LossSpec, accumulation_dtype, normalise_weights
-from dqn_fused.distributional import reduced
 from dqn_fused.head.arguments import Head
 from dqn_fused.head.conservative import ConservativeValues, conservative_term, largest_legal, state_sweep
 from dqn_fused.head.sweep import Statistics
@@ -15,6 +14,7 @@ from dqn_fused.head.taken import TakenValues
 from dqn_fused.head.targets import bonus, bonus_sweep, next_sweep, next_values
 from dqn_fused.head.whole import WHOLE, Sweeper, Whole
 from dqn_fused.node import td_loss
+from dqn_fused.reference import reduced
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -59,7 +59,7 @@ def head_loss(head: Head, samples: Batch, spec: LossSpec, options: Options) -> t
     else:
         each = batch._replace(weights=None), of_td._replace(reduction="none")
         loss, td_error, _ = td_loss(*each, backend, batch.q)
-        loss = reduced(loss.view(-1) + spec.cql_alpha * term, batch, spec.reduction)
+        loss = reduced(loss + spec.cql_alpha * term.view(batch.shape), batch, spec.reduction)
     return loss, td_error, None if term is None else term.detach().view(batch.shape)
 
 
