@@ -414,3 +414,17 @@ def test_identities(backend: Setting) -> None:
     assert torch.equal(run(weights=torch.ones(10)), loss)
     assert torch.equal(run(next_action_mask=torch.ones(10, 3, dtype=torch.bool)), loss)
     torch.testing.assert_close(run(quantile_reduction="mean") * 6, loss)
+
+
+@every_setting
+def test_the_discount_of_a_terminated_row_is_not_used(backend: Setting) -> None:
+    """A kernel that reads nothing for such a row would still multiply the discount by zero."""
+    arguments = make((5, 3, 4), 6, seed=97)
+    arguments["terminated"] = torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0])
+    clean = arguments | {"gamma": torch.rand(5)}
+    dirty = arguments | {"gamma": torch.where(arguments["terminated"] == 1, torch.nan, clean["gamma"])}
+    results = []
+    for given in (clean, dirty):
+        on_device = {k: x.to(backend.device) for k, x in given.items()}
+        results.append(fused_quantile_loss_and_grad(**on_device, return_td_error=True, backend=backend.backend))
+    assert all(map(torch.equal, *results))
