@@ -1,5 +1,6 @@
 """One description of an option: signatures, docstrings, documentation and C++ say what dqn_fused.options says."""
 
+import copy
 import inspect
 import re
 from collections.abc import Callable
@@ -173,3 +174,24 @@ def test_every_file_that_contributing_names_is_there() -> None:
     for path in re.findall(r"`([\w./]*\w/?)`", text):
         if re.search(r"\.(py|md|h|json)$|/$", path):
             assert any((ROOT / folder / path).exists() for folder in folders), path
+
+
+def test_repr_shows_what_is_not_a_default() -> None:
+    """Options that change the loss were left out of a linear head's, of which only three were shown."""
+    assert repr(dqn_fused.FusedDQNLoss(delta=2.0, return_cql=True)) == (
+        "FusedDQNLoss(gamma=0.99, loss='mse', delta=2.0, reduction='mean', return_cql=True)"
+    )
+    assert repr(dqn_fused.FusedLinearDQNLoss(torch.tensor(0.5), loss="huber", cql_alpha=1.0)) == (
+        "FusedLinearDQNLoss(gamma=0.5, loss='huber', delta=1.0, reduction='mean', cql_alpha=1.0)"
+    )
+
+
+def test_a_module_follows_its_attributes_and_can_be_copied() -> None:
+    module = copy.deepcopy(dqn_fused.FusedDQNLoss(torch.tensor(0.5), backend="torch"))
+    q, actions, rewards = torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64), torch.ones(1)
+    module.reduction = "sum"
+    given = (q, actions, rewards, torch.ones(1, 2))
+    assert module(*given).item() == 1.5**2
+    assert module(*given, gamma=1.0).item() == 4
+    with pytest.raises(TypeError, match="FusedDQNLoss: unexpected argument 'discount'"):
+        module(*given, discount=1.0)
