@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 namespace dqn_fused {
 
@@ -99,17 +100,21 @@ struct Options {
   bool cql = false;
   double cql_alpha = 0;
   int64_t value_transform = IDENTITY;
-
-  bool plain() const { return loss == MSE && target == MAX && !cql && value_transform == IDENTITY; }
 };
 
 // How many there are.
 constexpr size_t OPTIONS = 10;
 
-// Of numbers, as an op is given them.
-inline Options unpack(const double* x) {
-  const auto code = [](double value) { return static_cast<int64_t>(value); };
-  return {code(x[0]), x[1], code(x[2]), code(x[3]), x[4], x[5], x[6], x[7] != 0, x[8], code(x[9])};
+// Of n numbers, as an op is given them: the last ones are left out where they are the defaults.
+inline Options unpack(const double* x, size_t n) {
+  Options o;
+  const double* const end = x + n;
+  const auto read = [&](auto& option) {
+    if (x != end) option = static_cast<std::remove_reference_t<decltype(option)>>(*x++);
+  };
+  read(o.loss), read(o.delta), read(o.reduction), read(o.target), read(o.temperature), read(o.alpha), read(o.clip);
+  read(o.cql), read(o.cql_alpha), read(o.value_transform);
+  return o;
 }
 
 // A batch of n transitions. final is terminated, or with `compacted` the mask of the rows that are not final

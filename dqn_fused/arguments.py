@@ -53,6 +53,12 @@ class Batch(NamedTuple):
     shape: torch.Size = UNCHECKED  # N
     checked: Tensor | None = None  # (n,), to be filled with the actions, -1 if non_final_mask has not m true entries
 
+    def flat(self) -> tuple[Any, ...]:
+        """The fields as an op takes them, without shape and checked: of gamma a tensor, or None, and a number."""
+        q, actions, rewards, next_q, terminated, gamma, non_final_mask, *rest = self
+        gammas, number = (gamma, 0.0) if isinstance(gamma, Tensor) else (None, gamma)
+        return (q, actions, rewards, next_q, terminated, non_final_mask, gammas, number, *rest[:-2])
+
     def action_count(self) -> int:
         """Number of actions."""
         return self.q.shape[-1]
@@ -64,6 +70,9 @@ class Batch(NamedTuple):
     def next_count(self) -> int:
         """Number of next states, where non_final_mask leaves some out."""
         return 0 if self.next_q is None else self.next_q.shape[0]
+
+
+NOT_DISTRIBUTIONAL = ("target_q", "action_mask")  # the last fields that an op takes: of the scalar losses only
 
 
 class Reduced(Protocol):
@@ -260,8 +269,8 @@ def action_range(batch: Batch) -> tuple[int, int]:
 
 def looks_at_values(device: torch.device) -> bool:
     """Whether check_values looks, so that everything behind it may rely on legal actions."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._get_dispatch_mode(_FAKE) is not None:
         return False
-    if device.type == "meta" or torch._C._get_dispatch_mode(_FAKE) is not None:  # shapes without values
-        return False
-    return device == CPU or os.environ.get("DQN_FUSED_CHECK", "0") not in ("", "0")
+    if device == CPU:  # device.type makes a string, which takes as long as all the rest
+        return True
+    return device.type != "meta" and os.environ.get("DQN_FUSED_CHECK", "0") not in ("", "0")

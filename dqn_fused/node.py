@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from dqn_fused import arguments, autograd
 from dqn_fused._backends.boxed import shaped_forward, unpack_backward
 from dqn_fused.arguments import UNCHECKED, Batch, LossSpec
-from dqn_fused.options import FIELD_CODES
+from dqn_fused.options import DEFAULTS, FIELD_CODES
 
 FOLDER = Path(__file__).parent
 Result = TypeVar("Result")
@@ -45,7 +45,7 @@ def load(folder: Path = FOLDER) -> tuple[ModuleType | None, str]:
     try:
         module = module_from_spec(spec)
         loader.exec_module(module)
-        module.prepare(recorded_backward, FIELD_CODES)
+        module.prepare(recorded_backward, FIELD_CODES, DEFAULTS)
     except (ImportError, TypeError, ValueError) as error:  # the last two: it was built with other options
         return None, f"{path.name} cannot be loaded: {error}"
     return module, ""

@@ -134,7 +134,7 @@ def loss_of_td_error(td: Tensor, normaliser: Tensor | None, batch: Batch, spec: 
 def reduced(per_sample: Tensor, batch: Batch, reduction: str) -> Tensor:
     """Loss of a batch, N or (), from that of each sample, N or (n,); of every family."""
     if batch.weights is not None:
-        per_sample = per_sample * _cast(batch.weights, per_sample.dtype).view(per_sample.shape)
+        per_sample = per_sample * _cast(batch.weights.detach(), per_sample.dtype).view(per_sample.shape)
     if reduction == "none":
         return per_sample if per_sample.shape == batch.shape else per_sample.view(batch.shape)
     return per_sample.mean() if reduction == "mean" else per_sample.sum()

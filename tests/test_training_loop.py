@@ -350,11 +350,11 @@ def test_the_ops_that_a_graph_holds(setting: Setting, name: str) -> None:
     if spec.reduction == "weighted_mean":
         batch, spec = normalise_weights(batch, spec)
     given = boxed.arguments(batch, spec)
-    assert boxed.unpack(*given)[1] == spec  # type: ignore[arg-type]
+    assert boxed.unpack(*given)[1] == spec
     torch.library.opcheck(_ops.triton_td_loss, given)
     torch.library.opcheck(_ops.triton_td_loss_and_grad, given)
     loss, td_error, normaliser = _ops.triton_td_loss(*given)
-    saved = Saved.of(batch, spec, td_error, normaliser if spec.cql else None)
+    saved = Saved.of(batch, spec, td_error, normaliser)
     torch.library.opcheck(_ops.triton_td_loss_backward, boxed.backward_arguments(torch.ones_like(loss), saved, spec))
 
 

@@ -80,7 +80,7 @@ struct TDLossBackward : Node {
     for (const SavedVariable* x : {&actions, &weights, &normaliser, &q, &action_mask}) args.collect(*x, false);
     for (const int64_t size : sizes) args.collect(size);
     args.collect(type);
-    for (size_t i = 0; i < OPTIONS; ++i) args.collect(numbers.get(i));
+    args.collect(numbers.vec());
   }
 
   variable_list apply_with_saved(const variable_list& grads, SwapSavedVariables& swap) override {

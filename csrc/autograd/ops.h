@@ -33,16 +33,16 @@ struct Saved {
   Tensor td_error, actions;
   Maybe weights, normaliser, q, action_mask;
   int64_t A = 0;
-  at::ScalarType type = at::ScalarType::Undefined;
+  at::ScalarType dtype = at::ScalarType::Undefined;
 };
 
-// The options as an op is given them.
+// The options as an op is given them, at most OPTIONS.
 using Numbers = c10::List<double>;
 
 inline Options unpack(const Numbers& numbers) {
   double x[OPTIONS];
-  for (size_t i = 0; i < OPTIONS; ++i) x[i] = numbers.get(i);
-  return dqn_fused::unpack(x);
+  for (size_t i = 0; i < numbers.size(); ++i) x[i] = numbers.get(i);
+  return dqn_fused::unpack(x, numbers.size());
 }
 
 Outputs forward(const Inputs& in, const Numbers& numbers, bool with_grad);

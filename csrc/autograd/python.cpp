@@ -29,8 +29,8 @@ enum Argument {
   ACTION_MASK
 };
 
-// What Python hands over at the start: a function, and FIELD_CODES of dqn_fused/options.py.
-PyObject *recorded_backward = nullptr, *codes = nullptr;
+// What Python hands over at the start: a function, and FIELD_CODES and DEFAULTS of dqn_fused/options.py.
+PyObject *recorded_backward = nullptr, *codes = nullptr, *defaults = nullptr;
 
 // A LossSpec in numbers; the last one is kept, since most calls come with it again. False for what Python makes of
 // other options, the weighted mean.
@@ -47,6 +47,9 @@ bool read(PyObject* spec, Numbers& found) {
       if (x == nullptr) return false;
       fresh.push_back(PyFloat_AsDouble(x));
     }
+    while (!fresh.empty() &&
+           fresh.get(fresh.size() - 1) == PyFloat_AsDouble(PyTuple_GET_ITEM(defaults, fresh.size() - 1)))
+      fresh.pop_back();
     numbers = std::move(fresh);  // another list: a node may hold the one before
     Py_INCREF(spec);
     Py_XDECREF(std::exchange(last, spec));
@@ -151,18 +154,18 @@ PyObject* tuple(Tensors... tensors) {
 }
 
 PyObject* list(const Numbers& numbers) {
-  PyObject* const found = PyList_New(OPTIONS);
-  for (size_t i = 0; i < OPTIONS; ++i) PyList_SET_ITEM(found, i, PyFloat_FromDouble(numbers.get(i)));
+  PyObject* const found = PyList_New(static_cast<Py_ssize_t>(numbers.size()));
+  for (size_t i = 0; i < numbers.size(); ++i) PyList_SET_ITEM(found, i, PyFloat_FromDouble(numbers.get(i)));
   return found;
 }
 
 Tensor differentiable(const Tensor& grad_loss, const Tensor& grad_td_error, const Saved& s, const Numbers& numbers) {
   const WithGil gil;
-  PyObject* const type = reinterpret_cast<PyObject*>(torch::getTHPDtype(s.type));
+  PyObject* const dtype = reinterpret_cast<PyObject*>(torch::getTHPDtype(s.dtype));
   THPObjectPtr found(PyObject_CallFunction(
       recorded_backward, "NNNNNNNNLON", none_if_empty(grad_loss), none_if_empty(grad_td_error),
       none_if_empty(s.td_error), none_if_empty(s.actions), none_if_empty(s.weights), none_if_empty(s.normaliser),
-      none_if_empty(s.q), none_if_empty(s.action_mask), static_cast<long long>(s.A), type, list(numbers)));
+      none_if_empty(s.q), none_if_empty(s.action_mask), static_cast<long long>(s.A), dtype, list(numbers)));
   if (!found) {
     python_error error;
     error.persist();
@@ -220,14 +223,16 @@ PyObject* record_checked(PyObject*, PyObject* const* given, Py_ssize_t) {
   END_HANDLE_TH_ERRORS
 }
 
-// (recorded_backward, FIELD_CODES).
+// (recorded_backward, FIELD_CODES, DEFAULTS).
 PyObject* prepare(PyObject*, PyObject* arguments) {
-  if (!PyArg_ParseTuple(arguments, "OO!", &recorded_backward, &PyTuple_Type, &codes)) return nullptr;
-  if (PyTuple_GET_SIZE(codes) != static_cast<Py_ssize_t>(OPTIONS)) {
+  if (!PyArg_ParseTuple(arguments, "OO!O!", &recorded_backward, &PyTuple_Type, &codes, &PyTuple_Type, &defaults))
+    return nullptr;
+  if (PyTuple_GET_SIZE(codes) != static_cast<Py_ssize_t>(OPTIONS) ||
+      PyTuple_GET_SIZE(defaults) != PyTuple_GET_SIZE(codes)) {
     PyErr_SetString(PyExc_ValueError, "expected the codes of as many options as csrc/td_loss.h has");
     return nullptr;
   }
-  for (PyObject* x : {recorded_backward, codes}) Py_INCREF(x);  // for good
+  for (PyObject* x : {recorded_backward, codes, defaults}) Py_INCREF(x);  // for good
   Py_RETURN_NONE;
 }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dqn_fused import _distributional_ops, _ops, arguments, node
+from dqn_fused import _distributional_ops, _ops, node
 from dqn_fused._backends import boxed
 from dqn_fused._backends.boxed import backward_arguments, shaped, shaped_forward
 from dqn_fused.arguments import Batch, LossSpec
@@ -15,7 +15,6 @@ from dqn_fused.autograd import Saved
 from dqn_fused.categorical_arguments import CategoricalSpec
 from dqn_fused.head.sweep import sweep
 from dqn_fused.head.sweep_backward import sweep_backward
-from dqn_fused.options import REDUCTIONS
 from dqn_fused.quantile_arguments import QuantileSpec
 from dqn_fused.row_loss import SavedRows
 
@@ -74,53 +73,23 @@ def refuses(device: torch.device) -> str | None:
 
 def forward(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return (loss, td_error, normaliser)."""
-    plain, normaliser = _plain_arguments(batch, spec), None
-    if plain is not None:
-        loss, td_error = _ops.td_loss(*plain)
-    else:
-        loss, td_error, normaliser = _ops.general_td_loss(*_arguments(batch, spec))
+    loss, td_error, normaliser = _ops.td_loss(*_arguments(batch, spec))
     return shaped_forward(loss, td_error, normaliser, batch, spec)
 
 
 def backward(grad_loss: Tensor, saved: Saved, spec: LossSpec) -> Tensor:
     """Return grad_q."""
-    q_shape = saved.q_shape
-    if spec.loss == "mse" and saved.weights is None and saved.q is None:
-        reduction = REDUCTIONS[spec.reduction]
-        grad_q = _ops.td_loss_backward(grad_loss, saved.td_error, saved.actions, q_shape[-1], saved.q_dtype, reduction)
-    else:
-        grad_q = _ops.general_td_loss_backward(*backward_arguments(grad_loss, saved, spec))
-    return grad_q if len(q_shape) == 2 else shaped(grad_q, q_shape)
+    grad_q = _ops.td_loss_backward(*backward_arguments(grad_loss, saved, spec))
+    return grad_q if len(saved.q_shape) == 2 else shaped(grad_q, saved.q_shape)
 
 
 def loss_and_grad(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return (loss, grad_q, td_error, normaliser)."""
-    plain, normaliser = _plain_arguments(batch, spec), None
-    if plain is not None:
-        loss, grad_q, td_error = _ops.td_loss_and_grad(*plain)
-    else:
-        loss, grad_q, td_error, normaliser = _ops.general_td_loss_and_grad(*_arguments(batch, spec))
+    loss, grad_q, td_error, normaliser = _ops.td_loss_and_grad(*_arguments(batch, spec))
     loss, td_error, normaliser = shaped_forward(loss, td_error, normaliser, batch, spec)
     if len(batch.shape) != 1:
         grad_q = shaped(grad_q, (*batch.shape, grad_q.shape[-1]))
     return loss, grad_q, td_error, normaliser
-
-
-def _plain_arguments(batch: Batch, spec: LossSpec) -> tuple[object, ...] | None:
-    """Arguments of the ops of the plain loss, whose calls are cheaper; None where they will not do."""
-    (
-        q, actions, rewards, next_q, terminated, gamma, non_final_mask,
-        next_q_online, next_action_mask, weights, target_q, action_mask, *_,
-    ) = batch  # fmt: skip
-    if not spec.plain() or next_q is None:
-        return None
-    if not next_q_online is next_action_mask is weights is target_q is action_mask is None:
-        return None
-    gammas = None
-    if isinstance(gamma, Tensor):
-        gammas, gamma = gamma, 0.0
-    look = arguments.looks_at_values(q.device)
-    return q, actions, rewards, next_q, terminated, non_final_mask, gammas, gamma, REDUCTIONS[spec.reduction], look
 
 
 def _arguments(batch: Batch, spec: LossSpec) -> tuple[object, ...]:
@@ -129,7 +98,7 @@ def _arguments(batch: Batch, spec: LossSpec) -> tuple[object, ...]:
         for x in (batch.next_q_online, batch.next_action_mask, batch.target_q, batch.action_mask):
             if x is not None and x.dim() != 2:
                 raise RuntimeError(f"expected matrices of two dimensions, as q, got {x.dim()}")
-    return (*boxed.arguments(batch, spec), arguments.looks_at_values(batch.q.device))
+    return boxed.arguments(batch, spec)
 
 
 def quantile_loss(batch: Batch, taus: Tensor | None, spec: QuantileSpec) -> tuple[Tensor, Tensor, Tensor]:

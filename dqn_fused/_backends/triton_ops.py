@@ -94,21 +94,16 @@ def rows_backward(grad_loss: Tensor, saved: SavedRows) -> Tensor:
     return boxed.shaped(_distributional_ops.triton_rows_backward(grad_loss, *boxed.rows_arguments(saved)), saved.shape)
 
 
-def _forward(*given: object) -> tuple[Tensor, Tensor, Tensor]:
-    batch, spec = boxed.unpack(*given)  # type: ignore[arg-type]
-    loss, td_error, normaliser = triton_td_loss.forward(batch, spec)
-    return loss, td_error, td_error.new_empty(0) if normaliser is None else normaliser
+def _forward(*given: object) -> tuple[Tensor, Tensor, Tensor | None]:
+    return triton_td_loss.forward(*boxed.unpack(*given))
 
 
-def _loss_and_grad(*given: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, spec = boxed.unpack(*given)  # type: ignore[arg-type]
-    loss, grad_q, td_error, normaliser = triton_td_loss.loss_and_grad(batch, spec)
-    return loss, grad_q, td_error, td_error.new_empty(0) if normaliser is None else normaliser
+def _loss_and_grad(*given: object) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    return triton_td_loss.loss_and_grad(*boxed.unpack(*given))
 
 
 def _backward(grad_loss: Tensor, *given: object) -> Tensor:
-    saved, spec = boxed.unpack_backward(*given)  # type: ignore[arg-type]
-    return triton_td_loss.backward(grad_loss, saved, spec)
+    return triton_td_loss.backward(grad_loss, *boxed.unpack_backward(*given))
 
 
 def _sweep(
