@@ -1,5 +1,5 @@
-// The ops of dqn_fused/_ops.py for a device, which has
-// - run: the forward, if asked for with the gradient; normaliser is filled where options.cql is set,
+// The ops of dqn_fused/_ops.py for a Device that has
+// - run: the forward, with the gradient if it is asked for; normaliser is there where options.cql is set,
 // - gradient: the backward.
 
 #pragma once
@@ -17,7 +17,7 @@ using Maybe = std::optional<Tensor>;
 
 struct Outputs {
   Tensor loss, td;
-  Maybe normaliser, grad_q;  // what is not given costs no empty tensor
+  Maybe normaliser, grad_q;
 };
 
 template <class Device>

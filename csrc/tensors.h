@@ -1,5 +1,5 @@
-// From tensors of the stable ABI to td_loss.h's view of them. What does not fit is refused without many words: the
-// caller then asks dqn_fused/arguments.py, which finds the argument and names it.
+// From tensors of the stable ABI to the structures of td_loss.h. The errors are short: the caller then asks
+// dqn_fused/arguments.py, which names the argument, what was expected and what came.
 
 #pragma once
 
@@ -38,7 +38,7 @@ inline int32_t device_type(const Tensor& x) {
   return type;
 }
 
-// Sizes and strides; sizes() and strides() would each ask for the number of dimensions.
+// Sizes and strides; sizes() and strides() would each ask for the number of dimensions again.
 struct Layout {
   int64_t dim = 0;
   int64_t *size = nullptr, *stride = nullptr;
@@ -49,7 +49,7 @@ struct Layout {
   }
 };
 
-// Where the tensors must be.
+// The device on which the tensors must be.
 struct Place {
   int32_t type;
   int32_t index;
@@ -78,7 +78,7 @@ inline Matrix matrix(const char* name, const Tensor& x, const Place& place, bool
   return {values, size[0] * size[1], size[2], size[1], stride[0], stride[1], stride[2]};
 }
 
-// One that goes with another, if it is given; `allowed` says whether the options have a use for it.
+// A matrix that goes with another, if it is given; `allowed` says whether the options have a use for it.
 inline Matrix beside(const Matrix& other, const char* name, const std::optional<Tensor>& x, const Place& place,
                      bool flags, bool allowed) {
   if (!x) return {};
@@ -87,7 +87,7 @@ inline Matrix beside(const Matrix& other, const char* name, const std::optional<
   return found;
 }
 
-// What there is one of for each of the b.n samples, but for weights. `next` says whether there are next values.
+// The columns of the b.n samples, without the weights. `next` says whether there are next values.
 inline void columns(Batch& b, const Place& place, bool next, const Tensor& actions, const Tensor& rewards,
                     const std::optional<Tensor>& terminated, const std::optional<Tensor>& non_final_mask,
                     const std::optional<Tensor>& gammas, double gamma) {
@@ -146,7 +146,7 @@ inline Batch batch(const Options& options, const Tensor& q, const Tensor& action
   return b;
 }
 
-// What a backward is given. With the conservative term q and normaliser, and its mask if there was one.
+// What a backward is given: q, and its mask if there was one, only with the conservative term.
 struct Saved {
   Column actions, weights;
   Matrix q, legal;
@@ -184,7 +184,7 @@ inline Saved saved(const Options& options, const Tensor& grad_loss, const Tensor
   return s;
 }
 
-// The shim itself: torch::stable::empty looks the operator up by name, 1 us a tensor.
+// Calls the shim itself: torch::stable::empty looks the operator up by name, which takes 1 us.
 inline Tensor empty(std::initializer_list<int64_t> size, ScalarType type, const Tensor& like) {
   int64_t stride[3] = {1, 1, 1};
   for (size_t k = size.size(); k-- > 1;) stride[k - 1] = stride[k] * std::max<int64_t>(size.begin()[k], 1);

@@ -13,7 +13,7 @@ from dqn_fused.options import REDUCTIONS as REDUCTIONS
 from dqn_fused.options import unpacked
 
 KINDS = {Tensor: "Tensor", Tensor | None: "Tensor?", float | Tensor: "float"}
-# Of a batch, and in their first eleven of what the distributional losses take, as Batch.flat hands them over.
+# The fields of a batch as arguments, in the order of Batch.flat.
 ARGUMENTS = [
     declared or "Tensor? gammas"
     for declared in Batch(*(f"{KINDS.get(kind)} {name}" for name, kind in Batch.__annotations__.items())).flat()  # type: ignore[arg-type]
@@ -22,7 +22,7 @@ SAVED = [f"{KINDS[kind]} {name}" for name, kind in Saved.__annotations__.items()
 
 _library = Library("dqn_fused", "DEF")
 # normaliser is (2, n), and None without the conservative term. check: whether an op on the CPU looks at the values. The
-# Triton ops are for torch.compile, which calls a launch from its graph without a look into it, and never look.
+# Triton ops are for torch.compile, whose graph calls a launch as a whole, and never look.
 for _kind in ("", "triton_"):
     _given = f"{', '.join(ARGUMENTS)}, float[] options, bool check"
     _library.define(f"{_kind}td_loss({_given}) -> (Tensor loss, Tensor td_error, Tensor? normaliser)")
@@ -33,20 +33,20 @@ for _kind in ("", "triton_"):
         f"{_kind}td_loss_backward(Tensor grad_loss, {', '.join(SAVED)}, int A, ScalarType dtype, float[] options) "
         "-> Tensor grad_q"
     )
-# first is empty, (0,), but for "argmax", and total but for "soft".
+# first is empty, (0,), except with "argmax", and total is, except with "soft".
 for _kind, _more in (("", ""), ("triton_", ", bool auto")):
     _library.define(
         f"{_kind}sweep(Tensor hidden, Tensor weight, Tensor? bias, Tensor? mask, str kind, float temperature{_more}) "
         "-> (Tensor largest, Tensor first, Tensor total)"
     )
-# taken and policy are coefficients; a gradient that needs says no of is empty, (0,).
+# taken and policy are coefficients; a gradient that is not needed is empty, (0,).
 for _kind, _more in (("", ""), ("triton_", ", bool auto")):
     _library.define(
         f"{_kind}sweep_backward(Tensor hidden, Tensor weight, Tensor? bias, Tensor? mask, Tensor largest, "
         f"Tensor policy, Tensor actions, Tensor taken, bool[] needs{_more}) "
         "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
     )
-# Of torch.compile alone, whose own code for a sum by index adds by atomics on a GPU.
+# Only for torch.compile, whose own code for a sum by index uses atomics on a GPU.
 _library.define("add_rows(Tensor values, Tensor index, int A, ScalarType dtype) -> Tensor")
 NAMES = tuple(f"{kind}td_loss{what}" for kind in ("", "triton_") for what in ("", "_and_grad", "_backward"))
 for _name in (*NAMES, "sweep", "triton_sweep", "sweep_backward", "triton_sweep_backward", "add_rows"):
@@ -121,7 +121,7 @@ def _add_rows(values: Tensor, index: Tensor, A: int, dtype: torch.dtype) -> Tens
 
 
 def on_one_device(q: Tensor, *others: object) -> None:
-    """Check that no other tensor is elsewhere than q."""
+    """Check that all tensors are on the device of q."""
     for x in others:
         if isinstance(x, Tensor) and x.device != q.device:
             raise RuntimeError(f"expected all tensors on {q.device}, as q, got {x.device}")
@@ -132,7 +132,7 @@ def _per_sample(q: Tensor, actions: Tensor) -> Tensor:
 
 
 def loss_like(q: Tensor, actions: Tensor, reduction: object) -> Tensor:
-    """Fake of a loss, () or (n,)."""
+    """The fake of a loss, () or (n,)."""
     return _per_sample(q, actions) if reduction == REDUCTIONS["none"] else q.new_empty((), dtype=accumulation_dtype(q))
 
 

@@ -1,8 +1,8 @@
-"""The options of the loss, once: what a call takes, what becomes of it, and how an op is given it.
+"""The one description of the options of the loss: what a call takes, what follows from it, and what an op is given.
 
-An option has its names or its range in ``check_loss``, a field of ``LossSpec``, a row of ``CODES`` and one
-of ``PUBLIC``. From these follow the arguments of the ops; tests/test_options.py compares with them the signatures
-of functions and modules, their docstrings, docs/call.md and csrc/td_loss.h.
+An option has its names or its range in ``check_loss``, a field of ``LossSpec``, a row of ``CODES`` and one of
+``PUBLIC``. The arguments of the ops follow from these, and tests/test_options.py compares the signatures of functions
+and modules, their docstrings, docs/call.md and csrc/td_loss.h with them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ import torch
 from dqn_fused.checks import wrong_choice
 from dqn_fused.targets import Munchausen, Soft, number
 
-# Enumerations of csrc/td_loss.h. What is computed of the weighted mean is a sum.
+# The enumerations of csrc/td_loss.h. The weighted mean is not among them: it becomes a sum or a mean.
 LOSSES = {"mse": 0, "huber": 1, "smooth_l1": 2}
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 TARGETS = {"max": 0, "soft": 1, "munchausen": 2}
@@ -25,7 +25,7 @@ BY_NAME = {"max": None, "soft": Soft(), "munchausen": Munchausen()}
 
 
 class LossSpec(NamedTuple):
-    """What is computed from a batch: options, all of them checked."""
+    """What is computed from a batch: the options, all checked."""
 
     loss: str = "mse"
     delta: float = 1.0
@@ -43,7 +43,7 @@ class LossSpec(NamedTuple):
         return self.cql_alpha != 0
 
 
-# Fields of LossSpec that are no numbers, and what stands for their values in an op.
+# The fields of LossSpec that are not numbers, and the numbers that stand for their values in an op.
 CODES: dict[str, Mapping[Any, int]] = {
     "loss": LOSSES,
     "reduction": REDUCTIONS,
@@ -51,8 +51,8 @@ CODES: dict[str, Mapping[Any, int]] = {
     "cql": {False: 0, True: 1},
     "value_transform": VALUE_TRANSFORMS,
 }
-# What fused_dqn_loss takes beside the fields of arguments.Batch, and the fields of LossSpec that it decides: none where
-# the call itself sees to it.
+# What fused_dqn_loss takes besides the fields of arguments.Batch, and the fields of LossSpec that each of these
+# decides: none where the call itself handles it.
 PUBLIC: dict[str, tuple[str, ...]] = {
     "loss": ("loss",),
     "delta": ("delta",),
@@ -67,7 +67,7 @@ PUBLIC: dict[str, tuple[str, ...]] = {
     "backend": (),
 }
 
-# By field, in the order of LossSpec: floats, or None for a number. The node in C++ is given it, too.
+# For each field of LossSpec its codes as floats, or None if it is a number. The node in C++ is given this, too.
 FIELD_CODES: tuple[dict[Any, float] | None, ...] = tuple(
     {value: float(code) for value, code in CODES[name].items()} if name in CODES else None for name in LossSpec._fields
 )
@@ -97,7 +97,7 @@ def _numbers(spec: LossSpec) -> list[float]:
     return [x if codes is None else codes[x] for x, codes in zip(fields, FIELD_CODES, strict=True)]
 
 
-# A LossSpec without options, in numbers.
+# LossSpec() in numbers.
 DEFAULTS = tuple(_numbers(LossSpec()))
 
 

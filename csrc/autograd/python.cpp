@@ -13,7 +13,7 @@
 namespace dqn_fused::autograd {
 namespace {
 
-// arguments.Batch as a tuple, up to what the op is given.
+// The fields of arguments.Batch that an op is given.
 enum Argument {
   Q,
   ACTIONS,
@@ -32,8 +32,8 @@ enum Argument {
 // What Python hands over at the start: a function, and FIELD_CODES and DEFAULTS of dqn_fused/options.py.
 PyObject *recorded_backward = nullptr, *codes = nullptr, *defaults = nullptr;
 
-// A LossSpec in numbers; the last one is kept, since most calls come with it again. False for what Python makes of
-// other options, the weighted mean.
+// A LossSpec in numbers. The last one is kept, since most calls use it again. False for the weighted mean, which Python
+// turns into another reduction.
 bool read(PyObject* spec, Numbers& found) {
   static PyObject* last = nullptr;
   static Numbers numbers;
@@ -61,17 +61,17 @@ bool read(PyObject* spec, Numbers& found) {
 using c10::DispatchKey;
 using c10::DispatchKeySet;
 
-// The operator - of the sets leaves the bits of the devices.
+// The sets' own operator - would leave the bits of the devices.
 bool within(DispatchKeySet keys, DispatchKeySet all) { return (keys.raw_repr() & ~all.raw_repr()) == 0; }
 
-// A dense tensor on the CPU, and nothing else besides: no subclass, no lazy conjugate, no member of a batch.
+// A dense tensor on the CPU and nothing more: no subclass, no lazy conjugate, no batched tensor of vmap.
 bool ordinary(PyObject* x) {
   static constexpr DispatchKeySet keys(
       {DispatchKey::CPU, DispatchKey::ADInplaceOrView, DispatchKey::AutogradCPU, DispatchKey::AutocastCPU});
   return THPVariable_CheckExact(x) && within(THPVariable_Unpack(x).key_set(), keys);
 }
 
-// Whether nothing looks at the calls of operations: no transform of torch.func, no mode.
+// Whether nothing intercepts operations: no transform of torch.func, no mode.
 bool undisturbed() {
   return within(c10::impl::tls_local_dispatch_key_set().included_,
                 c10::autocast_dispatch_keyset | c10::default_included_set);
@@ -80,7 +80,7 @@ bool undisturbed() {
 constexpr Argument OPTIONAL[] = {NEXT_Q,           TERMINATED, NON_FINAL_MASK, NEXT_Q_ONLINE,
                                  NEXT_ACTION_MASK, WEIGHTS,    TARGET_Q,       ACTION_MASK};
 
-// Whether everything that should be a tensor is one, of a kind.
+// Whether everything that should be a tensor is one, of the kind asked for.
 bool tensors(PyObject* const* given, bool (*kind)(PyObject*)) {
   for (const Argument i : {Q, ACTIONS, REWARDS})
     if (!kind(given[i])) return false;
@@ -90,13 +90,13 @@ bool tensors(PyObject* const* given, bool (*kind)(PyObject*)) {
   return PyFloat_CheckExact(gamma) || PyLong_CheckExact(gamma) || kind(gamma);
 }
 
-// Whether q and next_q may have been exchanged: hints.warn_if_swapped.
+// Whether q and next_q may be swapped: hints.warn_if_swapped.
 bool swapped(PyObject* const* given) {
   return given[NEXT_Q] != Py_None && !THPVariable_Unpack(given[Q]).requires_grad() &&
          THPVariable_Unpack(given[NEXT_Q]).requires_grad() && at::GradMode::is_enabled();
 }
 
-// What the op takes as it is, and checks; false for all that Python must look at first.
+// Whether the op takes the arguments as they are and checks them; false where Python must look at them first.
 bool takes(PyObject* const* given) {
   if (!tensors(given, ordinary) || swapped(given)) return false;
   for (const Argument i : {Q, NEXT_Q, NEXT_Q_ONLINE, NEXT_ACTION_MASK, TARGET_Q, ACTION_MASK})
@@ -174,7 +174,7 @@ Tensor differentiable(const Tensor& grad_loss, const Tensor& grad_td_error, cons
   return THPVariable_Unpack(found.get());
 }
 
-// None where what() throws, as an op does that refuses its arguments: Python then says what is wrong.
+// None where what() throws because an op refuses its arguments: Python then says what is wrong.
 template <class What>
 PyObject* none_if_refused(What&& what) {
   try {
@@ -201,7 +201,7 @@ PyObject* call(PyObject*, PyObject* const* spec_and_batch, Py_ssize_t) {
     Numbers numbers;
     if (!read(spec_and_batch[0], numbers) || !takes(given)) Py_RETURN_NONE;
     const Inputs in = read(given, true);
-    if (PyErr_Occurred() != nullptr) {  // gamma is no double
+    if (PyErr_Occurred() != nullptr) {  // gamma does not fit a double
       PyErr_Clear();
       Py_RETURN_NONE;
     }

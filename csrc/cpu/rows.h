@@ -46,7 +46,7 @@ struct Summary {
   double sum = 0;
 };
 
-// A question to the rows of a matrix. Sums are taken in float32 or float64, in an order that depends on A alone.
+// A question to the rows of a matrix. Sums are taken in float32 or float64, in an order that depends only on A.
 class Rows {
  public:
   Rows() = default;

@@ -1,4 +1,4 @@
-"""A batch and a loss as the flat arguments of an op, and an op's results as a backend gives them."""
+"""A batch and a loss as the flat arguments of an op, and the results of an op as a backend returns them."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ REDUCTION_OF = {code: name for name, code in REDUCTIONS.items()}
 
 
 def arguments(batch: Batch, spec: LossSpec) -> tuple[object, ...]:
-    """Arguments of a forward op. A batch comes unchecked where the op looks at the values, and only there."""
+    """Arguments of a forward op. A batch is unchecked only where the op looks at the values."""
     look = batch.shape is UNCHECKED or looks_at_values(batch.q.device)
     return *batch.flat(), packed(spec), look
 
@@ -38,7 +38,7 @@ def unflat(
     gamma: float,
     *rest: Tensor | None,
 ) -> Batch:
-    """The batch, of one leading dimension, whose fields, or the first ones, were flat."""
+    """The batch, of one leading dimension, whose fields, or the first of them, are given as Batch.flat returns them."""
     given = gamma if gammas is None else gammas
     batch = Batch(q, actions, rewards, next_q, terminated, given, non_final_mask, *rest)  # type: ignore[arg-type]
     return batch._replace(shape=actions.shape)
@@ -112,7 +112,7 @@ def unpack_categorical(*given: Any) -> tuple[Batch, CategoricalSpec]:
 
 
 def rows_arguments(saved: SavedRows) -> tuple[object, ...]:
-    """Arguments of a backward op of the distributional losses, but for the upstream gradient."""
+    """Arguments of a backward op of the distributional losses, without the upstream gradient."""
     slopes, actions, weights, shape, dtype, reduction = saved
     return slopes, actions, weights, shape[-2], dtype, REDUCTIONS[reduction]
 

@@ -1,4 +1,4 @@
-"""The ops compiled from csrc/: a library for the CPU and one for CUDA, either of which may be missing."""
+"""The ops compiled from csrc/: a library for the CPU and one for CUDA, each of which may be missing."""
 
 import ctypes
 import os
@@ -20,7 +20,7 @@ from dqn_fused.row_loss import SavedRows
 
 __all__ = ["sweep", "sweep_backward"]
 
-auto_sweep, auto_sweep_backward = sweep, sweep_backward  # the product is the library's
+auto_sweep, auto_sweep_backward = sweep, sweep_backward  # the matrix products are PyTorch's
 CAPABILITIES = ("default", "avx2", "avx512")  # instruction sets that the CPU's functions are compiled for
 CHECKS_CPU = True  # on CUDA a look at the values would cost a synchronisation
 COUNTS_MASK = False
@@ -28,7 +28,7 @@ NODE = True
 
 
 def _load(device: str, folder: Path = Path(__file__).parents[1]) -> str | None:
-    """Load a library; say why it cannot be."""
+    """Load a library; say why it cannot be loaded."""
     wanted = os.environ.get("DQN_FUSED_CPU_CAPABILITY")
     if device == "cpu" and wanted and wanted not in CAPABILITIES:
         return f"DQN_FUSED_CPU_CAPABILITY: expected one of {', '.join(CAPABILITIES)}, got {wanted!r}"
@@ -38,7 +38,7 @@ def _load(device: str, folder: Path = Path(__file__).parents[1]) -> str | None:
         return f"not built for {device} ({how})"
     try:
         if device == "cuda":
-            # import torch keeps these symbols to itself, and a library built beside a CPU torch does not ask for them.
+            # import torch does not make these symbols global, and a library built with a CPU torch does not link them.
             ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"), mode=ctypes.RTLD_GLOBAL)
         torch.ops.load_library(path)
     except OSError as error:
@@ -53,7 +53,7 @@ if not _REASONS["cpu"]:
 
 
 def cpu_capability() -> str | None:
-    """Instruction set in use on the CPU, the best there is or what DQN_FUSED_CPU_CAPABILITY asks for; None unbuilt."""
+    """Instruction set in use on the CPU: the best, or what DQN_FUSED_CPU_CAPABILITY names; None without a library."""
     if _REASONS["cpu"]:
         return None
     ask = ctypes.CDLL(str(Path(__file__).parents[1] / "_C_cpu.so")).dqn_fused_cpu_capability
@@ -62,7 +62,7 @@ def cpu_capability() -> str | None:
 
 
 def unavailable() -> str | None:
-    """Say why neither library is there."""
+    """Say why neither library can be used."""
     return PARTLY if all(_REASONS.values()) else None
 
 
@@ -94,7 +94,7 @@ def loss_and_grad(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor,
 
 def _arguments(batch: Batch, spec: LossSpec) -> tuple[object, ...]:
     if len(batch.shape) == 1:
-        # Elsewhere two leading dimensions may merge in one matrix and not in another, so the op takes both.
+        # With more leading dimensions some matrices may merge them and others not, so the op takes both.
         for x in (batch.next_q_online, batch.next_action_mask, batch.target_q, batch.action_mask):
             if x is not None and x.dim() != 2:
                 raise RuntimeError(f"expected matrices of two dimensions, as q, got {x.dim()}")
