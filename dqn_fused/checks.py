@@ -87,6 +87,12 @@ def rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+def check_choice(name: str, got: object, choices: tuple[str, ...]) -> None:
+    """Check that a name is one of the choices."""
+    if not isinstance(got, str) or got not in choices:
+        wrong_choice(name, got, choices)
+
+
 def wrong_choice(name: str, got: object, choices: tuple[str, ...]) -> NoReturn:
     """Raise for a name that is not one of the choices."""
     raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {got!r}")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dqn_fused.checks import wrong_choice
+from dqn_fused.checks import check_choice
 from dqn_fused.targets import Munchausen, Soft, number
 
 # The enumerations of csrc/td_loss.h. The weighted mean is not among them: it becomes a sum or a mean.
@@ -118,23 +118,20 @@ def check_loss(
 ) -> LossSpec:
     """Check the options."""
     key = (loss, delta, reduction, target, cql_alpha, return_cql, value_transform)
-    spec = _PLAIN.get(key) if type(target) is str and type(delta) is type(cql_alpha) is float else None
+    names = type(loss) is type(reduction) is type(target) is type(value_transform) is str
+    spec = _PLAIN.get(key) if names and type(delta) is type(cql_alpha) is float else None
     if spec is not None:
         return spec
-    if loss not in LOSSES:
-        wrong_choice("loss", loss, tuple(LOSSES))
-    if reduction not in REDUCTION_NAMES:
-        wrong_choice("reduction", reduction, REDUCTION_NAMES)
-    if value_transform not in VALUE_TRANSFORMS:
-        wrong_choice("value_transform", value_transform, tuple(VALUE_TRANSFORMS))
+    check_choice("loss", loss, tuple(LOSSES))
+    check_choice("reduction", reduction, REDUCTION_NAMES)
+    check_choice("value_transform", value_transform, tuple(VALUE_TRANSFORMS))
     delta, cql_alpha = number("delta", delta), number("cql_alpha", cql_alpha)
     if not (0 < delta < inf or (loss == "smooth_l1" and delta == 0)):
         raise ValueError(f"delta: expected a finite number above 0, got {delta}")
     if not -inf < cql_alpha < inf:  # torch.compile may hold a number for which math.isfinite has no rule
         raise ValueError(f"cql_alpha: expected a finite number, got {cql_alpha}")
     if isinstance(target, str):
-        if target not in BY_NAME:
-            wrong_choice("target", target, tuple(BY_NAME))
+        check_choice("target", target, tuple(BY_NAME))
         chosen = BY_NAME[target]
     elif isinstance(target, (Soft, Munchausen)):
         chosen = target
