@@ -152,16 +152,15 @@ def test_cpp_has_the_same_options() -> None:
 
 
 def named(path: str, start: str, pattern: str) -> list[str]:
-    """What a pattern finds in a file between a start and the end of the parentheses or braces that follow it."""
-    text = (ROOT / path).read_text().partition(start)[2]
+    """What a pattern finds in a file, or a folder, between a start and the next end of parameters or of a structure."""
+    files = sorted(x for x in (ROOT / path).rglob("*") if x.is_file()) or [ROOT / path]
+    text = "".join(x.read_text() for x in files).partition(start)[2]
     assert text, f"{path} has no {start!r}"
-    return re.findall(pattern, re.split(r"\) {|};|\)\[|\);", text)[0])
+    return re.findall(pattern, re.split(r"\) {|};|\);", text)[0])
 
 
 PARAMETER = r"(\w+)(?:,|$)"
 FLAT = [declared.split()[-1] for declared in ARGUMENTS]
-OPTIONAL = [name for name in TENSORS if Batch.__annotations__[name] == Tensor | None]
-NOT_SAVED = ["grad_loss", "options"]
 
 
 def test_the_arguments_of_the_ops_follow_from_the_batch() -> None:
@@ -191,20 +190,19 @@ def test_the_node_takes_the_arguments_of_the_ops() -> None:
     """A tensor that it does not read would be left out, where the same call without the node has it."""
     forward, backward = ([x.name for x in op._schema.arguments] for op in (_ops.td_loss, _ops.td_loss_backward))
     forward.remove("options")
-    assert named("csrc/autograd/ops.h", "struct Inputs {", r"(\w+)(?: = \w+)?[,;]") == forward
-    assert named("csrc/autograd/ops.h", "struct Saved {", r"(\w+)(?: = [\w:]+)?[,;]") == [
-        x for x in backward if x not in NOT_SAVED
-    ]
-    assert named("csrc/autograd/ops.cpp", "(with_grad ? both : alone)(", r"in\.(\w+)") == forward
-    assert named("csrc/autograd/ops.cpp", "return op(", r"s\.(\w+)") == [x for x in backward if x not in NOT_SAVED]
-    python = "csrc/autograd/python.cpp"
-    assert named(python, "enum Argument {", r"([A-Z_]+)") == [name.upper() for name in TENSORS]
-    assert named(python, "OPTIONAL[] = {", r"([A-Z_]+)") == [name.upper() for name in OPTIONAL]
-    matrices = {"q", *transforms.MATRICES, *transforms.MATRICES_OF_S}
-    assert set(
-        named(python, "ordinary) || swapped(given)) return false;\n  for (const Argument i : {", r"([A-Z_]+)")
-    ) >= {name.upper() for name in matrices}
-    assert set(re.findall(r"in\.(\w+) =", (ROOT / python).read_text())) == set(forward)
+    saved = ["type" if x == "dtype" else x for x in backward if x not in ("grad_loss", "options")]
+    node = "csrc/autograd"
+    assert named(node, "struct Inputs {", r"(\w+)(?: = \w+)?[,;]") == forward
+    assert named(node, "struct Saved {", r"(\w+)(?: = [\w:]+)?[,;]") == saved
+    assert named(node, '"dqn_fused::td_loss_and_grad")', r"in\.(\w+)") == forward
+    assert named(node, '"dqn_fused::td_loss_backward")', r"s\.(\w+)") == saved
+    assert named(node, "enum Argument {", r"([A-Z_]+)") == [name.upper() for name in TENSORS]
+    code = "".join(path.read_text() for path in (ROOT / node).iterdir())
+    assert set(re.findall(r"\bin\.(\w+) =", code)) == set(forward)
+    looped = [set(re.findall(r"\w+", x.lower())) for x in re.findall(r"const Argument i :\s*{([A-Z_,\s]+)}", code)]
+    assert {name for name in TENSORS if Batch.__annotations__[name] is Tensor} in looped
+    assert {name for name in TENSORS if Batch.__annotations__[name] == Tensor | None} in looped
+    assert {"q", *transforms.MATRICES, *transforms.MATRICES_OF_S} in looped  # those that must have two dimensions
 
 
 def test_vmap_folds_every_tensor() -> None:

@@ -26,6 +26,8 @@ class Op {
   c10::OperatorHandle handle_;
 };
 
+Tensor tensor(Stack& results, size_t i) { return std::move(results[i]).toTensor(); }
+
 }  // namespace
 
 Outputs forward(const Inputs& in, const Numbers& numbers, bool with_grad) {
@@ -35,18 +37,18 @@ Outputs forward(const Inputs& in, const Numbers& numbers, bool with_grad) {
                                            in.target_q, in.action_mask, numbers, in.check);
   Outputs out;
   size_t i = 0;
-  out.loss = std::move(found[i++]).toTensor();
-  if (with_grad) out.grad_q = std::move(found[i++]).toTensor();
-  out.td_error = std::move(found[i++]).toTensor();
-  if (!found[i].isNone()) out.normaliser = std::move(found[i]).toTensor();
+  out.loss = tensor(found, i++);
+  if (with_grad) out.grad_q = tensor(found, i++);
+  out.td_error = tensor(found, i++);
+  if (!found[i].isNone()) out.normaliser = tensor(found, i);
   return out;
 }
 
 Tensor backward(const Tensor& grad_loss, const Saved& s, const Numbers& numbers) {
   static const Op op("dqn_fused::td_loss_backward");
-  return op(grad_loss, s.td_error, s.actions, s.weights, s.normaliser, s.q, s.action_mask, s.A,
-            static_cast<int64_t>(s.dtype), numbers)[0]
-      .toTensor();
+  Stack found = op(grad_loss, s.td_error, s.actions, s.weights, s.normaliser, s.q, s.action_mask, s.A,
+                   static_cast<int64_t>(s.type), numbers);
+  return tensor(found, 0);
 }
 
 }  // namespace dqn_fused::autograd

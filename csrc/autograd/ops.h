@@ -33,7 +33,7 @@ struct Saved {
   Tensor td_error, actions;
   Maybe weights, normaliser, q, action_mask;
   int64_t A = 0;
-  at::ScalarType dtype = at::ScalarType::Undefined;
+  at::ScalarType type = at::ScalarType::Undefined;
 };
 
 // The options as an op is given them, at most OPTIONS.

@@ -77,14 +77,12 @@ bool undisturbed() {
                 c10::autocast_dispatch_keyset | c10::default_included_set);
 }
 
-constexpr Argument OPTIONAL[] = {NEXT_Q,           TERMINATED, NON_FINAL_MASK, NEXT_Q_ONLINE,
-                                 NEXT_ACTION_MASK, WEIGHTS,    TARGET_Q,       ACTION_MASK};
-
 // Whether everything that should be a tensor is one, of the kind asked for.
 bool tensors(PyObject* const* given, bool (*kind)(PyObject*)) {
   for (const Argument i : {Q, ACTIONS, REWARDS})
     if (!kind(given[i])) return false;
-  for (const Argument i : OPTIONAL)
+  for (const Argument i :
+       {NEXT_Q, TERMINATED, NON_FINAL_MASK, NEXT_Q_ONLINE, NEXT_ACTION_MASK, WEIGHTS, TARGET_Q, ACTION_MASK})
     if (given[i] != Py_None && !kind(given[i])) return false;
   PyObject* const gamma = given[GAMMA];
   return PyFloat_CheckExact(gamma) || PyLong_CheckExact(gamma) || kind(gamma);
@@ -161,11 +159,11 @@ PyObject* list(const Numbers& numbers) {
 
 Tensor differentiable(const Tensor& grad_loss, const Tensor& grad_td_error, const Saved& s, const Numbers& numbers) {
   const WithGil gil;
-  PyObject* const dtype = reinterpret_cast<PyObject*>(torch::getTHPDtype(s.dtype));
+  PyObject* const type = reinterpret_cast<PyObject*>(torch::getTHPDtype(s.type));
   THPObjectPtr found(PyObject_CallFunction(
       recorded_backward, "NNNNNNNNLON", none_if_empty(grad_loss), none_if_empty(grad_td_error),
       none_if_empty(s.td_error), none_if_empty(s.actions), none_if_empty(s.weights), none_if_empty(s.normaliser),
-      none_if_empty(s.q), none_if_empty(s.action_mask), static_cast<long long>(s.A), dtype, list(numbers)));
+      none_if_empty(s.q), none_if_empty(s.action_mask), static_cast<long long>(s.A), type, list(numbers)));
   if (!found) {
     python_error error;
     error.persist();
