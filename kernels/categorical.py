@@ -7,10 +7,9 @@ import triton
 import triton.language as tl
 
 from .atoms import atom_values, ends_of, gauss, position_of, quotient, shares, softmax_parts, two_hot
-from .distributions import greedy
-from .mask import count_before
+from .distributions import greedy, load_samples
 from .rows import scalar
-from .samples import load_action, load_discount, load_next
+from .samples import load_discount
 
 
 @triton.jit
@@ -64,19 +63,11 @@ def categorical_fwd_kernel(
     ACC: tl.constexpr, CHOICE_ACC: tl.constexpr,
 ):  # fmt: skip
     """Loss, TD errors, expectations and slopes of ROWS samples."""
-    start = tl.program_id(0) * ROWS
-    row = start + tl.arange(0, ROWS)  # [rows]
-    inside = row < n
-    before = 0
-    fits = True
-    if non_final is not None:
-        true, before = count_before(non_final, counts, start, n, COUNTED, COUNT_BLOCK)
-        fits = true == m
-    action = load_action(actions, non_final, checked, fits, row, inside, A)
-    live, next_row, _ = load_next(final, non_final, row, inside, before)
-    live = live & (next_row < m)  # a mask that does not fit makes every action illegal
-    legal = inside & (action >= 0)
-    reward = tl.load(rewards + row, mask=inside, other=0).to(ACC)
+    row, inside, action, live, next_row, reward = load_samples(
+        tl.program_id(0) * ROWS,
+        actions, rewards, final, non_final, counts, checked, n, m, A, ROWS, COUNTED, COUNT_BLOCK, ACC,
+    )  # fmt: skip
+    legal = inside & (action >= 0)  # [rows]
 
     atom = tl.arange(0, ATOMS)
     place = atom.to(ACC)

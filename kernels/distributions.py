@@ -1,4 +1,4 @@
-"""Triton kernels and helpers of the losses of distributions, (n, A, K): the choice of the next action, sums.
+"""Triton kernels and helpers of the losses of distributions, (n, A, K): samples, the choice of the next action, sums.
 
 Shapes in the comments: n samples, m next states, A actions.
 """
@@ -7,7 +7,32 @@ import triton
 import triton.language as tl
 
 from .atoms import atom_values, expectation_of_rows
+from .mask import count_before
 from .rows import NO_COLUMN, combine, reduce_columns
+from .samples import load_action, load_next
+
+
+@triton.jit
+def load_samples(
+    start, actions, rewards, final, non_final, counts, checked, n, m, A,
+    ROWS: tl.constexpr, COUNTED: tl.constexpr, COUNT_BLOCK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """ROWS samples from start on, each of the results [rows].
+
+    The samples, whether they exist, their action or -1 if it is illegal, whether they have a next state, its row in
+    the next states, and the reward.
+    """
+    row = start + tl.arange(0, ROWS)
+    inside = row < n
+    before = 0
+    fits = True
+    if non_final is not None:
+        true, before = count_before(non_final, counts, start, n, COUNTED, COUNT_BLOCK)
+        fits = true == m
+    action = load_action(actions, non_final, checked, fits, row, inside, A)
+    live, next_row, _ = load_next(final, non_final, row, inside, before)
+    live = live & (next_row < m)  # a mask that does not fit makes every action illegal
+    return row, inside, action, live, next_row, tl.load(rewards + row, mask=inside, other=0).to(ACC)
 
 
 @triton.jit

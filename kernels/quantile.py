@@ -7,10 +7,9 @@ import triton
 import triton.language as tl
 
 from .atoms import quotient
-from .distributions import greedy
-from .mask import count_before
+from .distributions import greedy, load_samples
 from .rows import scalar
-from .samples import load_action, load_discount, load_next
+from .samples import load_discount
 
 
 @triton.jit
@@ -64,20 +63,12 @@ def quantile_fwd_kernel(
     ACC: tl.constexpr, CHOICE_ACC: tl.constexpr,
 ):  # fmt: skip
     """Loss and slopes of BLOCK predicted quantiles of ROWS samples; the splits of a sample make the same choice."""
-    start = tl.program_id(0) // splits * ROWS
     split = tl.program_id(0) % splits
-    row = start + tl.arange(0, ROWS)  # [rows]
-    inside = row < n
-    before = 0
-    fits = True
-    if non_final is not None:
-        true, before = count_before(non_final, counts, start, n, COUNTED, COUNT_BLOCK)
-        fits = true == m
-    action = load_action(actions, non_final, checked, fits, row, inside, A)
-    live, next_row, _ = load_next(final, non_final, row, inside, before)
-    live = live & (next_row < m)  # a mask that does not fit makes every action illegal
-    legal = inside & (action >= 0)
-    reward = tl.load(rewards + row, mask=inside, other=0).to(ACC)
+    row, inside, action, live, next_row, reward = load_samples(
+        tl.program_id(0) // splits * ROWS,
+        actions, rewards, final, non_final, counts, checked, n, m, A, ROWS, COUNTED, COUNT_BLOCK, ACC,
+    )  # fmt: skip
+    legal = inside & (action >= 0)  # [rows]
     discount = tl.zeros([ROWS], ACC) + load_discount(gamma, row, inside, GAMMA, ACC)
 
     choice_strides = (choice_stride_row, choice_stride_action, choice_stride_column)

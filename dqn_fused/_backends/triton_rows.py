@@ -56,6 +56,15 @@ def store_rows(
     )  # fmt: skip
 
 
+def gradient_of(program: Program, batch: Batch, slopes: str, reduction: str) -> str:
+    """The gradient by batch.q, of its shape, of the sum of a loss whose slopes, (n, K), are there."""
+    at, q = named(batch), batch.q
+    n, A, K = q.shape
+    gradient = program.empty("gradient", (*batch.shape, A, K), q.dtype)
+    store_rows(program, gradient, None, slopes, at.saved_actions(), at.weights, (n, A, K), q.dtype, reduction)
+    return gradient
+
+
 def without_signs(batch: Batch) -> Batch:
     """A pointer does not carry the lazy minus sign of conj().imag; per-sample tensors lost it when made contiguous."""
     next_q, online = (None if x is None else x.resolve_neg() for x in (batch.next_q, batch.next_q_online))
