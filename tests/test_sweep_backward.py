@@ -174,8 +174,8 @@ def test_float64_and_the_choice_between_the_two(monkeypatch: pytest.MonkeyPatch)
 
 
 if not INTERPRETED:  # which replaces the compiler
+    from ahead import Compiled, check_instructions, compiled, target  # noqa: F401
     from test_sweep_aot import EVERYWHERE, check_resources, default_precision  # noqa: F401
-    from test_triton_aot import Compiled, check_instructions, compiled, target  # noqa: F401
 
     from bench.gpu_code import aot
     from bench.gpu_code.aot import Target
