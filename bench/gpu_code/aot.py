@@ -16,6 +16,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from dqn_fused import _backends
 from dqn_fused._backends import triton_backend, triton_launch
 from dqn_fused.arguments import Batch, accumulation_dtype, check_batch, check_loss
 from dqn_fused.autograd import Saved
@@ -120,6 +121,29 @@ def compile_only(found: list[Launch]) -> Callable[..., None]:
         found.append(Launch(kernel.fn.__name__, compiled, programs, named))
 
     return run
+
+
+@contextmanager
+def serving_cpu() -> Iterator[None]:
+    """Let the public functions take the Triton backend for CPU tensors."""
+    missing = _backends._missing
+
+    def found(name: str) -> str | None:
+        if name != "triton":
+            return missing(name)
+        _backends._LOADED[name] = triton_backend
+        return None
+
+    def refuses(device: torch.device) -> str | None:
+        return None if device.type == "cpu" else "expected CPU tensors"
+
+    with (
+        patch.object(_backends, "_missing", found),
+        patch.object(triton_backend, "refuses", refuses),
+        patch.dict(_backends._CHOSEN, clear=True),
+        patch.dict(_backends._CHOSEN_DISTRIBUTIONAL, clear=True),
+    ):
+        yield
 
 
 def launch(arguments: dict[str, Any], **options: Any) -> None:

@@ -25,6 +25,8 @@ from dqn_fused._backends import (
     triton_program,
     triton_quantile,
     triton_rows,
+    triton_sweep,
+    triton_sweep_backward,
     triton_td_loss,
 )
 from dqn_fused.arguments import Batch, check_batch, check_loss
@@ -86,7 +88,10 @@ def launching(target: str, launched: Launched) -> Iterator[Driver]:
 
 def kernels() -> list[Any]:
     """Every kernel of the backend."""
-    modules = (triton_launch, triton_td_loss, triton_rows, triton_quantile, triton_categorical)
+    modules = (
+        triton_launch, triton_td_loss, triton_rows, triton_quantile, triton_categorical, triton_sweep,
+        triton_sweep_backward,
+    )  # fmt: skip
     return [x for module in modules for name, x in vars(module).items() if name.endswith("_kernel")]
 
 

@@ -12,10 +12,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from bench.gpu_code.aot import StubDriver
+from bench.gpu_code.aot import StubDriver, serving_cpu
 from bench.gpu_code.ptx.executor import Counts, Kernel, Memory, Trace, trace
-from dqn_fused import _backends
-from dqn_fused._backends import triton_backend, triton_launch
+from dqn_fused._backends import triton_launch
 
 TARGETS = ("sm_75", "sm_80", "sm_90", "sm_120")
 NOT_EXECUTED = ("wgmma", "tcgen05")
@@ -130,27 +129,16 @@ _KERNELS: dict[str, Kernel] = {}
 def executing(target: str, **options: Any) -> Iterator[Executor]:
     """Let the Triton backend serve CPU tensors by executing what it compiles for a target."""
     executor = Executor(kernels=_KERNELS, **options)
-    missing = _backends._missing
-
-    def found(name: str) -> str | None:
-        if name != "triton":
-            return missing(name)
-        _backends._LOADED[name] = triton_backend
-        return None
-
     with ExitStack() as stack:
         stack.enter_context(targeting(target))
+        stack.enter_context(serving_cpu())
         for owner, name, value in (
-            (_backends, "_missing", found),
-            (triton_backend, "refuses", lambda device: None if device.type == "cpu" else "expected CPU tensors"),
             (triton_launch, "run", executor.run),
             (torch, "empty", executor.empty(torch.empty)),
             (torch, "empty_like", executor.empty(torch.empty_like)),
             (torch, "empty_strided", executor.empty(torch.empty_strided)),
         ):
             stack.enter_context(patch.object(owner, name, value))
-        for chosen in (_backends._CHOSEN, _backends._CHOSEN_DISTRIBUTIONAL):
-            stack.enter_context(patch.dict(chosen, clear=True))
         yield executor
 
 
