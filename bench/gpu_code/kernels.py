@@ -4,6 +4,7 @@ Triton's for every target that it compiles for, and those of csrc/cuda where nvc
 executed (bench/gpu_code/ptx), and what they load, store and issue is counted.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -22,14 +23,15 @@ from bench.measure.variants import VARIANTS, dtype_name, random_arguments
 from bench.reporting import report, tables
 from bench.reporting.results import Row, Table
 from dqn_fused._backends import triton_launch
-from dqn_fused.head.sweep import Sweep
+from dqn_fused.head.sweep import Sweep, column_blocks
+from dqn_fused.head.sweep_backward import SweepBackward
 
 F32, BF16 = torch.float32, torch.bfloat16
 
 
 class Case(NamedTuple):
     """A loss, "quantile" or "categorical", whose sizes are samples, actions and quantiles or atoms, or "sweep" of the
-    linear head, of rows, actions and features."""
+    linear head, of rows, actions and features: forward of a kind, or the gradient of a tile of Q-values."""
 
     name: str
     variant: str
@@ -64,6 +66,10 @@ CASES = [
     Case("head max", "sweep", (256, 50257, 1024), BF16),
     Case("head argmax", "sweep", (256, 50257, 1024), BF16),
     Case("head max", "sweep", (256, 50257, 1024), F32),
+    Case("head backward", "sweep", (256, 50257, 1024), BF16),
+    Case("head backward", "sweep", (256, 50257, 1024), F32),
+    Case("head soft", "sweep", (64, 4096, 64), F32),
+    Case("head backward", "sweep", (64, 4096, 64), F32),
 ]
 # What every element of is read or written, by kernel: the matrices among its arguments. The next action is chosen in
 # next_q_online where that is given, and q is read as a whole for the sum of exponentials only.
@@ -76,7 +82,9 @@ MATRICES = {
     "values_kernel": ("x",),
     "rows_bwd_kernel": ("grad",),
     "sweep_fwd_kernel": ("hidden", "weight", "mask"),
+    "sweep_bwd_kernel": ("grad", "hidden", "weight", "mask"),
 }
+MOST_PRODUCTS = 1 << 25  # of a sweep that is executed: seconds; tensor cores of sm_90 are not executed at all
 
 
 def run() -> None:
@@ -101,7 +109,7 @@ def of_target(index: int, cases: list[Case] = CASES) -> Iterator[Row]:
             for call, make in launches(case).items():
                 with aot.compiling() as found:
                     make()
-                executed = counted(make) if target.name.startswith("sm_") and case.variant != "sweep" else []
+                executed = counted(make) if target.name.startswith("sm_") and executable(case) else []
                 for i, launch in enumerate(found):
                     about_case = {"call": call, "case": case.name, "shape": " x ".join(map(str, case.shape))}
                     about_case["dtype"] = dtype_name(case.dtype)
@@ -128,16 +136,31 @@ def launches(case: Case) -> dict[str, Callable[[], object]]:
         arguments["terminated"].zero_()  # whose rows would not be read
         options = {name: x for name, x in variant.options.items() if name != "return_td_error"}
         return aot.calls(arguments, **options)
+    return {"sweep": tile_gradient(case) if case.name == "head backward" else sweep(case)}
+
+
+def sweep(case: Case) -> Callable[[], object]:
+    from dqn_fused._backends.triton_sweep import sweep
+
     n, A, D = case.shape
     hidden, weight, bias = (torch.zeros(size, dtype=case.dtype) for size in ((n, D), (A, D), (A,)))
-    kind = case.name.removeprefix("head ")
+    return lambda: sweep(Sweep(hidden, weight, bias, None, case.name.removeprefix("head "), 1.0))
 
-    def sweep() -> object:
-        from dqn_fused._backends.triton_sweep import sweep
 
-        return sweep(Sweep(hidden, weight, bias, None, kind, 1.0))
+def tile_gradient(case: Case) -> Callable[[], object]:
+    from dqn_fused._backends.triton_sweep_backward import tile_gradient
 
-    return {"sweep": sweep}
+    n, A, D = case.shape
+    hidden, weight, bias = (torch.zeros(size, dtype=case.dtype) for size in ((n, D), (A, D), (A,)))
+    of_rows, actions = torch.zeros(n), torch.zeros(n, dtype=torch.int64)
+    work = SweepBackward(hidden, weight, bias, None, of_rows, of_rows, actions, of_rows, (True, True, True))
+    columns = next(column_blocks(hidden, A))
+    return lambda: tile_gradient(work, hidden, weight[columns], slice(0, n), columns)
+
+
+def executable(case: Case) -> bool:
+    """Whether the executor has the instructions of a case, and is done with it in seconds."""
+    return case.variant != "sweep" or (case.dtype is F32 and math.prod(case.shape) <= MOST_PRODUCTS)
 
 
 def counted(make: Callable[[], object]) -> list[Counts]:
