@@ -136,7 +136,7 @@ def test_nan_is_of_its_row() -> None:
 @TRITON_MARK
 @pytest.mark.parametrize("shape", [(5, 13, 3), (70, 41, 16)], ids=lambda x: "n{}-A{}-D{}".format(*x))
 def test_q_values_whose_exponential_overflows(shape: tuple[int, int, int]) -> None:
-    """Rows behind the last of a tile have the bias for Q-values: exp(200) times their policy of 0 is NaN in the sums."""
+    """Rows behind the last of a tile have the bias for Q-values: exp(200) by their policy of 0 is NaN in the sums."""
     work = make(*shape)
     check(work._replace(bias=work.bias + 200, largest=work.largest + 200))
 

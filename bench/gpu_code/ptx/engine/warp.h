@@ -6,6 +6,7 @@
 #include <deque>
 #include <memory>
 #include <random>
+#include <utility>
 
 #include "kernel.h"
 #include "memory.h"
@@ -108,6 +109,22 @@ struct Form {
   Handler run;
   size_t operands;
 };
+
+template <class F, class To, class... From, size_t... I>
+void run_lanewise(Warp& w, const Instr& in, uint32_t lanes, std::index_sequence<I...>) {
+  uint64_t* const d = w.row(in.v[0]);
+  const uint64_t* const operands[] = {w.row(in.v[1 + I])...};
+  each(lanes, [&](int i) { put<To>(d, i, F{}(get<From>(operands[I], i)...)); });
+}
+
+// An instruction that makes in each lane a To of operands that are From, by a function without state.
+template <class To, class... From, class F>
+Form lanewise(F) {
+  return {[](Warp& w, const Instr& in, uint32_t lanes) {
+            run_lanewise<F, To, From...>(w, in, lanes, std::index_sequence_for<From...>{});
+          },
+          1 + sizeof...(From)};
+}
 
 using Table = std::unordered_map<std::string, Opcode>;
 
