@@ -20,6 +20,7 @@ CHOICE_TILES = 4  # of logits, each of which takes as long as a load and the sof
 LOGITS = 8  # of a thread, of those whose softmax is taken at once, and 4 in float64
 MOST_WARPS = 16  # for a long row
 CHOICE_WARPS = 8  # for many actions
+MOST_ATOMS = 16384  # a program holds a row of logits, 32 a thread of 16 warps: of twice as many most would spill
 SHARED = 16  # pairs of an atom and a probability that a thread has at once: each is added up where it is made
 SUM_ROWS, SUM_SPLITS = 32, 64  # a tile of sum_rows_kernel
 
