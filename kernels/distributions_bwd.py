@@ -1,4 +1,4 @@
-"""Triton kernel: backward of a loss of distributions, one dense store of the gradient by (n, A, K) values."""
+"""Triton kernel: backward of the distributional losses, one dense store of the gradient, (n, A, K)."""
 
 import triton
 import triton.language as tl
@@ -12,7 +12,7 @@ def row_taken(
     row, action, grad_loss, actions, weights, n, A, count,
     PER_ROW: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Whether a row of K values is that of the action taken, and what its slopes are multiplied by."""
+    """Whether a row of K values is that of the action taken, and the factor of its slopes."""
     inside = row < n
     taken = inside & (legal_action(tl.load(actions + row, mask=inside, other=-1), A) == action)
     scale = sample_scale(grad_loss, weights, row, taken, count, PER_ROW, ACC)
@@ -39,12 +39,12 @@ def rows_bwd_kernel(
 
     taken = tl.where(second, taken_b[:, None], taken_a[:, None])
     row = tl.where(second, row_b[:, None], row_a[:, None])
-    # Of rows behind the last nothing is taken, so nothing is read.
+    # In rows behind the last nothing is taken, so nothing is read.
     slope = tl.load(slopes + row.to(tl.int64) * K + column, mask=taken, other=0.0)
     value = tl.where(taken, slope * tl.where(second, scale_b[:, None], scale_a[:, None]), 0.0)
 
     size = n.to(tl.int64) * A * K
-    # A mask on every element would break its 16 bytes up.
+    # A mask for every element would split the 16-byte store.
     if start + BLOCK <= size:
         tl.store(grad + here, value.to(grad.dtype.element_ty))
     else:

@@ -1,4 +1,4 @@
-"""Triton kernel: quantile loss forward, whose pairs of predicted and target quantiles live in registers only.
+"""Triton kernel: forward of the quantile loss. Pairs of predicted and target quantiles never leave the registers.
 
 Shapes in the comments: n samples, m next states, A actions, K predicted quantiles, K' target quantiles.
 """
@@ -16,7 +16,7 @@ from .samples import load_discount
 def load_targets(next_q, offset, index, stride, inside, live, reward, discount, ACC: tl.constexpr):
     """Target quantiles, [targets, rows]; the reward where there is no next state. The index is [targets, 1]."""
     value = tl.load(next_q + offset + index.to(tl.int64) * stride, mask=inside, other=0.0).to(ACC)
-    # Selected, not multiplied: what stands in a terminated row never reaches the target.
+    # Selected, not multiplied: the values of a terminated row never reach the target.
     return tl.where(live, reward + discount * value, reward)
 
 
@@ -26,8 +26,8 @@ def add_pairs(
 ):  # fmt: skip
     """Add pairs, [targets, rows, predicted], of predicted quantiles, [rows, predicted], and targets, [targets, rows].
 
-    With d = predicted - target, huber(d) / kappa is part * (|d| - kappa / 2 * part), and its derivative by |d| is part,
-    1 with PLAIN, which is for kappa 0. Where inside is None all targets are.
+    With d = predicted - target, huber(d) / kappa is part * (|d| - kappa / 2 * part), and its derivative by |d| is part.
+    PLAIN is for kappa = 0, where part is 1. If inside is None, all targets are inside.
     """
     d = predicted[None, :, :] - target[:, :, None]
     if inside is not None:
@@ -45,7 +45,7 @@ def quantile_fwd_kernel(
     q, actions, rewards, weights,  # (n, A, K), (n,), (n,), (n,) or None
     next_q, chooser, next_action_mask,  # (m, A, K'); (m, A, K'') or, with VALUES, (m, A); (m, A) or None
     final, non_final,  # (n,) or None: true where the episode terminated; where it did not
-    counts, checked,  # as td_loss_fwd_kernel has them
+    counts, checked,  # as in td_loss_fwd_kernel
     taus,  # (K,), (n, K), or None for the midpoints
     gamma, inverse_kappa, half_kappa, share,  # numbers; each pair counts for a share
     n, m, A, K, next_K, choice_K, splits,

@@ -71,7 +71,7 @@ def td_loss_bwd_kernel(
         if mask_stride_action is not None:
             mask_offset = row_offset(row, (mask_inner, mask_stride_outer, mask_stride_inner, mask_stride_action))
             mask_offset += column.to(tl.int64) * mask_stride_action
-    # A mask on every element would break its 16 bytes up.
+    # A mask for every element would split the 16-byte store.
     if start + BLOCK <= size:
         if cql_alpha is not None:
             x, allowed = load_legal(q, action_mask, q_offset, mask_offset, None, ACC)

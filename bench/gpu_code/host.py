@@ -1,4 +1,4 @@
-"""What a call of the Triton backend costs the host: a driver that launches nothing. In bench/results/host.csv.
+"""What a call of the Triton backend costs the host, with a driver that launches nothing: bench/results/host.csv.
 
 Directly, as a call is launched once Triton has compiled its kernels, and by Triton, which looks at every argument.
 """
@@ -44,13 +44,13 @@ CASES = [
 ]
 DIRECT, BY_TRITON = "direct", "by Triton"
 TARGET = "sm_90"
-ROUNDS = 300  # short ones: the least is of one that nothing interrupted, and nothing else makes them differ
+ROUNDS = 300  # short ones: they differ only by interruptions, and the least is of one without
 
 Launched = Callable[..., object]
 
 
 class Driver(aot.StubDriver):
-    """A driver on which kernels are loaded and launched, that is, handed to a function."""
+    """A driver that hands what is launched to a function."""
 
     def __init__(self, target: Any, launched: Launched) -> None:
         super().__init__(3000, target)
@@ -73,7 +73,7 @@ class Driver(aot.StubDriver):
 
 @contextmanager
 def launching(target: str, launched: Launched) -> Iterator[Driver]:
-    """Let CPU tensors be launched for a target, which does nothing."""
+    """Launch kernels on CPU tensors for a target, where nothing runs."""
     stub = Driver(next(x.target for x in aot.TARGETS if x.name == target), launched)
     driver.set_active(stub)
     try:
@@ -110,7 +110,7 @@ def run() -> None:
 
 
 def rows(cases: list[Case] = CASES, seconds: float = 0.5) -> Iterator[Row]:
-    """Two rows a case and call."""
+    """Two rows for each case and call."""
     about = machine.about("host", "cpu")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

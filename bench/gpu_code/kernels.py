@@ -1,4 +1,4 @@
-"""What the compiled GPU kernels take, read off the machine code: no GPU is needed. In bench/results/kernels.csv.
+"""What the compiled GPU kernels take, read off the machine code without a GPU: bench/results/kernels.csv.
 
 Triton's for every target that it compiles for, and those of csrc/cuda where nvcc is. For NVIDIA's the losses are also
 executed (bench/gpu_code/ptx), and what they load, store and issue is counted.
@@ -71,8 +71,8 @@ CASES = [
     Case("head soft", "sweep", (64, 4096, 64), F32),
     Case("head backward", "sweep", (64, 4096, 64), F32),
 ]
-# What every element of is read or written, by kernel: the matrices among its arguments. The next action is chosen in
-# next_q_online where that is given, and q is read as a whole for the sum of exponentials only.
+# The matrices among a kernel's arguments of which every element is read or written. The next action is chosen in
+# next_q_online if that is given, and all of q is read only for the sum of exponentials.
 MATRICES = {
     "td_loss_fwd_kernel": ("grad_q", "next_q", "next_q_online", "next_action_mask", "target_q", "action_mask", "q"),
     "row_fwd_kernel": ("x", "mask"),
@@ -99,7 +99,7 @@ def run() -> None:
 
 
 def of_target(index: int, cases: list[Case] = CASES) -> Iterator[Row]:
-    """One row a kernel that the backend would launch; none where this triton cannot compile for the target."""
+    """One row for each kernel that the backend would launch; none if this triton cannot compile for the target."""
     target, about = aot.TARGETS[index], machine.about("kernels", "cpu")
     with aot.targeting(index) as reason:
         if reason is not None:
@@ -164,7 +164,7 @@ def executable(case: Case) -> bool:
 
 
 def counted(make: Callable[[], object]) -> list[Counts]:
-    """What each launch did when executed, on the target that is being compiled for; none without a C++ compiler."""
+    """What each launch does when executed, for the target that is compiled for; nothing without a C++ compiler."""
     try:
         build.engine()
     except build.CannotBuildError:
@@ -179,7 +179,7 @@ def counted(make: Callable[[], object]) -> list[Counts]:
 
 
 def counts_of(counts: Counts) -> Row:
-    """Of the launch what it moves, of a warp what it issues."""
+    """What a launch moves, and what one of its warps issues."""
     a_warp = {name: counts[name] for name in ("instructions", "integer", "float", "special", "shuffle", "barrier")}
     a_warp["shared_access"] = counts["shared_load"] + counts["shared_store"]
     return {
@@ -219,7 +219,7 @@ def measured(launch: aot.Launch, target: aot.Target, case: Case) -> Row:
 
 
 def matrix_bytes(launch: aot.Launch) -> int:
-    """Of the matrices that the launch reads or writes as a whole, as traffic.py counts them; the rest is O(n)."""
+    """Bytes of the matrices that the launch reads or writes completely, as in traffic.py; the rest is O(n)."""
     given = {name: x for name, x in launch.arguments.items() if isinstance(x, torch.Tensor)}
     names = MATRICES.get(launch.name, ())
     if launch.name == "td_loss_fwd_kernel":

@@ -68,8 +68,8 @@ struct BFloat16 {
   static uint16_t to(float x) { return to_bf16(x); }
 };
 
-// One rounding only: a sum, difference or product of two halves is exact in float64, and what float32 rounds to odd
-// rounds like it.
+// Rounded once: a sum, difference or product of two halves is exact in float64, and rounds the same when float32 rounds
+// it to odd first.
 float to_odd(double x) {
   const float nearest = static_cast<float>(x);
   if (static_cast<double>(nearest) == x || std::isnan(x) || std::isinf(nearest)) return nearest;

@@ -251,7 +251,7 @@ void add_integers(Table& table) {
   add(table, "shf.r.wrap.b32", {funnel<false, true>, 4});
   add(table, "shf.l.clamp.b32", {funnel<true, false>, 4});
   add(table, "shf.r.clamp.b32", {funnel<false, false>, 4});
-  // Generic addresses are those of global memory, but for a window.
+  // Generic addresses are those of global memory, except a window.
   for (const char* name : {"cvta.to.global.u64", "cvta.global.u64"})
     add(table, name, lanewise<uint64_t, uint64_t>([](uint64_t a) { return a; }));
   add(table, "cvta.shared.u64", lanewise<uint64_t, uint64_t>([](uint64_t a) { return a + SHARED_WINDOW; }));

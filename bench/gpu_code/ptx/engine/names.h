@@ -1,4 +1,4 @@
-// What the operands of a kernel name, each by the number of its row: registers, constants, special registers, symbols.
+// The names of a kernel's operands and their rows: registers, constants, special registers, symbols.
 
 #pragma once
 
@@ -13,10 +13,10 @@ namespace ptx {
 
 class Names {
  public:
-  // The constants and special registers that are named are put into the kernel.
+  // The kernel receives the constants and special registers that are named.
   explicit Names(Kernel& kernel) : kernel_(kernel) {}
 
-  // Registers are of the block in braces that declares them.
+  // Registers belong to the block in braces that declares them.
   void open_scope() { scopes_.emplace_back(); }
   void close_scope() { scopes_.pop_back(); }
   bool within_kernel() const { return !scopes_.empty(); }
@@ -26,7 +26,7 @@ class Names {
   // Parameters and variables: the byte at which they start.
   void place(const std::string& name, int start) { symbols_[name] = start; }
 
-  // Shared memory whose size the launch says.
+  // Shared memory whose size is given at the launch.
   void place_dynamic(const std::string& name) { dynamic_.insert(name); }
 
   // The row of a value, or the number of a predicate.

@@ -22,7 +22,7 @@ std::vector<std::string> split(const std::string& s);
 // The parts between blanks.
 std::vector<std::string> words(const std::string& s);
 
-// What stands within the braces or brackets that s begins with.
+// The text within the braces or brackets around s.
 std::string within(const std::string& s);
 
 // The bytes of a type such as ".b32".
@@ -35,7 +35,7 @@ struct Declared {
 
   explicit Declared(const std::string& text);
 
-  // Where it lies behind what ends at a byte.
+  // The first aligned byte at or behind end.
   int behind(int end) const { return (end + align - 1) / align * align; }
 };
 

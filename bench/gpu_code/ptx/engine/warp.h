@@ -17,7 +17,7 @@ struct Dim {
   uint32_t x = 1, y = 1, z = 1;
 };
 
-// What a GPU would show of a launch.
+// What a GPU could count of a launch.
 struct Counts {
   uint64_t warps = 0, instructions = 0;
   uint64_t load_bytes = 0, store_bytes = 0;      // of global memory, distinct ones of each instruction of a warp
@@ -117,7 +117,7 @@ void run_lanewise(Warp& w, const Instr& in, uint32_t lanes, std::index_sequence<
   each(lanes, [&](int i) { put<To>(d, i, F{}(get<From>(operands[I], i)...)); });
 }
 
-// An instruction that makes in each lane a To of operands that are From, by a function without state.
+// An instruction that computes, lane by lane, a To from operands of the types From, by a function without state.
 template <class To, class... From, class F>
 Form lanewise(F) {
   return {[](Warp& w, const Instr& in, uint32_t lanes) {
@@ -141,7 +141,7 @@ void add_floats(Table& table);
 void add_conversions(Table& table);
 void add_warp_operations(Table& table);
 void add_matrices(Table& table);
-// Opcodes with many modifiers: null where it is none of these.
+// Opcodes with many modifiers; null for any other.
 Opcode memory_opcode(const std::string& spelling);
 
 }  // namespace ptx
