@@ -10,7 +10,7 @@ from torch import Tensor
 from dqn_fused._backends import torch_backend, triton_launch
 from dqn_fused._backends.triton_launch import ACC, run_program
 from dqn_fused._backends.triton_program import Build, Program
-from dqn_fused._backends.triton_rows import Samples, Support, gradient_of, without_signs
+from dqn_fused._backends.triton_rows import Samples, Support, builders, without_signs
 from dqn_fused.arguments import Batch, accumulation_dtype
 from dqn_fused.categorical_arguments import CategoricalSpec
 from dqn_fused.kernels import distributions_launch, launch
@@ -50,17 +50,6 @@ def _run(build: Build, batch: Batch, spec: CategoricalSpec) -> tuple[Tensor, Ten
 _NAMES = (*Batch._fields, "support")
 
 
-def _forward(program: Program, given: Sequence[Any], options: Options) -> None:
-    """Build what categorical_loss launches."""
-    program.returns(*_store_loss(program, given, options))
-
-
-def _loss_and_grad(program: Program, given: Sequence[Any], options: Options) -> None:
-    """Build what categorical_loss_and_grad launches."""
-    loss, values, slopes = _store_loss(program, given, options)
-    program.returns(loss, gradient_of(program, Batch(*given[:-1]), slopes, options.reduction), values)
-
-
 def _store_loss(program: Program, given: Sequence[Any], options: Options) -> tuple[str, str, str]:
     """Loss, values and slopes."""
     batch, atoms = Batch(*given[:-1]), given[-1]
@@ -96,6 +85,9 @@ def _store_loss(program: Program, given: Sequence[Any], options: Options) -> tup
     )  # fmt: skip
     samples.store_sum(loss, partial, options.reduction, plan.programs, 1)
     return loss, values, slopes
+
+
+_forward, _loss_and_grad = builders(_store_loss)
 
 
 _NO_STRIDES = (None, None, None)

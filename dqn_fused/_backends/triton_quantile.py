@@ -9,7 +9,7 @@ from torch import Tensor
 from dqn_fused._backends import torch_backend, triton_launch
 from dqn_fused._backends.triton_launch import ACC, run_program
 from dqn_fused._backends.triton_program import Build, Program
-from dqn_fused._backends.triton_rows import Samples, gradient_of, without_signs
+from dqn_fused._backends.triton_rows import Samples, builders, without_signs
 from dqn_fused.arguments import Batch, accumulation_dtype
 from dqn_fused.kernels import distributions_launch, launch
 from dqn_fused.kernels.quantile import quantile_fwd_kernel
@@ -38,17 +38,6 @@ def _run(build: Build, batch: Batch, taus: Tensor | None, spec: QuantileSpec) ->
 
 
 _NAMES = (*Batch._fields, "taus")
-
-
-def _forward(program: Program, given: Sequence[Any], spec: QuantileSpec) -> None:
-    """Build what quantile_loss launches."""
-    program.returns(*_store_loss(program, given, spec))
-
-
-def _loss_and_grad(program: Program, given: Sequence[Any], spec: QuantileSpec) -> None:
-    """Build what quantile_loss_and_grad launches."""
-    loss, td_error, slopes = _store_loss(program, given, spec)
-    program.returns(loss, gradient_of(program, Batch(*given[:-1]), slopes, spec.reduction), td_error)
 
 
 def _store_loss(program: Program, given: Sequence[Any], spec: QuantileSpec) -> tuple[str, str, str]:
@@ -87,6 +76,9 @@ def _store_loss(program: Program, given: Sequence[Any], spec: QuantileSpec) -> t
     )  # fmt: skip
     samples.store_sum(loss, partial, spec.reduction, plan.programs, plan.splits)
     return loss, td_error, slopes
+
+
+_forward, _loss_and_grad = builders(_store_loss)
 
 
 def _tau_strides(taus: Tensor | None) -> tuple[int | None, int | None]:

@@ -1,13 +1,13 @@
 """Triton: what the distributional losses share, above all the gradient of (n, A, K)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dqn_fused._backends.triton_launch import ACC, count_mask, launch_sum, named, run_program
-from dqn_fused._backends.triton_program import Program
+from dqn_fused._backends.triton_program import Build, Program
 from dqn_fused.arguments import Batch, accumulation_dtype
 from dqn_fused.kernels import distributions_launch, launch
 from dqn_fused.kernels.distributions import sum_rows_kernel, values_kernel
@@ -63,6 +63,25 @@ def gradient_of(program: Program, batch: Batch, slopes: str, reduction: str) -> 
     gradient = program.empty("gradient", (*batch.shape, A, K), q.dtype)
     store_rows(program, gradient, None, slopes, at.saved_actions(), at.weights, (n, A, K), q.dtype, reduction)
     return gradient
+
+
+StoreLoss = Callable[[Program, Sequence[Any], Any], tuple[str, str, str]]
+
+
+def builders(store_loss: StoreLoss) -> tuple[Build, Build]:
+    """What builds a forward, and a forward with its gradient, around the launches that store (loss, values, slopes).
+
+    Both get the fields of a batch with one more tensor behind them, and a description with a reduction.
+    """
+
+    def forward(program: Program, given: Sequence[Any], spec: Any) -> None:
+        program.returns(*store_loss(program, given, spec))
+
+    def loss_and_grad(program: Program, given: Sequence[Any], spec: Any) -> None:
+        loss, values, slopes = store_loss(program, given, spec)
+        program.returns(loss, gradient_of(program, Batch(*given[:-1]), slopes, spec.reduction), values)
+
+    return forward, loss_and_grad
 
 
 def without_signs(batch: Batch) -> Batch:
