@@ -37,6 +37,7 @@ from typing import NamedTuple
 import torch
 
 from dqn_fused.checks import wrong_choice
+from dqn_fused.kernels.distributions_launch import MOST_ATOMS
 from dqn_fused.kernels.launch import NARROW
 
 MODULES = {
@@ -168,30 +169,32 @@ def choose_distributional(family: str, name: str, device: torch.device, K: int) 
     if torch.compiler.is_compiling():
         if name == "auto" and device.type == "cpu" and K <= TRACED_UP_TO:
             return _named(TRACED, device)
-        return _choose_distributional(family, name, device)
-    implementation = _CHOSEN_DISTRIBUTIONAL.get((family, name, device))
+        return _choose_distributional(family, name, device, K)
+    implementation = _CHOSEN_DISTRIBUTIONAL.get((family, name, device, K > MOST_ATOMS))
     if implementation is None:
-        implementation = _choose_distributional(family, name, device)
+        implementation = _choose_distributional(family, name, device, K)
         if not capturing():
-            _CHOSEN_DISTRIBUTIONAL[family, name, device] = implementation
+            _CHOSEN_DISTRIBUTIONAL[family, name, device, K > MOST_ATOMS] = implementation
     return implementation
 
 
-_CHOSEN_DISTRIBUTIONAL: dict[tuple[str, str, torch.device], ModuleType] = {}
+_CHOSEN_DISTRIBUTIONAL: dict[tuple[str, str, torch.device, bool], ModuleType] = {}
 
 
-def _choose_distributional(family: str, name: str, device: torch.device) -> ModuleType:
+def _choose_distributional(family: str, name: str, device: torch.device, K: int) -> ModuleType:
     if name != "auto" and name not in MODULES:
         wrong_choice("backend", name, ("auto", *MODULES))
     for candidate in AUTO.get(device.type, AUTO_ELSEWHERE) if name == "auto" else (name,):
-        reason = _lacks(family, candidate, device) or _missing(candidate) or _LOADED[candidate].refuses(device)
+        reason = _lacks(family, candidate, device, K) or _missing(candidate) or _LOADED[candidate].refuses(device)
         if reason is None:
             return _LOADED[candidate]
     raise BackendUnavailableError(f"backend {name!r} cannot serve: {reason}")  # never for "auto": torch serves
 
 
-def _lacks(family: str, name: str, device: torch.device) -> str | None:
+def _lacks(family: str, name: str, device: torch.device, K: int = 1) -> str | None:
     """Say why a backend does not have the losses of a family on a device."""
+    if name == "triton" and family == "categorical" and K > MOST_ATOMS:
+        return f"it takes up to {MOST_ATOMS} atoms, got {K}; 'auto' takes a backend that takes more"
     if name == "torch" or device.type in DISTRIBUTIONAL[family].get(name, ()):
         return None
     return f"it has no {family} loss for tensors on {device.type}; 'auto' takes a backend that has one"

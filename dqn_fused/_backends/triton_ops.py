@@ -2,9 +2,9 @@
 
 A launch asks for addresses and devices, of which a trace has none. torch.library.triton_op and wrap_triton would show
 the kernels to Inductor, but it launches them by its own rules: of the options of a launch it knows num_warps and
-num_stages, and drops enable_fp_fusion=False without a word (torch 2.13), on which results rest; where a matrix begins
-within 16 bytes, which the launch plan asks, a trace cannot say; and a plan made from symbolic sizes is a guard for each
-power of two of the batch. A small problem, where a call of Python would cost, is left to PyTorch's operations instead
+num_stages, and silently drops enable_fp_fusion=False (torch 2.13), on which results depend; a trace cannot say where a
+matrix begins within 16 bytes, which the launch plan needs; and a plan made from symbolic sizes is a guard for each
+power of two of the batch. A small problem, for which a call of Python is expensive, is left to PyTorch's operations
 (see _backends.TRACED).
 """
 

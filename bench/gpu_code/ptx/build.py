@@ -27,7 +27,7 @@ def folder() -> Path:
 
 
 def once(name: str, key: Sequence[bytes], make: Callable[[Path], None]) -> Path:
-    """The folder that make has filled for this key, now or before. Processes may race for it."""
+    """The folder that make has filled for this key, now or earlier. Processes may race for it."""
     digest = hashlib.sha256(b"\0".join(key)).hexdigest()[:16]
     target = folder() / f"{name}-{digest}"
     if not target.exists():
