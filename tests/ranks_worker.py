@@ -91,6 +91,13 @@ CASES: dict[str, Callable[[], Arguments]] = {
 }
 
 
+SECOND_ORDER: dict[str, Callable[[], Arguments]] = {
+    "double": lambda: of("double", torch.float64),
+    "cql": lambda: of("cql-double-mask-weights-smooth_l1", torch.float64, delta=3.0),
+    "cql-none": lambda: of("cql", torch.float64, reduction="none"),
+}
+
+
 def local(arguments: Arguments, rank: int, sizes: list[int]) -> Arguments:
     """What one rank is given: its rows of the layers, its columns of the masks."""
     start = sum(sizes[:rank])
@@ -144,15 +151,16 @@ def run(arguments: Arguments, **options: Any) -> dict[str, Any]:
 
 
 def second_order(arguments: Arguments, **options: Any) -> dict[str, Tensor]:
-    """Gradients of a function of the gradients of hidden."""
+    """Gradients of a function of all three gradients, and of what came upstream of the loss."""
     arguments = dict(arguments)
     for k in LEARNED:
         arguments[k] = arguments[k].detach().clone().requires_grad_()
     loss = fused_linear_dqn_loss(**arguments, **options)
     assert isinstance(loss, Tensor)
-    (grad,) = torch.autograd.grad(loss, [arguments["hidden"]], create_graph=True)
-    found = torch.autograd.grad(grad.square().sum(), [arguments[k] for k in LEARNED])
-    return dict(zip(LEARNED, found, strict=True))
+    learned, upstream = [arguments[k] for k in LEARNED], torch.ones_like(loss).requires_grad_()
+    grads = torch.autograd.grad(loss, learned, upstream, create_graph=True)
+    found = torch.autograd.grad(torch.stack([x.square().sum() for x in grads]).sum(), [*learned, upstream])
+    return dict(zip((*LEARNED, "upstream"), found, strict=True))
 
 
 def error_of(call: Callable[[], Any]) -> tuple[str, str]:
@@ -325,7 +333,6 @@ def others(mine: Arguments, group: Any) -> dict[str, Any]:
         "module": loss.detach(),
         "partial": states.grad,
         "partial_calls": calls,
-        "second": error_of(lambda: second_order(mine | {"cql_alpha": 1.0}, tensor_parallel_group=group)),
     }
 
 
@@ -344,8 +351,10 @@ def work(rank: int, ranks: int, folder: str) -> None:
         name: run(local(case(), rank, sizes), tensor_parallel_group=group) for name, case in CASES.items()
     }
     found["errors"] = errors(local(of("plain"), rank, sizes), group)
-    plain = local(of("double", torch.float64), rank, sizes)
-    found["second order"] = second_order(plain, tensor_parallel_group=group)
+    found["second order"] = {
+        name: second_order(local(SECOND_ORDER[name](), rank, sizes), tensor_parallel_group=group)
+        for name in SECOND_ORDER
+    }
     found["others"] = others(local(of("plain", torch.float64), rank, sizes), group)
     found["dtensors"] = dtensors(rank, ranks)
     if ranks == 4:

@@ -17,7 +17,22 @@ if not dist.is_available():
     pytest.skip("torch without torch.distributed", allow_module_level=True)
 
 import ranks_worker  # noqa: E402
-from ranks_worker import CASES, SHARES, SIZES, WRONG, A, Model, N, joined, local, of, run, second_order  # noqa: E402
+from ranks_worker import (  # noqa: E402
+    CASES,
+    ROWS,
+    SECOND_ORDER,
+    SHARES,
+    SIZES,
+    WRONG,
+    A,
+    Model,
+    N,
+    joined,
+    local,
+    of,
+    run,
+    second_order,
+)
 from test_linear import compare  # noqa: E402
 
 from bench.reporting.ranks import AGREEMENT, SENT  # noqa: E402
@@ -41,11 +56,11 @@ def same(x: Tensor, y: Tensor) -> bool:
 
 
 def joined_gradients(found: list[Found]) -> dict[str, Tensor]:
-    """Gradients of all rows; that of hidden is the same on every rank."""
+    """Gradients of all rows; that of anything else is the same on every rank."""
     first, *rest = (each["grads"] for each in found)
     for other in rest:
-        assert same(other["hidden"], first["hidden"])
-    return {k: x if k == "hidden" else torch.cat([each["grads"][k] for each in found]) for k, x in first.items()}
+        assert all(same(other[k], x) for k, x in first.items() if k not in ROWS)
+    return {k: torch.cat([each["grads"][k] for each in found]) if k in ROWS else x for k, x in first.items()}
 
 
 def same_on_every_rank(found: list[Found]) -> Found:
@@ -114,9 +129,10 @@ def test_an_error_on_one_rank_is_one_on_all(ranks: list[Found]) -> None:
     assert "the same options" in last["another option"][1]
 
 
-def test_second_order(ranks: list[Found]) -> None:
-    expected = second_order(of("double", torch.float64))
-    found = joined_gradients([{"grads": each["second order"]} for each in ranks])
+@pytest.mark.parametrize("name", SECOND_ORDER)
+def test_second_order(ranks: list[Found], name: str) -> None:
+    expected = second_order(SECOND_ORDER[name]())
+    found = joined_gradients([{"grads": each["second order"][name]} for each in ranks])
     for k, x in expected.items():
         assert torch.allclose(found[k], x, rtol=1e-12, atol=1e-12), k
 
@@ -161,10 +177,6 @@ def test_ready_targets_the_module_and_partial_gradients(ranks: list[Found]) -> N
         torch.testing.assert_close(found["ready"], (loss, cql), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(found["module"], whole.detach(), rtol=1e-12, atol=1e-12)  # type: ignore[union-attr]
         assert found["partial_calls"] == []
-        assert found["second"] == (
-            "NotImplementedError",
-            "the second derivative of the conservative term over ranks is not implemented",
-        )
     total = torch.stack([each["others"]["partial"] for each in ranks]).sum(0)
     torch.testing.assert_close(total, states.grad, rtol=1e-12, atol=1e-12)
 

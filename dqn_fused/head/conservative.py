@@ -12,7 +12,7 @@ from dqn_fused.head.second_order import SecondOrder, second_order
 from dqn_fused.head.sweep import Statistics, Sweep, log_total
 from dqn_fused.head.sweep_backward import Gradients, SweepBackward, sweep_backward
 from dqn_fused.head.taken import taken_values
-from dqn_fused.head.whole import WHOLE, Whole
+from dqn_fused.head.whole import Whole
 
 
 def state_sweep(head: Head, spec: LossSpec) -> Sweep | None:
@@ -66,7 +66,7 @@ class ConservativeValues(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of hidden, (n, D), of weight, (A, D), and of bias, (A,)."""
         hidden, weight, bias, actions, mask, largest, total = ctx.saved_tensors
-        taken, rest = (torch.zeros_like(total) if x is None else x for x in grads)
+        taken, rest = (ctx.shards.enter(torch.zeros_like(total) if x is None else x) for x in grads)
         index, here = ctx.shards.locate(actions, weight.shape[0])
         if here is not None:
             taken = torch.where(here, taken, 0)
@@ -119,9 +119,7 @@ class RecordedGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of hidden, weight, bias and of what came upstream of taken and rest; a third order raises."""
-        if ctx.shards is not WHOLE:
-            raise NotImplementedError("the second derivative of the conservative term over ranks is not implemented")
-        hidden, weight, bias, taken, rest = SecondOrderGradients.apply(*ctx.saved_tensors, *grads)
+        hidden, weight, bias, taken, rest = SecondOrderGradients.apply(*ctx.saved_tensors, *grads, ctx.shards)
         return (
             hidden, weight, bias if ctx.has_bias else None, None, None, None, None, taken, rest, None, None, None, None,
         )  # fmt: skip

@@ -63,6 +63,10 @@ class Ranks(Whole):
         entered: Tensor = ToRanks.apply(x, self)
         return entered
 
+    def total(self, x: Tensor) -> Tensor:
+        """One collective."""
+        return self._reduce(x.clone(), dist.ReduceOp.SUM)
+
     def _joined(self, reduce: Callable[[Tensor], Tensor], parts: list[Tensor]) -> list[Tensor]:
         """Reduce several tensors at once; each keeps its dtype."""
         if not parts:

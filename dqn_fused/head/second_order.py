@@ -9,6 +9,7 @@ from torch import Tensor
 from dqn_fused.arguments import accumulation_dtype
 from dqn_fused.head.sweep import column_blocks, origin, row_blocks, tile
 from dqn_fused.head.sweep_backward import without_autocast
+from dqn_fused.head.whole import WHOLE, Whole
 
 
 class SecondOrder(NamedTuple):
@@ -28,6 +29,7 @@ class SecondOrder(NamedTuple):
     of_hidden: Tensor | None
     of_weight: Tensor | None
     of_bias: Tensor | None
+    shards: Whole = WHOLE
 
 
 def second_order(work: SecondOrder) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -49,9 +51,10 @@ def _by_tiles(work: SecondOrder) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor
         mean[rows] += (policy * change).sum(1)
         inside, column = _column(work, rows, columns)
         taken[rows] += torch.where(inside, change.gather(1, column).squeeze(1), 0)
+    mean_of_all = work.shards.total(mean)
     for rows, columns in tiles:
         share = _policy(work, rows, columns) * work.rest[rows].unsqueeze(1)
-        off = share * (_change(work, rows, columns) - mean[rows].unsqueeze(1))
+        off = share * (_change(work, rows, columns) - mean_of_all[rows].unsqueeze(1))
         inside, column = _column(work, rows, columns)
         gradient = share.scatter(
             1, column, share.gather(1, column) + torch.where(inside, work.taken[rows], 0).unsqueeze(1)

@@ -34,5 +34,9 @@ class Whole:
         """What is the same everywhere, and meets the rows that are here: its gradient is what all rows make of it."""
         return x
 
+    def total(self, x: Tensor) -> Tensor:
+        """Sum over all rows of what the rows that are here make of it; not differentiable."""
+        return x
+
 
 WHOLE = Whole()
