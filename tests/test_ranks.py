@@ -1,12 +1,10 @@
 """A head whose weight is shared out to ranks: 2 and 4 processes of gloo against one, and what they send."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from conftest import Setting
 from torch import Tensor
 
@@ -17,6 +15,7 @@ if not dist.is_available():
     pytest.skip("torch without torch.distributed", allow_module_level=True)
 
 import ranks_worker  # noqa: E402
+from processes import run_once  # noqa: E402
 from ranks_worker import (  # noqa: E402
     CASES,
     ROWS,
@@ -45,9 +44,8 @@ ROAD = Setting("auto", "cpu")
 @pytest.fixture(scope="module", params=[2, 4], ids=["two", "four"])
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Found]:
     """What each rank has found, of all cases at one start."""
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(ranks_worker.work, (request.param, str(folder)), request.param)
-    return [torch.load(Path(folder, f"{rank}.pt")) for rank in range(request.param)]
+    folder = run_once(ranks_worker.work, request.param, tmp_path_factory)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
 
 
 def same(x: Tensor, y: Tensor) -> bool:
