@@ -208,6 +208,34 @@ def errors(mine: Arguments, group: Any) -> dict[str, tuple[str, str]]:
     return {name: error_of(lambda change=change: calls(change)) for name, change in WRONG.items()}  # type: ignore[misc]
 
 
+# What one rank, the last, has other values of, or another order.
+OTHER_VALUES: dict[str, Callable[[Arguments], Arguments]] = {
+    "nothing": lambda a: {},
+    "hidden": lambda a: {"hidden": a["hidden"].nextafter(a["hidden"] + 1)},
+    "next_hidden": lambda a: {"next_hidden": a["next_hidden"].flip(0)},
+    "next_hidden_online": lambda a: {"next_hidden_online": -a["next_hidden_online"]},
+    "actions": lambda a: {"actions": a["actions"].flip(0)},
+    "rewards": lambda a: {"rewards": a["rewards"] + 1},
+    "terminated": lambda a: {"terminated": ~a["terminated"]},
+    "weights": lambda a: {"weights": a["weights"].flip(0)},
+    "gamma": lambda a: {"gamma": a["gamma"] / 2},
+}
+
+
+def checked_values(rank: int, ranks: int, sizes: list[int]) -> dict[str, tuple[str, str]]:
+    """With DQN_FUSED_CHECK, on all ranks, and under "one rank" on the last only."""
+    arguments, last = of("double-mask-weights-huber", gamma=torch.tensor(0.9)), rank == ranks - 1
+    mine, found = local(arguments, rank, sizes), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DQN_FUSED_CHECK", "1")
+        for name, change in OTHER_VALUES.items():
+            given = mine | (change(mine) if last else {})
+            found[name] = error_of(lambda given=given: run(given, tensor_parallel_group=dist.group.WORLD))  # type: ignore[misc]
+        patch.setenv("DQN_FUSED_CHECK", str(int(last)))
+        found["one rank"] = error_of(lambda: run(given, tensor_parallel_group=dist.group.WORLD))
+    return found
+
+
 def dtensors(rank: int, ranks: int) -> dict[str, Any]:
     """Layers that are DTensors, on a mesh; and what is refused."""
     arguments, mesh = of("double"), init_device_mesh("cpu", (ranks,))
@@ -355,6 +383,7 @@ def work(rank: int, ranks: int, folder: str) -> None:
         name: second_order(local(SECOND_ORDER[name](), rank, sizes), tensor_parallel_group=group)
         for name in SECOND_ORDER
     }
+    found["checked values"] = checked_values(rank, ranks, sizes)
     found["others"] = others(local(of("plain", torch.float64), rank, sizes), group)
     found["dtensors"] = dtensors(rank, ranks)
     if ranks == 4:

@@ -127,6 +127,18 @@ def test_an_error_on_one_rank_is_one_on_all(ranks: list[Found]) -> None:
     assert "the same options" in last["another option"][1]
 
 
+def test_values_are_the_same_on_every_rank(ranks: list[Found]) -> None:
+    for each in ranks:
+        found = each["checked values"]
+        assert found.pop("nothing") == found.pop("one rank") == ("", "")
+        for name, (kind, text) in found.items():
+            assert kind == "ValueError", name
+            assert text == (
+                f"tensor_parallel_group: expected the same values of {name} on every rank, bit for bit, got others on "
+                f"rank {len(ranks) - 1} than on rank 0"
+            )
+
+
 @pytest.mark.parametrize("name", SECOND_ORDER)
 def test_second_order(ranks: list[Found], name: str) -> None:
     expected = second_order(SECOND_ORDER[name]())

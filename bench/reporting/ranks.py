@@ -7,7 +7,7 @@ A, D, N = 151_936, 8_192, 8_192  # a vocabulary, features, tokens
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 HALF, SINGLE = 2, 4  # bytes
 TILE = 32 * 2**20  # dqn_fused.head.sweep.TILE on a GPU
-AGREEMENT = 88  # bytes of each rank, before anything else
+AGREEMENT = 96  # bytes of each rank, before anything else
 
 # Numbers of 32 bits for each sample, by collective, behind the agreement: the largest Q-value, with its index two; a
 # sum of exponentials, two; a value that one rank has.

@@ -2,17 +2,22 @@
 
 import zlib
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from dqn_fused.arguments import Batch, action_range, check_actions, looks_at_values
+from dqn_fused.arguments import Batch, action_range, asked_to_check, check_actions, looks_at_values
 from dqn_fused.head.arguments import Head
 from dqn_fused.head.ranks import Ranks
 
+# What need not be: rows and columns of a rank; and the two that are hidden and next_hidden under another name.
+OF_THE_RANK = {"weight", "bias", "next_weight", "next_bias", "next_action_mask", "action_mask", "q", "next_q"}
 # What must be the same on every rank, as Agreement.state has it.
 EQUAL = ("samples", "next states", "features", "dtypes", "options", "optional arguments", "grad mode of hidden")
+# An integer of as many bytes as an element has.
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 RAISED: dict[str, type[Exception]] = {error.__name__: error for error in (ValueError, TypeError, IndexError)}
 
 
@@ -28,6 +33,7 @@ class Agreement:
         self.group, self.process_group = group, process_group
         self.rows = 0
         self.equal: tuple[object, ...] = (0,) * len(EQUAL)
+        self.checksums: dict[str, int] = {}
         self.samples: Batch | None = None
         self.ranks: Ranks | None = None
 
@@ -45,6 +51,9 @@ class Agreement:
             [name for name, x in tensors.items() if x is not None],
             (torch.is_grad_enabled(), head.hidden.requires_grad),
         )
+        if asked_to_check():
+            same = {name: x for name, x in tensors.items() if name not in OF_THE_RANK and isinstance(x, Tensor)}
+            self.checksums = {name: checksum(x) for name, x in same.items()}
 
     def __enter__(self) -> "Agreement":
         return self
@@ -66,7 +75,9 @@ class Agreement:
         """Tell what this rank calls with, and check what all said, every rank with the same result."""
         looked = self.samples is not None and looks_at_values(self.samples.actions.device)
         actions = action_range(self.samples) if self.samples is not None and looked else (0, 0)
-        facts = [self.rows, *actions, *(_number(x) for x in self.equal)]
+        # 0 where this rank does not check values
+        values = _number(self.checksums) if self.checksums else 0
+        facts = [self.rows, *actions, *(_number(x) for x in self.equal), values]
         found = _tell("tensor_parallel_group", self.group, facts, error)
         for i, what in enumerate(EQUAL):
             column = [facts[3 + i] for facts in found]
@@ -76,6 +87,9 @@ class Agreement:
                     f"tensor_parallel_group: expected the same {what} on every rank, got others on rank {other} than "
                     f"on rank 0; on this one {self.equal[i]}"
                 )
+        sums = [facts[-1] for facts in found]
+        if 0 not in sums and len(set(sums)) > 1:
+            self._raise_of_values()
         rows = [facts[0] for facts in found]
         A = sum(rows)
         if A == 0:
@@ -88,6 +102,22 @@ class Agreement:
                 text = f"actions: expected values in [0, {A}), got {low if low < 0 else high}"
                 raise IndexError(_of_another("tensor_parallel_group", other, text))
         self.ranks = Ranks(self.group, sum(rows[: dist.get_rank(self.group)]), A)
+
+    def _raise_of_values(self) -> NoReturn:
+        """Say which tensors have other values on another rank, the same on every rank."""
+        found: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(found, self.checksums, group=self.group)
+        name, other = next((name, i) for name in found[0] for i, x in enumerate(found) if x[name] != found[0][name])
+        raise ValueError(
+            f"tensor_parallel_group: expected the same values of {name} on every rank, bit for bit, got others on rank "
+            f"{other} than on rank 0"
+        )
+
+
+def checksum(x: Tensor) -> int:
+    """A number that depends on every bit of x and on its place; the same on every device."""
+    words = x.detach().resolve_neg().contiguous().view(-1).view(WORDS[x.element_size()]).to(torch.int64)
+    return int((words * torch.arange(1, 2 * words.numel(), 2, device=x.device)).sum())  # odd factors lose no bit
 
 
 def check_member(group: object) -> None:
