@@ -538,6 +538,18 @@ def test_other_errors() -> None:
     for name in ("next_hidden", "next_weight"):
         with pytest.raises(TypeError, match=rf"{name}: expected a torch\.Tensor, got NoneType"):
             fused_linear_dqn_loss(**{**arguments, name: None})
+    for name in ("next_hidden", "next_weight", "next_bias"):
+        several = {name: [arguments[name]] * 2}
+        with pytest.raises(
+            TypeError, match=rf"{name}: expected .*, got list; only fused_dqn_loss takes several .* give"
+        ):
+            fused_linear_dqn_loss(**{**arguments, **several})
+    for call in (
+        lambda: fused_linear_dqn_loss(**arguments, ensemble="min"),
+        lambda: FusedLinearDQNLoss(ensemble="min"),
+    ):
+        with pytest.raises(TypeError, match="unexpected argument 'ensemble'; only fused_dqn_loss takes several target"):
+            call()
     arguments["actions"][4] = 41
     with pytest.raises(IndexError, match=r"actions: expected values in \[0, 41\), got 41 in row 4$"):
         fused_linear_dqn_loss(**arguments)
