@@ -12,7 +12,7 @@ from dqn_fused.autograd import apart, inside_transform
 from dqn_fused.checks import wrong_choice
 from dqn_fused.head.agreement import Agreement, check_member
 from dqn_fused.head.arguments import Head, autocast, check_head
-from dqn_fused.head.dtensor import is_dtensor, local_layers, refuse_dtensors
+from dqn_fused.head.dtensor import has_dtensor, local_layers, refuse_dtensors
 from dqn_fused.head.loss import Options, head_loss
 from dqn_fused.head.ranks import HIDDEN_GRADS
 from dqn_fused.targets import Munchausen, Soft
@@ -217,7 +217,7 @@ def _run(
     if inside_transform():
         instead = name.replace("_linear", "")
         refuse(name, f"call {instead} with the Q matrices, or this once for each network")
-    if tensor_parallel_group is not None or is_dtensor(head.weight):
+    if tensor_parallel_group is not None or has_dtensor(head):
         return _run_on_ranks(head, samples, chosen, tensor_parallel_group, hidden_grad, name, *rest)
     if hidden_grad != "sum":
         raise ValueError(f"hidden_grad: expected 'sum' without tensor_parallel_group, got {hidden_grad!r}")
@@ -238,7 +238,7 @@ def _run_eagerly(
     """The loss of a weight whose rows are those of a rank. What is before the agreement is the same on every rank."""
     if group is not None:
         check_member(group)
-    row_sparse = sparse_grad and is_dtensor(head.weight)
+    row_sparse = sparse_grad and has_dtensor(head)
     head, group = local_layers(head, group)
     assert group is not None
     with Agreement(group, process_group) as agreement:

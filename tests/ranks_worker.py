@@ -183,6 +183,7 @@ WRONG: dict[str, Callable[[Arguments], Arguments]] = {
     "dtype": lambda a: {"actions": a["actions"].float()},
     "option": lambda a: {"loss": "mes"},
     "another option": lambda a: {"loss": "huber"},
+    "another gamma": lambda a: {"gamma": 0.5},
     "action": lambda a: {"actions": far(a["actions"], A)},
     "negative action": lambda a: {"actions": far(a["actions"], -1)},
     "mask": lambda a: {"next_action_mask": torch.ones(N, A, dtype=torch.bool)},
@@ -236,6 +237,21 @@ def checked_values(rank: int, ranks: int, sizes: list[int]) -> dict[str, tuple[s
     return found
 
 
+def rows_that_are_not_taken(mine: Arguments, group: Any) -> dict[str, Any]:
+    """Gradients with an infinite row, the first of each rank, and without it; and which rows of a sparse one there are.
+
+    To a sample whose row is on another rank the first row of this one stands for it.
+    """
+    far_away, first = mine | {"weight": mine["weight"].clone()}, dist.get_rank(group) > 0
+    if first and len(mine["weight"]):
+        far_away["weight"][0] = torch.inf
+    both = [run(x, tensor_parallel_group=group)["grads"] for x in (mine, far_away)]
+    weight = mine["weight"].clone().requires_grad_()
+    loss = fused_linear_dqn_loss(**{**mine, "weight": weight}, sparse_grad=True, tensor_parallel_group=group)
+    rows = torch.autograd.grad(loss, [weight])[0].coalesce().indices().flatten()  # type: ignore[list-item]
+    return {"both": both, "rows": rows}
+
+
 def dtensors(rank: int, ranks: int) -> dict[str, Any]:
     """Layers that are DTensors, on a mesh; and what is refused."""
     arguments, mesh = of("double"), init_device_mesh("cpu", (ranks,))
@@ -265,6 +281,7 @@ def dtensors(rank: int, ranks: int) -> dict[str, Any]:
         "replicated": {"weight": whole},
         "two dimensions": {"weight": square},
         "mixed": {"next_weight": plain["next_weight"]},
+        "only of the target": {k: plain[k] for k in ("weight", "bias")},
         "hidden": {"hidden": state},
         "sparse": {"sparse_grad": True},
         "outside": {"tensor_parallel_group": dist.new_group([0])},
@@ -384,6 +401,7 @@ def work(rank: int, ranks: int, folder: str) -> None:
         for name in SECOND_ORDER
     }
     found["checked values"] = checked_values(rank, ranks, sizes)
+    found["rows not taken"] = rows_that_are_not_taken(local(of("plain"), rank, sizes), group)
     found["others"] = others(local(of("plain", torch.float64), rank, sizes), group)
     found["dtensors"] = dtensors(rank, ranks)
     if ranks == 4:

@@ -125,6 +125,21 @@ def test_an_error_on_one_rank_is_one_on_all(ranks: list[Found]) -> None:
     assert "the same samples" in last["fewer samples"][1]
     assert "the same grad mode of hidden" in last["grad"][1]
     assert "the same options" in last["another option"][1]
+    assert "the same options" in last["another gamma"][1]
+
+
+def test_rows_that_are_not_taken(ranks: list[Found]) -> None:
+    """Zero times infinity was in the gradient of hidden, and row 0 of every rank in a sparse one.
+
+    SparseAdam moves each row that is in the gradient, by its momentum.
+    """
+    actions, start = of("plain")["actions"], 0
+    for each, size in zip(ranks, SIZES[len(ranks)], strict=True):
+        without, with_infinity = each["rows not taken"]["both"]
+        assert all(torch.equal(without[k], with_infinity[k]) for k in without)
+        here = actions[(actions >= start) & (actions < start + size)] - start
+        assert torch.equal(each["rows not taken"]["rows"], here.unique())
+        start += size
 
 
 def test_values_are_the_same_on_every_rank(ranks: list[Found]) -> None:
@@ -160,6 +175,7 @@ def test_dtensors(ranks: list[Found]) -> None:
     assert refused["two dimensions"][0] == "ValueError"
     assert refused["two dimensions"][1].startswith("weight: expected a DTensor on a mesh of one dimension")
     assert refused["mixed"][1].startswith("next_weight: expected a DTensor, as weight, got Tensor; write DTensor.from")
+    assert refused["only of the target"][1].startswith("weight: expected a DTensor, as next_weight, got Tensor; write")
     assert refused["sparse"] == ("ValueError", "sparse_grad: expected False with DTensors, whose gradients are dense")
     assert refused["outside"] == (
         "ValueError",

@@ -47,7 +47,7 @@ class Agreement:
             0 if head.next_hidden is None else head.next_hidden.shape[0],
             head.hidden.shape[1],
             [None if x is None else x.dtype for x in states],
-            options,
+            (options, None if isinstance(samples.gamma, Tensor) else samples.gamma, self.process_group is not None),
             [name for name, x in tensors.items() if x is not None],
             (torch.is_grad_enabled(), head.hidden.requires_grad),
         )

@@ -16,6 +16,11 @@ def is_dtensor(x: object) -> bool:
     return module is not None and isinstance(x, module.DTensor)
 
 
+def has_dtensor(head: Head) -> bool:
+    """Whether a layer is one."""
+    return "torch.distributed.tensor" in sys.modules and any(is_dtensor(getattr(head, name)) for name in LAYERS)
+
+
 def local_layers(head: Head, group: "dist.ProcessGroup | None") -> "tuple[Head, dist.ProcessGroup | None]":
     """The head with the rows of this rank, whose gradients become DTensors again, and the group that has all."""
     given: dict[str, Any] = {name: x for name in LAYERS if (x := getattr(head, name)) is not None}

@@ -52,6 +52,10 @@ class Ranks(Whole):
         """No collective."""
         return super().legal(actions, self.actions)
 
+    def present(self, here: Tensor | None, *values: Tensor) -> tuple[Tensor, ...]:
+        """How many they are the host must know: on a GPU it waits."""
+        return tuple(x[here] for x in values)
+
     def select(self, values: Tensor, here: Tensor | None) -> Tensor:
         """One collective."""
         nothing = torch.iinfo(WORD[values.dtype]).min

@@ -61,20 +61,30 @@ class TakenValues(torch.autograd.Function):
         hidden, weight, actions = ctx.saved_tensors
         A = weight.shape[0]
         index, here = ctx.shards.locate(actions, A)
-        grad = ctx.shards.enter(grads[0])
-        if here is not None:
-            grad = torch.where(here, grad, 0)
-        grad = grad.unsqueeze(1)
+        grad = ctx.shards.enter(grads[0]).unsqueeze(1)
+
+        def of_rows(values: Tensor, dtype: torch.dtype, column: bool = False) -> Tensor:
+            values, rows = _selected(values, here), index
+            if A == 0:
+                values, rows = values[:0], rows[:0]
+            elif ctx.sparse:
+                values, rows = ctx.shards.present(here, values, rows)
+            return _add_rows(values, rows, A, dtype, ctx.sparse, column)
+
         grad_hidden = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_hidden = (grad * take_rows(_with_a_row(weight), index).to(grad.dtype)).to(hidden.dtype)
-        if A == 0:
-            grad, hidden, index = grad[:0], hidden[:0], index[:0]
+            of_hidden = grad * take_rows(_with_a_row(weight), index).to(grad.dtype)
+            grad_hidden = _selected(of_hidden, here).to(hidden.dtype)
         if ctx.needs_input_grad[1]:
-            grad_weight = _add_rows(grad * hidden.to(grad.dtype), index, A, weight.dtype, ctx.sparse)
+            grad_weight = of_rows(grad * hidden.to(grad.dtype), weight.dtype)
         if ctx.needs_input_grad[2]:
-            grad_bias = _add_rows(grad, index, A, ctx.bias_dtype, ctx.sparse, column=True)
+            grad_bias = of_rows(grad, ctx.bias_dtype, column=True)
         return grad_hidden, grad_weight, grad_bias, None, None, None
+
+
+def _selected(x: Tensor, here: Tensor | None) -> Tensor:
+    """Rows of the samples whose action is here, and zeros: a product with the row that stands in may be 0 * inf."""
+    return x if here is None else torch.where(here.unsqueeze(1), x, 0)
 
 
 def _add_rows(values: Tensor, index: Tensor, A: int, dtype: torch.dtype, sparse: bool, column: bool = False) -> Tensor:

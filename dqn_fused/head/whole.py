@@ -26,6 +26,10 @@ class Whole:
         """Which actions are in range, wherever their rows are; None for all."""
         return legal_actions(actions, rows)[1]
 
+    def present(self, here: Tensor | None, *values: Tensor) -> tuple[Tensor, ...]:
+        """Values, (n, ...), of samples whose row is here. All of them: an action out of range costs no look at here."""
+        return values
+
     def select(self, values: Tensor, here: Tensor | None) -> Tensor:
         """Values, (n,), each from where its row is; NaN where that is nowhere."""
         return values if here is None else torch.where(here, values, torch.nan)
