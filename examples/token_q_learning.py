@@ -15,6 +15,7 @@ Needs matplotlib and tqdm beside dqn_fused.
 
 import argparse
 import copy
+import statistics
 import time
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -37,7 +38,7 @@ class Args:
     features: int = 128
     length: int = 16
     batch_size: int = 16
-    steps: int = 150
+    steps: int = 100
     learning_rate: float = 3e-3
     gamma: float = 0.8
     cql_alpha: float = 0.1
@@ -115,7 +116,7 @@ class Run(NamedTuple):
     """What came of training with one of the losses."""
 
     losses: list[float]  # of Q
-    seconds: float  # of them, forward and backward
+    milliseconds: float  # of one of them, the median, forward and backward
     peak_bytes: int  # held by one of them, gradients included
     mean_reward: float  # of the greedy tokens
 
@@ -125,7 +126,7 @@ def train(q_loss: Any, args: Args, name: str) -> Run:
     log, network = Log(args), Network(args)
     target = copy.deepcopy(network)
     optimizer = torch.optim.Adam(network.parameters(), lr=args.learning_rate)
-    losses, seconds = [], 0.0
+    losses, seconds = [], []
     for _ in tqdm(range(args.steps), desc=name, leave=False):
         tokens, rewards = log.sample()
         actions, hidden = tokens[:, 1:], network.hidden(tokens)
@@ -139,7 +140,7 @@ def train(q_loss: Any, args: Args, name: str) -> Run:
         start = time.perf_counter()
         loss = q_loss(network.head, state, actions, y, args)
         loss.backward()
-        seconds += time.perf_counter() - start
+        seconds.append(time.perf_counter() - start)
         of_value = value_loss(value[:, :-1], target, of_target, actions, args)
         torch.autograd.backward([hidden[:, :-1], of_value], [state.grad, None])
         optimizer.step()
@@ -148,7 +149,7 @@ def train(q_loss: Any, args: Args, name: str) -> Run:
         losses.append(loss.item())
     optimizer.zero_grad()
     peak = peak_bytes(lambda: q_loss(network.head, state, actions, y, args).backward())
-    return Run(losses, seconds, peak, mean_reward(network, args))
+    return Run(losses, 1e3 * statistics.median(seconds), peak, mean_reward(network, args))
 
 
 def mean_reward(network: Network, args: Args, sequences: int = 4) -> float:
@@ -179,7 +180,7 @@ def plot(runs: dict[str, Run], args: Args) -> None:
         curves.plot(range(1, args.steps + 1), run.losses, style, label=name, linewidth=2)
     curves.set(xlabel="update", ylabel="loss of Q", title="the same curve")
     curves.legend(frameon=False)
-    milliseconds = [1e3 * run.seconds / args.steps for run in runs.values()]
+    milliseconds = [run.milliseconds for run in runs.values()]
     megabytes = [run.peak_bytes / 1e6 for run in runs.values()]
     for axes, values, title in (
         (times, milliseconds, "ms a loss, with backward"),
@@ -212,7 +213,7 @@ def main() -> None:
     for name, run in runs.items():
         last, peak = sum(run.losses[-10:]) / len(run.losses[-10:]), run.peak_bytes / 1e6
         print(
-            f"| {name} | {1e3 * run.seconds / args.steps:.1f} | {peak:.1f} | {peak - gradient:.1f} | {last:.5f} "
+            f"| {name} | {run.milliseconds:.1f} | {peak:.1f} | {peak - gradient:.1f} | {last:.5f} "
             f"| {run.mean_reward:.3f} |"
         )
     apart = max(abs(x - y) / abs(y) for x, y in zip(*(run.losses for run in runs.values()), strict=True))
