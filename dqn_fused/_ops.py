@@ -44,11 +44,11 @@ for _kind, _check in (("general", ", bool check"), ("triton", "")):
         "Tensor? normaliser, Tensor? q, Tensor? action_mask, int A, ScalarType dtype, "
         "float[] options) -> Tensor grad_q"
     )
-# first is empty, (0,), but for "argmax", and total but for "soft".
+# Empty, (0,), are first except for "argmax", total except for "soft", and taken without actions.
 for _kind, _more in (("", ""), ("triton_", ", bool auto")):
     _library.define(
-        f"{_kind}sweep(Tensor hidden, Tensor weight, Tensor? bias, Tensor? mask, str kind, float temperature{_more}) "
-        "-> (Tensor largest, Tensor first, Tensor total)"
+        f"{_kind}sweep(Tensor hidden, Tensor weight, Tensor? bias, Tensor? mask, str kind, float temperature{_more}, "
+        "Tensor? actions=None) -> (Tensor largest, Tensor first, Tensor total, Tensor taken)"
     )
 # taken and policy are coefficients; a gradient that needs says no of is empty, (0,).
 for _kind, _more in (("", ""), ("triton_", ", bool auto")):
@@ -118,14 +118,23 @@ def _general_td_loss_backward(grad_loss: Tensor, td_error: Tensor, actions: Tens
 @torch.library.register_fake("dqn_fused::sweep", lib=_library)
 @torch.library.register_fake("dqn_fused::triton_sweep", lib=_library)
 def _sweep(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, kind: str, *rest: object
-) -> tuple[Tensor, Tensor, Tensor]:
-    on_one_device(hidden, weight, bias, mask)
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    kind: str,
+    temperature: float,
+    *rest: object,
+    actions: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    actions = next((x for x in rest if isinstance(x, Tensor)), actions)  # behind auto, if there is one
+    on_one_device(hidden, weight, bias, mask, actions)
     m, dtype = hidden.shape[0], accumulation_dtype(hidden)
     return (
         hidden.new_empty((m,), dtype=dtype),
         hidden.new_empty((m if kind == "argmax" else 0,), dtype=torch.int64),
         hidden.new_empty((m if kind == "soft" else 0,), dtype=dtype),
+        hidden.new_empty((0 if actions is None else m,), dtype=dtype),
     )
 
 

@@ -76,6 +76,7 @@ CASES: dict[str, Callable[[], Arguments]] = {
         f"{name}-f64": lambda name=name: of(name, torch.float64)
         for name in ("double", "soft-mask", "cql-munchausen-sum")
     },  # type: ignore[misc]
+    "cql-bf16": lambda: of("cql-double-mask-weights-smooth_l1", torch.bfloat16),
     "double-bf16": lambda: of("double", torch.bfloat16),
     "sequence": lambda: of("double-mask-weights-huber", shape=(3, 3, 4)),
     "one-nan": one_nan,

@@ -143,7 +143,7 @@ def exact_matrices(setting: Setting, arguments: Arguments) -> Arguments:
     for k, names in parts.items():
         hidden, weight, bias = (None if arguments[x] is None else wide(arguments[x]) for x in names)
         values = arithmetic.product(hidden, weight.T)
-        # Of q the loss reads the value taken, which is not rounded, and the conservative term all others.
+        # Of q the TD error reads the value taken, which is not rounded, and the conservative term all, which are.
         by_library = k != "q" or "cql_alpha" in arguments
         by_library = by_library and dtype.itemsize == 2 and setting.backend != "triton"
         if by_library:

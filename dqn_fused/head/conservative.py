@@ -9,15 +9,22 @@ from torch import Tensor
 from dqn_fused.arguments import LossSpec
 from dqn_fused.head.arguments import Head
 from dqn_fused.head.second_order import SecondOrder, second_order
-from dqn_fused.head.sweep import Statistics, Sweep, log_total
+from dqn_fused.head.sweep import Statistics, Sweep
 from dqn_fused.head.sweep_backward import Gradients, SweepBackward, sweep_backward
 from dqn_fused.head.taken import taken_values
 from dqn_fused.head.whole import Whole
 
 
-def state_sweep(head: Head, spec: LossSpec) -> Sweep | None:
-    """What the conservative term needs of all actions; None without it."""
-    return Sweep(head.hidden, head.weight, head.bias, head.action_mask, "soft", 1.0) if spec.cql else None
+def state_sweep(head: Head, actions: Tensor, spec: LossSpec, shards: Whole) -> Sweep | None:
+    """What the conservative term needs of all actions; None without it.
+
+    In half precision also the values of those taken, rounded as all others: the term is a small difference of them.
+    """
+    if not spec.cql:
+        return None
+    halves = head.hidden.dtype.itemsize == 2
+    index = shards.locate(actions, head.weight.shape[0])[0] if halves else None
+    return Sweep(head.hidden, head.weight, head.bias, head.action_mask, "soft", 1.0, index)
 
 
 def largest_legal(found: Statistics, mask: Tensor | None) -> Tensor:
@@ -25,17 +32,16 @@ def largest_legal(found: Statistics, mask: Tensor | None) -> Tensor:
     return found.largest if mask is None else torch.where(found.largest == -torch.inf, torch.nan, found.largest)
 
 
-def conservative_term(taken: Tensor, found: Statistics, mask: Tensor | None) -> Tensor:
+def conservative_term(taken: Tensor, largest: Tensor, total: Tensor) -> Tensor:
     """logsumexp_a q[i, a] - q[i, a_i], (n,), the term of CQL(H) (Kumar et al., 2020)."""
-    return (largest_legal(found, mask) - taken) + log_total(found, 1.0)
+    return (largest - taken) + total.log()
 
 
 class ConservativeValues(torch.autograd.Function):
-    """(taken, rest), each (n,): the value of the action taken, and what the log-sum-exp is above the largest Q-value.
+    """(taken, term), each (n,): the value of the action taken, and the conservative term.
 
-    By the weights, rest has the derivative of the whole log-sum-exp, and largest none: on it their sum does not depend.
-    taken and rest are NaN where the action is illegal, and the gradient of that row is zero. Every action has a share
-    in the gradient of the weight, which is dense.
+    Both are NaN where the action is illegal, and the gradient of that row is zero. Every action has a share in the
+    gradient of the weight, which is dense.
     """
 
     @staticmethod
@@ -48,25 +54,28 @@ class ConservativeValues(torch.autograd.Function):
         mask: Tensor | None,
         largest: Tensor,
         total: Tensor,
+        swept: Tensor | None,
         backend: ModuleType,
         auto: bool,
         shards: Whole,
     ) -> tuple[Tensor, Tensor]:
-        """Of what a sweep has found: largest, of the legal actions, and total, (n,)."""
-        taken, rest = taken_values(hidden, weight, bias, actions, shards), total.log()
-        legal = shards.legal(actions, weight.shape[0])
-        if legal is not None:
-            rest = torch.where(legal, rest, torch.nan)
+        """Of what a sweep has found, each (n,): largest, of the legal actions, total, and swept, the value taken.
+
+        swept is None where the sweep was not asked for it.
+        """
+        taken = taken_values(hidden, weight, bias, actions, shards)
+        term = conservative_term(taken if swept is None else swept, largest, total)
         ctx.save_for_backward(hidden, weight, bias, actions, mask, largest, total)
         ctx.about, ctx.shards = (backend, auto), shards
         ctx.set_materialize_grads(False)
-        return taken, rest
+        return taken, term
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of hidden, (n, D), of weight, (A, D), and of bias, (A,)."""
         hidden, weight, bias, actions, mask, largest, total = ctx.saved_tensors
-        taken, rest = (ctx.shards.enter(torch.zeros_like(total) if x is None else x) for x in grads)
+        of_taken, of_term = (torch.zeros_like(total) if x is None else x for x in grads)
+        taken, rest = (ctx.shards.enter(x) for x in (of_taken - of_term, of_term))
         index, here = ctx.shards.locate(actions, weight.shape[0])
         if here is not None:
             taken = torch.where(here, taken, 0)
@@ -79,7 +88,7 @@ class ConservativeValues(torch.autograd.Function):
             found = RecordedGradients.apply(*given, needs, *ctx.about, ctx.shards)
         else:
             found = gradients(*given, needs, *ctx.about)
-        return *found, None, None, None, None, None, None, None
+        return *found, None, None, None, None, None, None, None, None
 
 
 def gradients(

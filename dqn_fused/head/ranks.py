@@ -39,7 +39,7 @@ class Ranks(Whole):
         for i, x in largest.items():
             # Infinite or NaN as the largest is, as in one process.
             total = torch.where(x < torch.inf, totals[i], x) if i in totals else None
-            merged[i] = Statistics(x, None, total)
+            merged[i] = Statistics(x, None, total, mine[i].taken)  # which the rank that has the row is asked for
         return [merged.get(i) for i in range(len(works))]
 
     def locate(self, actions: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -109,7 +109,7 @@ class Ranks(Whole):
 
 def _swept(sweep: Sweeper, work: Sweep) -> Statistics:
     """Statistics of the rows of this rank, which may be none."""
-    return sweep(work) if work.weight.shape[0] else no_actions(work.hidden, work.kind)
+    return sweep(work) if work.weight.shape[0] else no_actions(work)
 
 
 def _share(mine: Statistics, largest: Tensor, work: Sweep | None) -> Tensor:

@@ -6,7 +6,7 @@ kernel, the ranks that a weight is shared out to.
 
 from collections.abc import Callable, Iterator
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,7 @@ class Sweep(NamedTuple):
     mask: Tensor | None  # (m, A), true where an action is legal
     kind: str  # "max", "argmax" or "soft"
     temperature: float
+    actions: Tensor | None = None  # (m,) int64, in [0, A): whose Q-values are asked for, as the sweep rounds them
 
 
 class Statistics(NamedTuple):
@@ -43,17 +44,19 @@ class Statistics(NamedTuple):
     first: Tensor | None = None
     # With "soft": the sum of exp((q - largest) / temperature), in the accumulation dtype; 0 where no action is legal.
     total: Tensor | None = None
+    # With actions: their Q-values, in the accumulation dtype, legal or not; -inf in a range that an action is not in.
+    taken: Tensor | None = None
 
 
 def merge(parts: Statistics, temperature: float = 1.0) -> Statistics:
     """Statistics of ranges of actions, (ranges, m), as those of all of them, (m,). The order of sums is theirs."""
-    found, first, total = parts
+    found, first, total, taken = parts
     largest = found.amax(0)
     if first is not None:
         first = torch.where((found == largest) | found.isnan(), first, NO_ACTION).amin(0)
     if total is not None:
         total = (total * _powers(found - origin(largest), temperature)).sum(0)
-    return Statistics(largest, first, total)
+    return Statistics(largest, first, total, None if taken is None else taken.amax(0))
 
 
 def log_total(found: Statistics, temperature: float) -> Tensor:
@@ -73,46 +76,59 @@ def sweep(work: Sweep) -> Statistics:
     of its own.
     """
     if torch.compiler.is_compiling():
-        return unpack(work.kind, *_ops.sweep(*work))
+        return unpack(work, *_ops.sweep(*work))
     blocks = [_sweep_rows(work, some) for some in row_blocks(work.hidden.shape[0])]
     return blocks[0] if len(blocks) == 1 else _joined(blocks, torch.cat)
 
 
 def _sweep_rows(work: Sweep, some: slice) -> Statistics:
-    hidden, mask = work.hidden[some], None if work.mask is None else work.mask[some]
+    hidden, mask, actions = (None if x is None else x[some] for x in (work.hidden, work.mask, work.actions))
+    assert hidden is not None
     dtype = accumulation_dtype(hidden)
 
     def of(columns: slice) -> Statistics:
-        q = tile(hidden, work.weight[columns].to(hidden.dtype), work.bias, mask, columns)
-        return _statistics(q, columns.start, work.kind, work.temperature, dtype)
+        q = tile(hidden, work.weight[columns].to(hidden.dtype), work.bias, None, columns)
+        taken = None if actions is None else _taken(q, actions, columns).to(dtype)
+        return _statistics(illegal(q, mask, columns), columns.start, work.kind, work.temperature, dtype, taken)
 
     def add(done: Statistics, more: Statistics) -> Statistics:
         return merge(stacked([done, more]), work.temperature)
 
     found = map(of, column_blocks(hidden, work.weight.shape[0]))
     first = next(found, None)
-    return no_actions(hidden, work.kind) if first is None else reduce(add, found, first)
+    return no_actions(work._replace(hidden=hidden)) if first is None else reduce(add, found, first)
 
 
-def _statistics(q: Tensor, start: int, kind: str, temperature: float, dtype: torch.dtype) -> Statistics:
+def _statistics(
+    q: Tensor, start: int, kind: str, temperature: float, dtype: torch.dtype, taken: Tensor | None
+) -> Statistics:
     """Those of a tile, (rows, columns), whose first action is start; q is used up."""
     if kind == "argmax":
         largest, first = q.max(1)
-        return Statistics(largest.to(dtype), first + start)
+        return Statistics(largest.to(dtype), first + start, None, taken)
     largest = q.amax(1).to(dtype)
     if kind == "max":
-        return Statistics(largest)
+        return Statistics(largest, None, None, taken)
     q = q.to(dtype)
-    return Statistics(largest, None, _powers(q.sub_(origin(largest).unsqueeze(1)), temperature).sum(1))
+    return Statistics(largest, None, _powers(q.sub_(origin(largest).unsqueeze(1)), temperature).sum(1), taken)
 
 
-def no_actions(hidden: Tensor, kind: str) -> Statistics:
+def _taken(q: Tensor, actions: Tensor, columns: slice) -> Tensor:
+    """Q-values of the actions that are in a tile, (rows,); -inf for the others."""
+    column = actions - columns.start
+    inside = (column >= 0) & (column < columns.stop - columns.start)
+    return torch.where(inside, q.gather(1, torch.where(inside, column, 0).unsqueeze(1)).squeeze(1), -torch.inf)
+
+
+def no_actions(work: Sweep) -> Statistics:
     """Statistics of no actions, which change nothing they are merged with."""
-    m, dtype = hidden.shape[0], accumulation_dtype(hidden)
+    m, dtype = work.hidden.shape[0], accumulation_dtype(work.hidden)
+    largest = work.hidden.new_full((m,), -torch.inf, dtype=dtype)
     return Statistics(
-        hidden.new_full((m,), -torch.inf, dtype=dtype),
-        hidden.new_full((m,), NO_ACTION, dtype=torch.int64) if kind == "argmax" else None,
-        hidden.new_zeros((m,), dtype=dtype) if kind == "soft" else None,
+        largest,
+        torch.full_like(largest, NO_ACTION, dtype=torch.int64) if work.kind == "argmax" else None,
+        torch.zeros_like(largest) if work.kind == "soft" else None,
+        None if work.actions is None else largest,
     )
 
 
@@ -123,8 +139,8 @@ def stacked(parts: list[Statistics]) -> Statistics:
 
 def _joined(parts: list[Statistics], join: Callable[[list[Tensor]], Tensor]) -> Statistics:
     largest, *others = zip(*parts, strict=True)
-    first, total = (None if x[0] is None else join([*x]) for x in others)
-    return Statistics(join([*largest]), first, total)
+    first, total, taken = (None if x[0] is None else join([*x]) for x in others)
+    return Statistics(join([*largest]), first, total, taken)
 
 
 def row_blocks(m: int) -> Iterator[slice]:
@@ -144,6 +160,11 @@ def tile(hidden: Tensor, some_weight: Tensor, bias: Tensor | None, mask: Tensor 
     """Q-values of a range of actions, whose rows of the weight are given, (rows, columns), as nn.Linear rounds them;
     -inf where an action is illegal."""
     q = F.linear(hidden, some_weight, None if bias is None else bias[columns].to(hidden.dtype))
+    return illegal(q, mask, columns)
+
+
+def illegal(q: Tensor, mask: Tensor | None, columns: slice) -> Tensor:
+    """A tile of Q-values, which is changed, with -inf where an action is illegal."""
     return q if mask is None else q.masked_fill_(~mask[:, columns], -torch.inf)
 
 
@@ -159,23 +180,27 @@ def _powers(difference: Tensor, temperature: float) -> Tensor:
     return difference.exp_()
 
 
-def unpack(kind: str, largest: Tensor, first: Tensor, total: Tensor) -> Statistics:
+def unpack(work: Sweep, largest: Tensor, first: Tensor, total: Tensor, taken: Tensor) -> Statistics:
     """Statistics of what an op returns, where (0,) stands for None."""
-    return Statistics(largest, first if kind == "argmax" else None, total if kind == "soft" else None)
+    return Statistics(
+        largest,
+        first if work.kind == "argmax" else None,
+        total if work.kind == "soft" else None,
+        None if work.actions is None else taken,
+    )
 
 
-def pack(found: Statistics) -> tuple[Tensor, Tensor, Tensor]:
+def pack(found: Statistics) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What an op returns."""
-    largest, first, total = found
+    largest, first, total, taken = found
     return (
         largest,
         largest.new_empty(0, dtype=torch.int64) if first is None else first,
         largest.new_empty(0) if total is None else total,
+        largest.new_empty(0) if taken is None else taken,
     )
 
 
 @torch.library.impl("dqn_fused::sweep", "CompositeExplicitAutograd")
-def _sweep_op(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, kind: str, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return pack(sweep(Sweep(hidden, weight, bias, mask, kind, temperature)))
+def _sweep_op(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return pack(sweep(Sweep(*given)))
