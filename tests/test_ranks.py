@@ -109,7 +109,7 @@ def test_an_error_on_one_rank_is_one_on_all(ranks: list[Found]) -> None:
             got = each[name]
             if "on every rank" in text:  # nobody alone is wrong
                 assert got[0] == kind == "ValueError"
-                assert f"got others on rank {len(ranks) - 1} than on rank 0" in got[1]
+                assert f"but rank {len(ranks) - 1} differs from rank 0" in got[1]
             elif kind == "IndexError" and "actions" in text:
                 assert got == (
                     kind,
@@ -122,7 +122,7 @@ def test_an_error_on_one_rank_is_one_on_all(ranks: list[Found]) -> None:
         last["mask"][1]
         == f"next_action_mask: expected shape ({N}, {SIZES[len(ranks)][-1]}), as hidden and weight, got ({N}, {A})"
     )
-    assert "the same samples" in last["fewer samples"][1]
+    assert "the same number of samples" in last["fewer samples"][1]
     assert "the same grad mode of hidden" in last["grad"][1]
     assert "the same options" in last["another option"][1]
     assert "the same options" in last["another gamma"][1]
@@ -149,8 +149,8 @@ def test_values_are_the_same_on_every_rank(ranks: list[Found]) -> None:
         for name, (kind, text) in found.items():
             assert kind == "ValueError", name
             assert text == (
-                f"tensor_parallel_group: expected the same values of {name} on every rank, bit for bit, got others on "
-                f"rank {len(ranks) - 1} than on rank 0"
+                f"tensor_parallel_group: expected the same values of {name} on every rank, bit for bit, but "
+                f"rank {len(ranks) - 1} differs from rank 0"
             )
 
 

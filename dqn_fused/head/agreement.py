@@ -1,4 +1,4 @@
-"""Before a sharded head sends anything: do all ranks of the group call it with arguments that fit, or none of them."""
+"""Checks of the arguments of a sharded head: every rank of the group passes them, or every rank raises."""
 
 import zlib
 from types import TracebackType
@@ -12,21 +12,29 @@ from dqn_fused.arguments import Batch, action_range, asked_to_check, check_actio
 from dqn_fused.head.arguments import Head
 from dqn_fused.head.ranks import Ranks
 
-# What need not be: rows and columns of a rank; and the two that are hidden and next_hidden under another name.
+# Tensors whose values may differ: rows and columns of a rank. q and next_q are hidden and next_hidden again.
 OF_THE_RANK = {"weight", "bias", "next_weight", "next_bias", "next_action_mask", "action_mask", "q", "next_q"}
-# What must be the same on every rank, as Agreement.state has it.
-EQUAL = ("samples", "next states", "features", "dtypes", "options", "optional arguments", "grad mode of hidden")
+# What must be equal on every rank, in the order of Agreement.equal.
+EQUAL = (
+    "number of samples",
+    "number of next states",
+    "number of features",
+    "dtypes",
+    "options",
+    "optional arguments",
+    "grad mode of hidden",
+)
 # An integer of as many bytes as an element has.
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 RAISED: dict[str, type[Exception]] = {error.__name__: error for error in (ValueError, TypeError, IndexError)}
 
 
 class Agreement:
-    """A block that checks arguments, on every rank of a group: an error in it on one rank is an error on all.
+    """A with-block that checks arguments on every rank of a group: an error on one rank is an error on all.
 
-    At its end the ranks exchange a few integers each, in one collective; where weights are summed over a process group,
-    the ranks of that one, too. The rank whose arguments are wrong raises what it found, every other one an error of the
-    same type that says which rank and why. What fails later, such as memory, ends by the time-out of the group.
+    At its end the ranks exchange a few integers in one collective, and so do the ranks of a process group over which
+    weights are summed. The rank with the wrong arguments raises its own error; every other rank raises an error of the
+    same type that names the rank and the reason. A later failure, such as one of memory, ends in the group's time-out.
     """
 
     def __init__(self, group: "dist.ProcessGroup", process_group: "dist.ProcessGroup | None") -> None:
@@ -38,7 +46,7 @@ class Agreement:
         self.ranks: Ranks | None = None
 
     def state(self, head: Head, samples: Batch, options: object) -> None:
-        """Say what this rank calls with, once it is checked."""
+        """Record the checked arguments of this rank."""
         self.rows, self.samples = head.weight.shape[0], samples
         tensors = head._asdict() | samples._asdict()
         states = [head.hidden, head.next_hidden, head.next_hidden_online, head.target_hidden]
@@ -72,10 +80,10 @@ class Agreement:
             raise found
 
     def _exchange(self, error: Exception | None) -> None:
-        """Tell what this rank calls with, and check what all said, every rank with the same result."""
+        """Send the facts of this rank and compare those of all; every rank comes to the same result."""
         looked = self.samples is not None and looks_at_values(self.samples.actions.device)
         actions = action_range(self.samples) if self.samples is not None and looked else (0, 0)
-        # 0 where this rank does not check values
+        # 0: this rank does not check values
         values = _number(self.checksums) if self.checksums else 0
         facts = [self.rows, *actions, *(_number(x) for x in self.equal), values]
         found = _tell("tensor_parallel_group", self.group, facts, error)
@@ -84,8 +92,8 @@ class Agreement:
             other = next((rank for rank, x in enumerate(column) if x != column[0]), None)
             if other is not None:
                 raise ValueError(
-                    f"tensor_parallel_group: expected the same {what} on every rank, got others on rank {other} than "
-                    f"on rank 0; on this one {self.equal[i]}"
+                    f"tensor_parallel_group: expected the same {what} on every rank, but rank {other} differs from "
+                    f"rank 0; this rank has {self.equal[i]}"
                 )
         sums = [facts[-1] for facts in found]
         if 0 not in sums and len(set(sums)) > 1:
@@ -93,7 +101,7 @@ class Agreement:
         rows = [facts[0] for facts in found]
         A = sum(rows)
         if A == 0:
-            raise ValueError(f"weight: expected a row on one of the ranks at least, got {rows}")
+            raise ValueError(f"weight: expected at least one row on one of the ranks, got {rows}")
         assert self.samples is not None
         if looked:
             check_actions(self.samples, A)
@@ -104,13 +112,13 @@ class Agreement:
         self.ranks = Ranks(self.group, sum(rows[: dist.get_rank(self.group)]), A)
 
     def _raise_of_values(self) -> NoReturn:
-        """Say which tensors have other values on another rank, the same on every rank."""
+        """Name the first tensor whose values differ, with the same error on every rank."""
         found: list[Any] = [None] * dist.get_world_size(self.group)
         dist.all_gather_object(found, self.checksums, group=self.group)
         name, other = next((name, i) for name in found[0] for i, x in enumerate(found) if x[name] != found[0][name])
         raise ValueError(
-            f"tensor_parallel_group: expected the same values of {name} on every rank, bit for bit, got others on rank "
-            f"{other} than on rank 0"
+            f"tensor_parallel_group: expected the same values of {name} on every rank, bit for bit, but rank {other} "
+            "differs from rank 0"
         )
 
 
@@ -132,14 +140,14 @@ def check_member(group: object) -> None:
 
 
 def _number(x: object) -> int:
-    """A number that is as equal as x is, in every process."""
+    """A number that is equal in two processes if x is."""
     return x if isinstance(x, int) else zlib.crc32(repr(x).encode())
 
 
 def _tell(name: str, group: "dist.ProcessGroup", facts: list[int], error: Exception | None) -> list[list[int]]:
-    """Facts of every rank; raises if a rank has an error: its own there, elsewhere one that tells of it."""
+    """Return the facts of every rank. If a rank has an error, raise it there, and elsewhere one that reports it."""
     backends = dist.get_backend_config(group)
-    # On the CPU, where the group has a backend for it: no device is waited for.
+    # On the CPU if the group has a backend for it: the host then does not wait for a device.
     device = torch.device("cpu" if "cpu:" in backends else backends.partition(":")[0])
     mine = torch.tensor([error is not None, *facts], dtype=torch.int64, device=device)
     gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]

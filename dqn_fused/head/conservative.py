@@ -1,4 +1,4 @@
-"""The conservative term of a linear head: log-sum-exp over all actions less the value of the one taken."""
+"""The conservative term of a linear head: log-sum-exp over all actions minus the value of the action taken."""
 
 from types import ModuleType
 from typing import Any, NoReturn
@@ -16,9 +16,10 @@ from dqn_fused.head.whole import Whole
 
 
 def state_sweep(head: Head, actions: Tensor, spec: LossSpec, shards: Whole) -> Sweep | None:
-    """What the conservative term needs of all actions; None without it.
+    """The sweep that the conservative term needs; None if the term is not asked for.
 
-    In half precision also the values of those taken, rounded as all others: the term is a small difference of them.
+    In half precision it also returns the values of the actions taken, rounded like all others, because the term is a
+    small difference between them.
     """
     if not spec.cql:
         return None
@@ -40,8 +41,8 @@ def conservative_term(taken: Tensor, largest: Tensor, total: Tensor) -> Tensor:
 class ConservativeValues(torch.autograd.Function):
     """(taken, term), each (n,): the value of the action taken, and the conservative term.
 
-    Both are NaN where the action is illegal, and the gradient of that row is zero. Every action has a share in the
-    gradient of the weight, which is dense.
+    Both are NaN where the action is illegal, and the gradient of that row is zero. Every action contributes to the
+    gradient of the weight, so it is dense.
     """
 
     @staticmethod
@@ -59,9 +60,9 @@ class ConservativeValues(torch.autograd.Function):
         auto: bool,
         shards: Whole,
     ) -> tuple[Tensor, Tensor]:
-        """Of what a sweep has found, each (n,): largest, of the legal actions, total, and swept, the value taken.
+        """From the results of a sweep, each (n,): largest, over the legal actions; total; and swept, the value taken.
 
-        swept is None where the sweep was not asked for it.
+        swept is None if the sweep was not asked for it.
         """
         taken = taken_values(hidden, weight, bias, actions, shards)
         term = conservative_term(taken if swept is None else swept, largest, total)
@@ -105,21 +106,21 @@ def gradients(
     backend: ModuleType,
     auto: bool,
 ) -> Gradients:
-    """Those of hidden, weight and bias, from what came upstream of taken and rest, (n,)."""
-    policy = torch.where(total == 0, 0, rest / total)  # without a legal action
+    """Gradients of hidden, weight and bias, from those of taken and of the log-sum-exp, rest, each (n,)."""
+    policy = torch.where(total == 0, 0, rest / total)  # total is 0 where no action is legal
     run = backend.auto_sweep_backward if auto else backend.sweep_backward
-    if weight.shape[0] == 0:  # of a rank
+    if weight.shape[0] == 0:  # a rank without rows
         run = sweep_backward
     found: Gradients = run(SweepBackward(hidden, weight, bias, mask, largest, policy, index, taken, needs))
     return found
 
 
 class RecordedGradients(torch.autograd.Function):
-    """gradients, where they may be differentiated once more."""
+    """gradients, recorded so that they can be differentiated again."""
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Gradients:
-        """Sweep once more."""
+        """Compute the gradients."""
         ctx.save_for_backward(*given[:9])
         ctx.set_materialize_grads(False)
         ctx.has_bias, ctx.shards = given[2] is not None, given[-1]
@@ -127,7 +128,7 @@ class RecordedGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Gradients of hidden, weight, bias and of what came upstream of taken and rest; a third order raises."""
+        """Gradients of hidden, weight, bias, taken and rest; a third order raises."""
         hidden, weight, bias, taken, rest = SecondOrderGradients.apply(*ctx.saved_tensors, *grads, ctx.shards)
         return (
             hidden, weight, bias if ctx.has_bias else None, None, None, None, None, taken, rest, None, None, None, None,
@@ -135,14 +136,14 @@ class RecordedGradients(torch.autograd.Function):
 
 
 class SecondOrderGradients(torch.autograd.Function):
-    """second_order, so that a third order leads here and raises.
+    """second_order, recorded so that a third order raises here.
 
-    The error of once_differentiable is passed by where torch.autograd.grad is asked for some inputs only.
+    The error of once_differentiable is not raised if torch.autograd.grad is asked for only some of the inputs.
     """
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> tuple[Tensor, ...]:
-        """Sweep twice."""
+        """Compute the second-order gradients."""
         return second_order(SecondOrder(*given))
 
     @staticmethod

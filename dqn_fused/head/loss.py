@@ -1,4 +1,4 @@
-"""The loss of a linear head: what is left when the actions are reduced is a loss of one action a sample."""
+"""The loss of a linear head: once its actions are reduced, it is a loss with one action per sample."""
 
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Options(NamedTuple):
-    """How a head's loss is computed, where that does not change its value."""
+    """How the loss is computed. None of this changes its value."""
 
     backend: ModuleType
     auto: bool  # the backend was not asked for by name
@@ -35,7 +35,7 @@ class Options(NamedTuple):
 
 
 def head_loss(head: Head, samples: Batch, spec: LossSpec, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(loss, td_error, cql) of checked arguments; cql, N, if it is asked for."""
+    """(loss, td_error, cql) of checked arguments; cql, of shape N, is None if it is not asked for."""
     backend, shards = options.backend, options.shards
     with torch.no_grad():
         works = (next_sweep(head, spec), bonus_sweep(head, spec), state_sweep(head, samples.actions, spec, shards))
@@ -66,7 +66,7 @@ def head_loss(head: Head, samples: Batch, spec: LossSpec, options: Options) -> t
 def _values_of_state(
     head: Head, actions: Tensor, spec: LossSpec, found: Statistics | None, options: Options
 ) -> tuple[Tensor, Tensor | None]:
-    """Value of the action taken, and the conservative term if it is asked for, both (n,); NaN where one is illegal."""
+    """Value of the action taken, (n,), and the conservative term, (n,) or None; NaN where the action is illegal."""
     hidden, weight, bias, mask = head.hidden, head.weight, head.bias, head.action_mask
     if found is None:
         return TakenValues.apply(hidden, weight, bias, actions, options.sparse_grad, options.shards), None

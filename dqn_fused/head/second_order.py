@@ -1,4 +1,4 @@
-"""The derivative of sweep_backward: what a gradient penalty asks of the conservative term, by tiles as well."""
+"""The derivative of sweep_backward, which a gradient penalty needs; it is computed by tiles, too."""
 
 from typing import NamedTuple
 
@@ -13,8 +13,11 @@ from dqn_fused.head.whole import WHOLE, Whole
 
 
 class SecondOrder(NamedTuple):
-    """The gradients of S = sum(g * z), where g = rest * softmax(q) and taken more where the action was taken, (n, A),
-    is the gradient of Q-values, and z the change of Q-values by what came upstream of the gradients."""
+    """The work of ``second_order``: the gradients of S = sum(g * z), where g and z are (n, A).
+
+    g is the gradient of the Q-values, rest * softmax(q), plus taken at the action taken. z is the change of the
+    Q-values when hidden, weight and bias change by the upstream gradients of_hidden, of_weight and of_bias.
+    """
 
     hidden: Tensor  # (n, D)
     weight: Tensor  # (A, D)
@@ -25,7 +28,7 @@ class SecondOrder(NamedTuple):
     actions: Tensor  # (n,) int64, in [0, A)
     taken: Tensor  # (n,)
     rest: Tensor  # (n,)
-    # What came upstream of the gradients of hidden, weight and bias, each as the gradient itself.
+    # Upstream gradients of the gradients of hidden, weight and bias, each of the same shape.
     of_hidden: Tensor | None
     of_weight: Tensor | None
     of_bias: Tensor | None
@@ -33,7 +36,7 @@ class SecondOrder(NamedTuple):
 
 
 def second_order(work: SecondOrder) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight, bias, taken and rest, by two sweeps: means of z under the policy, and the rest."""
+    """Gradients of hidden, weight, bias, taken and rest, in two sweeps; the first finds means of z under the policy."""
     with without_autocast(work.hidden.device):
         return _by_tiles(work)
 
@@ -79,7 +82,7 @@ def _policy(work: SecondOrder, rows: slice, columns: slice) -> Tensor:
 
 
 def _change(work: SecondOrder, rows: slice, columns: slice) -> Tensor:
-    """Change of a tile of Q-values by that of hidden, weight and bias, (rows, columns)."""
+    """A tile of z, (rows, columns)."""
     dtype = work.rest.dtype
     change = work.rest.new_zeros(work.rest[rows].shape[0], columns.stop - columns.start)
     if work.of_hidden is not None:

@@ -1,7 +1,7 @@
-"""One layer over many actions, reduced as it is multiplied: numbers of a row, and never the row of Q-values itself.
+"""One layer over many actions, reduced while it is multiplied: a few statistics of each row of Q-values, never the row.
 
-The numbers are those of a range of actions, and ranges merge: tiles that are multiplied one after another, splits of a
-kernel, the ranks that a weight is shared out to.
+Statistics are those of a range of actions, and ranges merge: tiles that are multiplied one after another, splits of a
+kernel, ranks that share a weight.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,16 +15,16 @@ from torch import Tensor
 from dqn_fused import _ops
 from dqn_fused.arguments import accumulation_dtype
 
-# Q-values held at once, by device: 4 MB, in the second-level cache of two cores; 32 MB in the 40 to 126 of a GPU, whose
-# every operation of a tile costs 5 us to issue.
+# Q-values held at once, by device: 4 MB fit the second-level cache of two cores, and 32 MB that of a GPU, of 40 to
+# 126 MB. On a GPU each operation on a tile takes 5 us to issue.
 TILE = {"cpu": 1 << 20, "cuda": 1 << 23}
 TILE_ROWS, MIN_COLUMNS = 4096, 256
-ALIGNED = 128  # columns of a large tile are a multiple of it: of a kernel's tile, and of what is stored at once
+ALIGNED = 128  # divides the columns of a large tile, as a kernel's tile and a vector store do
 NO_ACTION = torch.iinfo(torch.int64).max
 
 
 class Sweep(NamedTuple):
-    """One layer over all actions, reduced as it goes: the work of ``sweep``, which a backend may do by a kernel."""
+    """The work of ``sweep``: one layer over all actions, and the reduction. A backend may have a kernel for it."""
 
     hidden: Tensor  # (m, D)
     weight: Tensor  # (A, D)
@@ -32,24 +32,24 @@ class Sweep(NamedTuple):
     mask: Tensor | None  # (m, A), true where an action is legal
     kind: str  # "max", "argmax" or "soft"
     temperature: float
-    actions: Tensor | None = None  # (m,) int64, in [0, A): whose Q-values are asked for, as the sweep rounds them
+    actions: Tensor | None = None  # (m,) int64, in [0, A): their Q-values are returned as the sweep rounds them
 
 
 class Statistics(NamedTuple):
-    """What is known of the Q-values of a range of actions, each (m,), or (ranges, m) where several are to be merged."""
+    """Statistics of the Q-values of a range of actions, each (m,), or (ranges, m) for ranges that will be merged."""
 
     # In the accumulation dtype; -inf where no action is legal, NaN where one is NaN.
     largest: Tensor
-    # With "argmax": the first action of the largest, int64; NO_ACTION in a range of none.
+    # With "argmax": the first action that has the largest, int64; NO_ACTION in an empty range.
     first: Tensor | None = None
     # With "soft": the sum of exp((q - largest) / temperature), in the accumulation dtype; 0 where no action is legal.
     total: Tensor | None = None
-    # With actions: their Q-values, in the accumulation dtype, legal or not; -inf in a range that an action is not in.
+    # With actions: their Q-values, in the accumulation dtype, legal or not; -inf where the action is in another range.
     taken: Tensor | None = None
 
 
 def merge(parts: Statistics, temperature: float = 1.0) -> Statistics:
-    """Statistics of ranges of actions, (ranges, m), as those of all of them, (m,). The order of sums is theirs."""
+    """Merge statistics of ranges of actions, (ranges, m), to those of all, (m,). They are summed in their order."""
     found, first, total, taken = parts
     largest = found.amax(0)
     if first is not None:
@@ -60,20 +60,20 @@ def merge(parts: Statistics, temperature: float = 1.0) -> Statistics:
 
 
 def log_total(found: Statistics, temperature: float) -> Tensor:
-    """What the soft value, temperature * logsumexp(q / temperature), is above the largest Q-value, (m,).
+    """The soft value, temperature * logsumexp(q / temperature), minus the largest Q-value, (m,).
 
-    It is -inf or inf where the largest is, so that a sum of the two is right, too. Whoever takes a difference from the
-    soft value takes that from the largest first: their sum would round the rest away where Q-values are large.
+    Where the largest is inf or -inf so is this, so that their sum is right. To subtract something from the soft value,
+    subtract it from the largest first: where Q-values are large, the sum of the two would lose the smaller one.
     """
     assert found.total is not None
     return temperature * found.total.log()
 
 
 def sweep(work: Sweep) -> Statistics:
-    """Statistics of all actions, by products of the library: tiles of actions, reduced while they are in the cache.
+    """Statistics of all actions by the library's matrix product: tiles of actions, reduced while they are in the cache.
 
-    torch.compile calls it from its graph: traced, the number of tiles would be a constant, and each batch size a graph
-    of its own.
+    In torch.compile it is an op. If it were traced, the number of tiles would be a constant, and every batch size would
+    need its own graph.
     """
     if torch.compiler.is_compiling():
         return unpack(work, *_ops.sweep(*work))
@@ -102,7 +102,7 @@ def _sweep_rows(work: Sweep, some: slice) -> Statistics:
 def _statistics(
     q: Tensor, start: int, kind: str, temperature: float, dtype: torch.dtype, taken: Tensor | None
 ) -> Statistics:
-    """Those of a tile, (rows, columns), whose first action is start; q is used up."""
+    """Statistics of a tile, (rows, columns), whose first action is ``start``; q is overwritten."""
     if kind == "argmax":
         largest, first = q.max(1)
         return Statistics(largest.to(dtype), first + start, None, taken)
@@ -121,7 +121,7 @@ def _taken(q: Tensor, actions: Tensor, columns: slice) -> Tensor:
 
 
 def no_actions(work: Sweep) -> Statistics:
-    """Statistics of no actions, which change nothing they are merged with."""
+    """Statistics of an empty range, which change nothing that they are merged with."""
     m, dtype = work.hidden.shape[0], accumulation_dtype(work.hidden)
     largest = work.hidden.new_full((m,), -torch.inf, dtype=dtype)
     return Statistics(
@@ -144,7 +144,7 @@ def _joined(parts: list[Statistics], join: Callable[[list[Tensor]], Tensor]) -> 
 
 
 def row_blocks(m: int) -> Iterator[slice]:
-    """Rows that are multiplied at once; one block at least."""
+    """Rows that are multiplied at once; at least one block."""
     return (slice(start, start + TILE_ROWS) for start in range(0, max(m, 1), TILE_ROWS))
 
 
@@ -157,31 +157,33 @@ def column_blocks(hidden: Tensor, A: int) -> Iterator[slice]:
 
 
 def tile(hidden: Tensor, some_weight: Tensor, bias: Tensor | None, mask: Tensor | None, columns: slice) -> Tensor:
-    """Q-values of a range of actions, whose rows of the weight are given, (rows, columns), as nn.Linear rounds them;
-    -inf where an action is illegal."""
+    """Q-values of a range of actions, (rows, columns), as nn.Linear rounds them; -inf where an action is illegal.
+
+    ``some_weight`` has the rows of the range; bias and mask are those of all actions.
+    """
     q = F.linear(hidden, some_weight, None if bias is None else bias[columns].to(hidden.dtype))
     return illegal(q, mask, columns)
 
 
 def illegal(q: Tensor, mask: Tensor | None, columns: slice) -> Tensor:
-    """A tile of Q-values, which is changed, with -inf where an action is illegal."""
+    """Write -inf into a tile of Q-values where an action is illegal."""
     return q if mask is None else q.masked_fill_(~mask[:, columns], -torch.inf)
 
 
 def origin(largest: Tensor) -> Tensor:
-    """What exponents are differences from: inf - inf would be NaN, as is the largest of no legal action."""
+    """What is subtracted from Q-values in an exponent: the largest, or 0 if it is not finite (inf - inf is NaN)."""
     return torch.where(largest.isfinite(), largest, 0)
 
 
 def _powers(difference: Tensor, temperature: float) -> Tensor:
-    """exp(difference / temperature), in place. Differences are scaled, not values: no temperature overflows."""
+    """exp(difference / temperature), in place. Scaling differences, not values, does not overflow."""
     if temperature != 1:
         difference = difference.mul_(min(1 / temperature, torch.finfo(difference.dtype).max))
     return difference.exp_()
 
 
 def unpack(work: Sweep, largest: Tensor, first: Tensor, total: Tensor, taken: Tensor) -> Statistics:
-    """Statistics of what an op returns, where (0,) stands for None."""
+    """Statistics from the outputs of an op, where (0,) stands for None."""
     return Statistics(
         largest,
         first if work.kind == "argmax" else None,
@@ -191,7 +193,7 @@ def unpack(work: Sweep, largest: Tensor, first: Tensor, total: Tensor, taken: Te
 
 
 def pack(found: Statistics) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What an op returns."""
+    """Outputs of an op."""
     largest, first, total, taken = found
     return (
         largest,
