@@ -173,12 +173,13 @@ def peak_bytes(call: Any) -> int:
     return peak
 
 
-def plot(runs: dict[str, Run], args: Args) -> None:
+def plot(runs: dict[str, Run], logged: float, args: Args) -> None:
     figure = Figure(figsize=(10, 3.6), layout="constrained")  # without pyplot, so no display is needed
     curves, times, memory = figure.subplots(1, 3, width_ratios=(2.2, 1, 1))
     for (name, run), style in zip(runs.items(), ("-", "--"), strict=True):
         curves.plot(range(1, args.steps + 1), run.losses, style, label=name, linewidth=2)
-    curves.set(xlabel="update", ylabel="loss of Q", title="the same curve")
+    reward = f"reward a token {runs['fused'].mean_reward:.2f}, in the log {logged:.2f}"
+    curves.set(xlabel="update", ylabel="loss of Q", title=f"the same curve; {reward}")
     curves.legend(frameon=False)
     milliseconds = [run.milliseconds for run in runs.values()]
     megabytes = [run.peak_bytes / 1e6 for run in runs.values()]
@@ -188,10 +189,11 @@ def plot(runs: dict[str, Run], args: Args) -> None:
     ):
         bars = axes.bar(list(runs), values, color=["tab:blue", "tab:orange"])
         axes.bar_label(bars, fmt="%.1f")
+        axes.margins(y=0.1)
         axes.set_title(title)
     for axes in (curves, times, memory):
         axes.spines[["top", "right"]].set_visible(False)
-    shape = f"{args.batch_size} x {args.length} tokens, {args.features} features"
+    shape = f"{args.batch_size} x {args.length} tokens, {args.features} features, threads: {torch.get_num_threads()}"
     figure.suptitle(f"Q-learning over {args.vocabulary:,} tokens with the conservative term, {shape}")
     figure.savefig(args.plot, dpi=150)
 
@@ -218,7 +220,7 @@ def main() -> None:
         )
     apart = max(abs(x - y) / abs(y) for x, y in zip(*(run.losses for run in runs.values()), strict=True))
     print(f"\nfurthest apart: {apart:.1e} of a loss; reward a token of the log: {logged:.3f}")
-    plot(runs, args)
+    plot(runs, logged, args)
     print(f"learning curves: {args.plot}")
 
 
