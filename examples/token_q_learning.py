@@ -4,13 +4,13 @@
     python examples/token_q_learning.py --vocabulary 100000 --steps 300
 
 The task is synthetic. A sequence begins with a token that sets its topic; each token after it earns 1 if it is on
-topic, and nothing else. The log was written by a policy that is on topic three times out of ten, and has favourite
-words. A GRU reads the tokens, and a head of one row a token gives the Q-values: Q is fitted to r + gamma V(s') with the
-conservative term, logsumexp Q - Q[a], and V to an upper expectile of the target network's Q (Snell et al., 2023,
+topic, otherwise 0. The log was written by a policy that is on topic three times out of ten, and has favourite words. A
+GRU reads the tokens, and a linear head with one row per token gives the Q-values: Q is fitted to r + gamma V(s') with
+the conservative term, logsumexp Q - Q[a], and V to an upper expectile of the target network's Q (Snell et al., 2023,
 "Offline RL for Natural Language Generation with Implicit Language Q Learning", without its second Q). Then the greedy
 tokens of the network are compared with those of the log.
 
-Needs matplotlib and tqdm beside dqn_fused.
+Needs matplotlib and tqdm besides dqn_fused.
 """
 
 import argparse
@@ -113,11 +113,11 @@ def value_loss(value: Tensor, target: Network, hidden: Tensor, actions: Tensor, 
 
 
 class Run(NamedTuple):
-    """What came of training with one of the losses."""
+    """Results of training with one of the losses."""
 
     losses: list[float]  # of Q
     milliseconds: float  # of one of them, the median, forward and backward
-    peak_bytes: int  # held by one of them, gradients included
+    peak_bytes: int  # held during one of them, gradients included
     mean_reward: float  # of the greedy tokens
 
 
@@ -153,7 +153,7 @@ def train(q_loss: Any, args: Args, name: str) -> Run:
 
 
 def mean_reward(network: Network, args: Args, sequences: int = 4) -> float:
-    """Of the tokens that the network writes itself, for each topic."""
+    """Mean reward of the tokens that the network writes, over all topics."""
     topic = torch.arange(TOPICS).repeat(sequences)
     tokens, length = topic.unsqueeze(1), min(args.length, 8)
     for _ in range(length):
