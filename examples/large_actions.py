@@ -131,7 +131,7 @@ def fused_loss(network: QNetwork, target: QNetwork, batch: Batch, gamma: float) 
 
 
 class Run(NamedTuple):
-    """What came of training with one of the losses."""
+    """Results of training with one of the losses."""
 
     losses: list[float]
     seconds: float  # of losses, forward and backward

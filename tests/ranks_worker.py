@@ -1,4 +1,4 @@
-"""What each process of tests/test_ranks.py does: the losses of a sharded head, and what it found on its own rank."""
+"""What each process of tests/test_ranks.py runs: losses of a sharded head, whose results on its rank it saves."""
 
 import datetime
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ COLUMNS = ("next_action_mask", "action_mask")
 
 
 def integers(arguments: Arguments) -> Arguments:
-    """Q-values that are exact in any order: small integers."""
+    """Arguments that are small integers, whose Q-values are exact in any order of the sums."""
     named = ("hidden", "weight", "bias", "next_hidden", "next_weight", "next_bias")
     return arguments | {k: arguments[k].mul(2).round() for k in named}
 
@@ -63,7 +63,7 @@ def nowhere_legal() -> Arguments:
 
 
 def one_nan() -> Arguments:
-    """A Q-value of the state that is NaN, of the last action: so is the gradient of that row on every rank."""
+    """One Q-value of the last action is NaN, and so is the gradient of its sample on every rank."""
     arguments = of("cql", reduction="none", terminated=torch.ones(N, dtype=torch.bool))
     arguments["bias"] = arguments["bias"].clone()
     arguments["bias"][-1] = torch.nan
@@ -239,9 +239,9 @@ def checked_values(rank: int, ranks: int, sizes: list[int]) -> dict[str, tuple[s
 
 
 def rows_that_are_not_taken(mine: Arguments, group: Any) -> dict[str, Any]:
-    """Gradients with an infinite row, the first of each rank, and without it; and which rows of a sparse one there are.
+    """Gradients with and without infinity in the first row of a rank; and the rows that a sparse gradient has.
 
-    To a sample whose row is on another rank the first row of this one stands for it.
+    For a sample whose row is on another rank, a rank computes with its own first row.
     """
     far_away, first = mine | {"weight": mine["weight"].clone()}, dist.get_rank(group) > 0
     if first and len(mine["weight"]):
@@ -254,7 +254,7 @@ def rows_that_are_not_taken(mine: Arguments, group: Any) -> dict[str, Any]:
 
 
 def dtensors(rank: int, ranks: int) -> dict[str, Any]:
-    """Layers that are DTensors, on a mesh; and what is refused."""
+    """Layers that are DTensors on a mesh, and what is refused."""
     arguments, mesh = of("double"), init_device_mesh("cpu", (ranks,))
     # As DTensor shares rows out, by torch.chunk: the last rank has fewer.
     chunks = [len(x) for x in torch.arange(A).chunk(ranks)]
@@ -344,7 +344,7 @@ def mesh_of_two_by_two(rank: int) -> dict[str, Any]:
 
 
 def compiled(mine: Arguments, group: Any) -> dict[str, Any]:
-    """In a graph it is left to Python; of one graph alone it is refused."""
+    """torch.compile breaks the graph here, and refuses with fullgraph=True."""
     arguments = {k: x for k, x in mine.items() if k != "hidden"}
 
     def step(hidden: Tensor) -> Tensor:
@@ -383,7 +383,7 @@ def others(mine: Arguments, group: Any) -> dict[str, Any]:
 
 
 def work(rank: int, ranks: int, folder: str) -> None:
-    """Everything, one after the other, and all of it saved."""
+    """Run everything, one after the other, and save the results."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",

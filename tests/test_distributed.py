@@ -39,7 +39,7 @@ pytestmark = pytest.mark.skipif(
 
 RANKS, B, D, A = 2, 8, 4, 3
 SHARES = {"equal": [4, 4], "unequal": [7, 1], "one_rank_has_none": [8, 0]}
-# Which shares of the batch a way of taking the mean is right for: "mean" is each rank's own.
+# Ways of taking the mean, and shares of the batch for which they are right. "mean" is that of each rank.
 CASES = [
     ("mean", "equal"),
     ("weighted", "unequal"),
@@ -68,7 +68,7 @@ CASES = [
     ("categorical_td_loss_and_grad", "unequal"),
     ("categorical_td_reference", "unequal"),
 ]
-# Of each distributional loss its function, that with the gradient, its module, its reference, and its options.
+# For each distributional loss: function, function with gradient, module, reference, and options.
 FAMILIES: dict[str, tuple[Any, Any, Any, Any, dict[str, Any]]] = {
     "quantile": (fused_quantile_loss, fused_quantile_loss_and_grad, FusedQuantileLoss, quantile_loss, {"kappa": 0.5}),
     "categorical_td": (

@@ -63,7 +63,7 @@ def legal(shape: tuple[int, ...], A: int) -> Tensor:
 
 
 def legal_here(arguments: Arguments) -> Tensor:
-    """Legal actions of the state itself, those taken among them but for every fifth sample."""
+    """Legal actions of the state itself; the action taken is legal except in every fifth sample."""
     actions, A = arguments["actions"], len(arguments["weight"])
     mask = legal((*actions.shape, 0), A).flip(-1)
     taken = F.one_hot(actions, A).bool()

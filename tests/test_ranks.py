@@ -1,4 +1,4 @@
-"""A head whose weight is shared out to ranks: 2 and 4 processes of gloo against one, and what they send."""
+"""A head whose weight is sharded over ranks: 2 and 4 processes against one, and what they send."""
 
 from typing import Any
 
@@ -38,7 +38,7 @@ from bench.reporting.ranks import AGREEMENT, SENT  # noqa: E402
 from dqn_fused import fused_linear_dqn_loss, fused_linear_td_loss  # noqa: E402
 
 Found = dict[str, Any]
-ROAD = Setting("auto", "cpu")
+AUTO = Setting("auto", "cpu")
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["two", "four"])
@@ -54,7 +54,7 @@ def same(x: Tensor, y: Tensor) -> bool:
 
 
 def joined_gradients(found: list[Found]) -> dict[str, Tensor]:
-    """Gradients of all rows; that of anything else is the same on every rank."""
+    """Gradients of all rows, joined; other gradients are the same on every rank."""
     first, *rest = (each["grads"] for each in found)
     for other in rest:
         assert all(same(other[k], x) for k, x in first.items() if k not in ROWS)
@@ -78,12 +78,12 @@ def test_one_process(ranks: list[Found], name: str) -> None:
     arguments = CASES[name]()
     sparse = arguments.pop("sparse_grad", False)
     assert all(each["sparse"] == [False, sparse, sparse][: len(each["sparse"])] for each in found)
-    compare(ROAD, arguments, one["loss"], one["td_error"], one["cql"], joined_gradients(found))
+    compare(AUTO, arguments, one["loss"], one["td_error"], one["cql"], joined_gradients(found))
 
 
 @pytest.mark.parametrize("name", ["double-bf16", "equal-in-all", "equal-at-a-seam", "equal-in-two"])
 def test_the_bits_of_one_process(ranks: list[Found], name: str) -> None:
-    """Where products are exact, being of small integers, nothing tells the ranks from one process."""
+    """Products of small integers are exact, so ranks have the same bits as one process."""
     alone, found = run(CASES[name]()), [each[name] for each in ranks]
     one = same_on_every_rank(found)
     assert same(one["td_error"], alone["td_error"])
@@ -94,7 +94,7 @@ def test_the_bits_of_one_process(ranks: list[Found], name: str) -> None:
 
 @pytest.mark.parametrize("name", SENT)
 def test_what_a_step_sends(ranks: list[Found], name: str) -> None:
-    """Numbers of a sample, as docs/ranks.md has them, whatever A is; in the backward the gradient of hidden, once."""
+    """As many numbers per sample as docs/ranks.md says, whatever A is; backward, the gradient of hidden once."""
     for each in ranks:
         assert each[name]["forward"] == [("all_gather", AGREEMENT), *(("all_reduce", 4 * N * k) for k in SENT[name])]
         assert each[name]["backward"] == [("all_reduce", 4 * N * 4)]
@@ -107,7 +107,7 @@ def test_an_error_on_one_rank_is_one_on_all(ranks: list[Found]) -> None:
         assert kind, name
         for each in others:
             got = each[name]
-            if "on every rank" in text:  # nobody alone is wrong
+            if "on every rank" in text:  # no rank alone is wrong
                 assert got[0] == kind == "ValueError"
                 assert f"but rank {len(ranks) - 1} differs from rank 0" in got[1]
             elif kind == "IndexError" and "actions" in text:
@@ -129,9 +129,9 @@ def test_an_error_on_one_rank_is_one_on_all(ranks: list[Found]) -> None:
 
 
 def test_rows_that_are_not_taken(ranks: list[Found]) -> None:
-    """Zero times infinity was in the gradient of hidden, and row 0 of every rank in a sparse one.
+    """The gradient of hidden had zero times infinity in it, and every sparse gradient had row 0 of its rank.
 
-    SparseAdam moves each row that is in the gradient, by its momentum.
+    SparseAdam moves every row that a sparse gradient has, by its momentum.
     """
     actions, start = of("plain")["actions"], 0
     for each, size in zip(ranks, SIZES[len(ranks)], strict=True):
@@ -165,7 +165,7 @@ def test_second_order(ranks: list[Found], name: str) -> None:
 def test_dtensors(ranks: list[Found]) -> None:
     found = [each["dtensors"] for each in ranks]
     one = same_on_every_rank(found)
-    compare(ROAD, of("double"), one["loss"], one["td_error"], [], joined_gradients(found))
+    compare(AUTO, of("double"), one["loss"], one["td_error"], [], joined_gradients(found))
     refused = one["refused"]
     assert refused["replicated"] == (
         "ValueError",
