@@ -11,7 +11,7 @@ import torch.multiprocessing
 from filelock import FileLock  # which torch requires
 
 # Imports are most of what such a process does. The server that all are forked from has no threads: it runs nothing.
-PRELOADED = ["pytest", "numpy", "dqn_fused", "torch.distributed.tensor", "torch.nn.parallel", "torch._dynamo"]
+PRELOADED = ["pytest", "numpy", "dqn_fused", "torch.distributed.tensor", "torch.distributed.fsdp", "torch._dynamo"]
 METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"  # Windows
 if METHOD == "forkserver":
     multiprocessing.set_forkserver_preload(PRELOADED)

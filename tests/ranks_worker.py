@@ -11,6 +11,7 @@ import torch.distributed as dist
 from test_linear import OPTIONS, Arguments, compact, make
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -76,7 +77,8 @@ CASES: dict[str, Callable[[], Arguments]] = {
         f"{name}-f64": lambda name=name: of(name, torch.float64)
         for name in ("double", "soft-mask", "cql-munchausen-sum")
     },  # type: ignore[misc]
-    "cql-bf16": lambda: of("cql-double-mask-weights-smooth_l1", torch.bfloat16),
+    "cql-bf16": lambda: of("cql", torch.bfloat16),
+    "cql-double-bf16": lambda: of("cql-double-mask-weights-smooth_l1", torch.bfloat16),
     "double-bf16": lambda: of("double", torch.bfloat16),
     "sequence": lambda: of("double-mask-weights-huber", shape=(3, 3, 4)),
     "one-nan": one_nan,
@@ -343,6 +345,23 @@ def mesh_of_two_by_two(rank: int) -> dict[str, Any]:
     return {"loss": mean / 2, "error": error, **found}
 
 
+def fully_sharded(rank: int) -> dict[str, Any]:
+    """FSDP of two ranks: the loss in the forward, where weights are whole; and outside, where hidden states differ."""
+    start = sum(SHARES[:rank])
+    samples = (*SAMPLES, "next_action_mask")
+    mine = {k: x[start : start + SHARES[rank]] if k in samples else x for k, x in joined().items()}
+    model = Model(mine)
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    model(mine, process_group=dist.group.WORLD).backward()
+    found = {name: p.grad.full_tensor() for name, p in model.named_parameters()}  # type: ignore[union-attr, operator]
+    hidden = torch.full((5, 4), float(rank), dtype=torch.float64)
+    given = (hidden, model.head.weight, torch.zeros(5, dtype=torch.int64), torch.ones(5))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DQN_FUSED_CHECK", "1")
+        error = error_of(lambda: fused_linear_td_loss(*given, bias=model.head.bias))
+    return {"error": error, **found}
+
+
 def compiled(mine: Arguments, group: Any) -> dict[str, Any]:
     """torch.compile breaks the graph here, and refuses with fullgraph=True."""
     arguments = {k: x for k, x in mine.items() if k != "hidden"}
@@ -408,6 +427,7 @@ def work(rank: int, ranks: int, folder: str) -> None:
     if ranks == 4:
         found["two by two"] = mesh_of_two_by_two(rank)
     else:
+        found["fsdp"] = fully_sharded(rank)
         found["compiled"] = compiled(local(of("plain"), rank, sizes), group)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()

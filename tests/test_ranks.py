@@ -98,6 +98,9 @@ def test_what_a_step_sends(ranks: list[Found], name: str) -> None:
     for each in ranks:
         assert each[name]["forward"] == [("all_gather", AGREEMENT), *(("all_reduce", 4 * N * k) for k in SENT[name])]
         assert each[name]["backward"] == [("all_reduce", 4 * N * 4)]
+        # In half precision also the value that the conservative term subtracts.
+        halves = [bytes for _, bytes in each["cql-bf16"]["forward"][1:]]
+        assert halves == [4 * N * k for k in (*SENT["cql"], 1)]
 
 
 def test_an_error_on_one_rank_is_one_on_all(ranks: list[Found]) -> None:
@@ -231,6 +234,21 @@ def test_data_parallel_times_tensor_parallel(ranks: list[Found]) -> None:
         ("IndexError", f"process_group: on rank 0: tensor_parallel_group: on rank 0: {text}"),
     ]
     assert sum(SHARES) == N
+
+
+def test_fully_sharded_data_parallel(ranks: list[Found]) -> None:
+    if len(ranks) != 2:
+        pytest.skip("of two ranks")
+    whole = joined()
+    model = Model(whole)
+    model(whole).backward()
+    for each in ranks:
+        for name, p in model.named_parameters():
+            assert p.grad is not None
+            assert torch.allclose(each["fsdp"][name], p.grad, rtol=1e-12, atol=1e-12), name
+        kind, text = each["fsdp"]["error"]
+        assert kind == "ValueError"
+        assert text.startswith("tensor_parallel_group: expected the same values of hidden on every rank")
 
 
 def test_compiled(ranks: list[Found]) -> None:

@@ -44,7 +44,8 @@ def sent(ranks: int = 8) -> str:
         )
     gradient = 2 * around * HALF * N * D
     return "\n".join(lines) + (
-        f"\n\nOf {N:,} tokens, A = {A:,} and {ranks} ranks, by ring algorithms, Q-values and numbers of 32 bits. The "
+        f"\n\nOf {N:,} tokens, A = {A:,} and {ranks} ranks, by ring algorithms, Q-values and numbers of 32 bits. In "
+        "half precision the conservative term needs one all-reduce more, of one number a sample. The "
         f"agreement in front is {AGREEMENT} bytes of each rank. In the backward the gradient of hidden is summed once, "
         f'{size(gradient)} in bfloat16, or not at all with `hidden_grad="partial"`.'
     )
