@@ -33,11 +33,11 @@ for _kind in ("", "triton_"):
         f"{_kind}td_loss_backward(Tensor grad_loss, {', '.join(SAVED)}, int A, ScalarType dtype, float[] options) "
         "-> Tensor grad_q"
     )
-# first is empty, (0,), except with "argmax", and total is, except with "soft".
+# first is empty, (0,), except with "argmax", total except with "soft", and taken except with actions.
 for _kind, _more in (("", ""), ("triton_", ", bool auto")):
     _library.define(
-        f"{_kind}sweep(Tensor hidden, Tensor weight, Tensor? bias, Tensor? mask, str kind, float temperature{_more}) "
-        "-> (Tensor largest, Tensor first, Tensor total)"
+        f"{_kind}sweep(Tensor hidden, Tensor weight, Tensor? bias, Tensor? mask, str kind, float temperature{_more}, "
+        "Tensor? actions=None) -> (Tensor largest, Tensor first, Tensor total, Tensor taken)"
     )
 # taken and policy are coefficients; a gradient that is not needed is empty, (0,).
 for _kind, _more in (("", ""), ("triton_", ", bool auto")):
@@ -81,14 +81,23 @@ def _td_loss_backward(grad_loss: Tensor, td_error: Tensor, actions: Tensor, *res
 @torch.library.register_fake("dqn_fused::sweep", lib=_library)
 @torch.library.register_fake("dqn_fused::triton_sweep", lib=_library)
 def _sweep(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, kind: str, *rest: object
-) -> tuple[Tensor, Tensor, Tensor]:
-    on_one_device(hidden, weight, bias, mask)
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    kind: str,
+    temperature: float,
+    *rest: object,
+    actions: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    actions = next((x for x in rest if isinstance(x, Tensor)), actions)  # behind auto, if there is one
+    on_one_device(hidden, weight, bias, mask, actions)
     m, dtype = hidden.shape[0], accumulation_dtype(hidden)
     return (
         hidden.new_empty((m,), dtype=dtype),
         hidden.new_empty((m if kind == "argmax" else 0,), dtype=torch.int64),
         hidden.new_empty((m if kind == "soft" else 0,), dtype=dtype),
+        hidden.new_empty((0 if actions is None else m,), dtype=dtype),
     )
 
 

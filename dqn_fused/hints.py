@@ -27,6 +27,11 @@ _ELSEWHERE = {
 SHARED = {"actions", "rewards", "terminated", "~terminated", "gamma", "weights"}
 CALLED_HERE = {elsewhere: here for here, names in _ELSEWHERE.items() for elsewhere in names}
 
+ONE_TARGET_NETWORK = (
+    "only fused_dqn_loss takes several target networks: the least value of each action is found before the maximum "
+    "over actions, and a linear head sweeps one layer; give fused_dqn_loss the Q matrices, or fused_linear_td_loss a "
+    "target"
+)
 ALL_ACTIONS = "; give the values of all actions: the choice among them is made here"
 
 
@@ -37,8 +42,8 @@ def of_type(name: str, x: object) -> str:
     if type(x).__module__ == "numpy":
         return f"; torch.from_numpy({name}) is one"
     if isinstance(x, (list, tuple)):
-        if name.startswith("next_hidden"):
-            return "; only fused_dqn_loss takes several target networks"
+        if name.startswith(("next_hidden", "next_weight", "next_bias")):
+            return f"; {ONE_TARGET_NETWORK}"
         return f"; torch.tensor({name}) is one, torch.stack({name}) of tensors"
     return ""
 
@@ -60,6 +65,8 @@ def unexpected(function: str, given: Mapping[str, object]) -> NoReturn:
     if here not in SHARED and any(family in function.lower() for family in ("linear", "quantile", "categorical")):
         here = None
     more = "" if here is None else f"; it is called {here} here"
+    if name == "ensemble" and "linear" in function.lower():
+        more = f"; {ONE_TARGET_NETWORK}"
     raise TypeError(f"{function}: unexpected argument {name!r}{more}")
 
 

@@ -53,7 +53,8 @@ def loss_and_grad(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor,
 
 def sweep(work: Sweep, auto: bool) -> Statistics:
     """Return statistics of all actions."""
-    return unpack(work.kind, *_ops.triton_sweep(*work, auto))
+    *given, actions = work
+    return unpack(work, *_ops.triton_sweep(*given, auto, actions))
 
 
 def sweep_backward(work: SweepBackward, auto: bool) -> Gradients:
@@ -114,9 +115,10 @@ def _sweep(
     kind: str,
     temperature: float,
     auto: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    actions: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     run = triton_sweep.auto_sweep if auto else triton_sweep.sweep
-    return pack(run(Sweep(hidden, weight, bias, mask, kind, temperature)))
+    return pack(run(Sweep(hidden, weight, bias, mask, kind, temperature, actions)))
 
 
 def _sweep_backward(*given: object) -> tuple[Tensor, Tensor, Tensor]:
