@@ -29,7 +29,7 @@ from bench.measure.providers import Provider, can_compile, providers
 from bench.measure.rlax_process import RlaxProcess
 from bench.measure.timing import figures, interleaved
 from bench.measure.traffic import least_bytes
-from bench.measure.variants import VARIANTS, Variant, random_arguments
+from bench.measure.variants import VARIANTS, Variant, matrix, random_arguments
 from bench.reporting import plots, ranks, report, tables
 from bench.reporting.results import COLUMNS, Table, read
 from dqn_fused._backends import serving
@@ -154,6 +154,7 @@ def test_a_hiccup_does_not_settle_how_often_a_call_is_repeated() -> None:
     [
         ("dqn", 4, 6 * 4 * 2),  # next_q, and the gradient
         ("double", 4, 6 * 4 * 2),  # next_q_online; of next_q one element a row
+        ("clipped double", 4, 6 * 4 * 3),  # next_q of two networks
         ("masked double", 2, 6 * 2 + 6 + 6 * 2),  # a byte an element of the mask
         ("munchausen", 4, 6 * 4 * 3),  # next_q and target_q
         ("cql", 2, 6 * 2 * 4),  # next_q_online, and q twice
@@ -165,7 +166,8 @@ def test_fewest_bytes(variant: str, itemsize: int, expected: int) -> None:
 
 def test_every_matrix_that_is_counted_is_an_argument() -> None:
     for variant in VARIANTS.values():
-        assert set(variant.reads) <= set(random_arguments(variant, 2, 3, F32, "cpu"))
+        batch = random_arguments(variant, 2, 3, F32, "cpu")
+        assert all(matrix(batch, name).shape == (2, 3) for name in variant.reads)
 
 
 def test_peak_memory_is_not_lowered_by_garbage_of_before() -> None:
@@ -337,6 +339,16 @@ def test_graphs_of_distributional_losses(name: str, tmp_path: Path, monkeypatch:
     table.add(rows)
     assert read(table.path) == table.rows
     assert f"| {name}, 6 x 3 x 5 |" in tables.graph(table.rows)
+
+
+@pytest.mark.parametrize("kind", ["eager", "fused"])
+def test_a_graph_has_both_target_networks(kind: str) -> None:
+    """The graph computes one of them; where its values are infinite, those of the other are the minimum."""
+    loss_of_outputs = graph.loss_of(graph.Work("clipped double", 8, 4), "cpu", kind)
+    q = torch.randn(8, 4)
+    values = [loss_of_outputs(q, torch.full((8, 4), value)).item() for value in (math.inf, 0.0)]
+    assert math.isfinite(values[0])
+    assert values[0] != values[1]
 
 
 def test_report_of_graphs(tmp_path: Path) -> None:

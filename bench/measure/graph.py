@@ -85,7 +85,9 @@ def loss_of(work: Work, device: str, kind: str) -> Loss:
         family = FAMILIES[work.variant]
         given = family.arguments(work.n, work.A, work.K, torch.float32, device)
         x, eager, fused, options, by_hand = family.input, family.eager, family.fused, family.options, family.by_hand
-    names = [name for name in (x, f"next_{x}") if given.pop(name, None) is not None]
+    names = [x] if given.get(f"next_{x}") is None else [x, f"next_{x}"]
+    others = given[names[-1]][1:] if isinstance(given[names[-1]], list) else []  # of more target networks than one
+    given = {name: value for name, value in given.items() if name not in names}
     if kind == NOTHING:  # and the sum of next_q, lest the compiler leave the target network out
         some_grad = torch.randn(work.shape, device=device) / work.n
         return lambda q, next_q: (q * some_grad).sum() + (next_q.sum() if len(names) > 1 else 0)
@@ -94,7 +96,12 @@ def loss_of(work: Work, device: str, kind: str) -> Loss:
     else:
         ours = {name: value for name, value in given.items() if name not in by_hand}
         loss = partial(fused, **ours, **options, backend=kind.partition("[")[2].rstrip("]") or "auto")
-    return lambda *both: loss(**dict(zip(names, both, strict=False)))
+
+    def loss_of_outputs(q: Tensor, next_q: Tensor) -> Any:
+        both = (q, [next_q, *others] if others else next_q)
+        return loss(**dict(zip(names, both, strict=False)))
+
+    return loss_of_outputs
 
 
 def provider(work: Work, device: str, kind: str) -> Provider:
