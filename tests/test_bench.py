@@ -108,23 +108,36 @@ def test_arguments_are_the_same_on_every_run() -> None:
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-def test_interleaved_rounds_alternate_and_ratios_are_paired() -> None:
+def fake_timer(order: list[str], name: str, cost: float) -> Any:
+    def timer(repeats: int) -> float:
+        order.append(name)
+        return repeats * cost
+
+    return timer
+
+
+def test_every_round_has_each_provider_once_and_ratios_are_paired() -> None:
     order: list[str] = []
-
-    def fake(name: str, cost: list[float]) -> Any:
-        def timer(repeats: int) -> float:
-            order.append(name)
-            return repeats * cost[0]
-
-        return timer
-
-    slow, fast = [0.02], [0.01]
-    times = interleaved({"slow": fake("slow", slow), "fast": fake("fast", fast)}, seconds=0.4, rounds=4)
-    assert order[-8:] == ["slow", "fast", "fast", "slow"] * 2
+    costs = {"slow": 0.02, "fast": 0.01}
+    times = interleaved({name: fake_timer(order, name, cost) for name, cost in costs.items()}, seconds=0.4, rounds=4)
+    rounds = [set(order[-8:][i : i + 2]) for i in range(0, 8, 2)]
+    assert rounds == [{"slow", "fast"}] * 4
     assert times == {"slow": [pytest.approx(0.02)] * 4, "fast": [pytest.approx(0.01)] * 4}
     # A disturbance of whole rounds leaves the paired ratio alone, as it would not leave the ratio of medians.
     found = figures([1.0, 10.0, 3.0], [2.0, 20.0, 6.0])
     assert found == (3e6, 1e6, 10e6, 2.0)
+
+
+def test_no_provider_keeps_its_neighbours() -> None:
+    """In an order that only alternates, the last of five never follows the first three."""
+    names, rounds = "abcde", 31
+    runs: list[list[str]] = [[], []]
+    for order in runs:
+        interleaved({name: fake_timer(order, name, 0.01) for name in names}, seconds=0.31, rounds=rounds)
+    order, again = (run[-len(names) * rounds :] for run in runs)
+    assert order == again
+    follows = set(zip(order[1:], order[:-1], strict=True))
+    assert follows >= {(name, other) for name in names for other in names if name != other}
 
 
 def test_slow_calls_are_not_warmed_up_at_length() -> None:
