@@ -346,7 +346,7 @@ def test_graphs_of_distributional_losses(name: str, tmp_path: Path, monkeypatch:
     rows = graph.measure(graph.Work(name, 6, 3, 5), "cpu", 0.001, problems)
     assert not problems
     backends = serving(torch.device("cpu"), distributional.FAMILIES[name].backends)
-    expected = ["no loss", "eager", "fused", *(f"fused[{x}]" for x in backends if x != "triton")]
+    expected = ["no loss", "eager", "fused", *(f"fused[{x}]" for x in backends if x != "triton"), "eager, again"]
     assert [row["provider"] for row in rows] == expected
     table = Table(tmp_path, "graph")
     table.add(rows)
@@ -373,12 +373,16 @@ def test_report_of_graphs(tmp_path: Path) -> None:
             row | {"variant": variant, "provider": "no loss", "us": 100.0},
             row | {"variant": variant, "provider": "eager", "us": 120.0, "adds_us": 20.0, "behind": 0.0},
             row | {"variant": variant, "provider": "fused", "us": 90.0, "adds_us": -10.0, "behind": slower},
+            row | {"variant": variant, "provider": "eager, again", "us": 121.0, "adds_us": 21.0, "behind": -slower},
         ]
     Table(folder, "graph").add(found)
     text = report.sections([folder], tmp_path)["nvidia-h200/graph"]
     assert "| loss, n x A, or n x A x K | no loss | eager | fused |" in text
     assert "| cql, 32 x 18 | 100 us | +20 us | -10 us (+4.0 %) |" in text
-    assert "Furthest behind the graph of eager's lines: fused +4.0 % at cql, 32 x 18." in text
+    assert "Furthest behind the graph of eager's lines: fused +4.0 % at cql, 32 x 18. The graph of" in text
+    assert "The graph of eager's lines, timed under two names, differs from itself by 4.0 %, at most 4.0 %." in text
+    Table(folder, "graph").add(row for row in found if row["provider"] != "eager, again")  # as in earlier figures
+    assert text.startswith(report.sections([folder], tmp_path)["nvidia-h200/graph"])
     assert tables.tables("graph", read(folder / "graph.csv"))
 
 
