@@ -42,6 +42,14 @@ def test_doctests(name: str) -> None:
     assert result.failed == 0
 
 
+def test_an_unwritten_leaf_is_poisoned() -> None:
+    """By the fixture that fills what torch.empty returns: filling a leaf that requires grad raised, in torch 2.10's
+    Inductor too, which then failed to compile."""
+    x = torch.empty(3, requires_grad=True)
+    assert x.isnan().all()
+    assert x.requires_grad
+
+
 def test_public_names() -> None:
     for name in dqn_fused.__all__:
         assert getattr(dqn_fused, name).__doc__
