@@ -8,7 +8,8 @@ import torch
 from bounds import assert_close
 from conftest import INTERPRETED, Setting
 from data import source
-from oracle import eager, oracle
+from eager import eager
+from oracle import oracle
 from torch import Tensor
 
 from dqn_fused import fused_dqn_loss, fused_dqn_loss_and_grad
