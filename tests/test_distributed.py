@@ -13,6 +13,7 @@ from test_loss import make
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from bench.gpu_code.ptx.build import filled
 from dqn_fused import (
     FusedCategoricalLoss,
     FusedCategoricalTDLoss,
@@ -209,10 +210,10 @@ def work(rank: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(work, (str(folder),), RANKS)
-    return torch.load(Path(folder) / "results.pt")
+def results(run_folder: Path) -> dict[str, dict[str, Tensor]]:
+    """What the ranks have found, of all cases at one start for all workers of the suite."""
+    folder = filled(run_folder / "data-parallel", lambda folder: mp.spawn(work, (str(folder),), RANKS))
+    return torch.load(folder / "results.pt")
 
 
 @pytest.mark.parametrize(("way", "share"), CASES, ids=["-".join(case) for case in CASES])

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import dqn_fused
+from bench.gpu_code.ptx.build import filled
 from dqn_fused import BackendUnavailableError, _backends, backends, fused_dqn_loss
 from dqn_fused.__main__ import facts, report
 from dqn_fused.head.sweep import Sweep
@@ -292,13 +293,15 @@ def test_report_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wheel(run_folder: Path) -> Path:
     """A wheel built the way pip install . builds it, in an environment of its own; without a network, in this one."""
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
-    if subprocess.run(command, cwd=folder, capture_output=True, check=False).returncode:
-        subprocess.run([*command, "--no-build-isolation"], cwd=folder, check=True)
-    (path,) = folder.glob("*.whl")
+
+    def make(folder: Path) -> None:
+        command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
+        if subprocess.run(command, cwd=folder, capture_output=True, check=False).returncode:
+            subprocess.run([*command, "--no-build-isolation"], cwd=folder, check=True)
+
+    (path,) = filled(run_folder / "wheel", make).glob("*.whl")
     return path
 
 

@@ -20,6 +20,7 @@ import ranks_worker  # noqa: E402
 from ranks_worker import CASES, SHARES, SIZES, WRONG, A, Model, N, joined, local, of, run, second_order  # noqa: E402
 from test_linear import compare  # noqa: E402
 
+from bench.gpu_code.ptx.build import filled  # noqa: E402
 from bench.reporting.ranks import AGREEMENT, SENT  # noqa: E402
 from dqn_fused import fused_linear_dqn_loss, fused_linear_td_loss  # noqa: E402
 
@@ -28,10 +29,13 @@ ROAD = Setting("auto", "cpu")
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["two", "four"])
-def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Found]:
-    """What each rank has found, of all cases at one start."""
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(ranks_worker.work, (request.param, str(folder)), request.param)
+def ranks(request: pytest.FixtureRequest, run_folder: Path) -> list[Found]:
+    """What each rank has found, of all cases at one start for all workers of the suite."""
+
+    def start(folder: Path) -> None:
+        mp.spawn(ranks_worker.work, (request.param, str(folder)), request.param)
+
+    folder = filled(run_folder / f"ranks-{request.param}", start)
     return [torch.load(Path(folder, f"{rank}.pt")) for rank in range(request.param)]
 
 

@@ -29,16 +29,20 @@ def folder() -> Path:
 
 
 def once(name: str, key: Sequence[bytes], make: Callable[[Path], None]) -> Path:
-    """The folder that make has filled for this key, now or before. One process fills it, the others wait."""
+    """The folder that make has filled for this key, now or before."""
     digest = hashlib.sha256(b"\0".join(key)).hexdigest()[:16]
-    target = folder() / f"{name}-{digest}"
+    return filled(folder() / f"{name}-{digest}", make)
+
+
+def filled(target: Path, make: Callable[[Path], None]) -> Path:
+    """The folder, which make fills unless it is there already. One process fills it, the others wait."""
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
         if not target.exists():
             with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-                made = Path(scratch) / name
+                made = Path(scratch) / target.name
                 made.mkdir()
                 make(made)
                 made.rename(target)  # whole or not at all
