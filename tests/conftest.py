@@ -155,6 +155,15 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
 
 
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Forget what was compiled before, and count the graphs from zero."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.fixture(autouse=True)
 def without_node(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Record by autograd.TDLoss in the cases that say so."""

@@ -1,6 +1,6 @@
 """The loss in a graph of torch.compile: which backend "auto" takes there, how many graphs, and what they compute."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,17 +24,11 @@ from dqn_fused import (
 )
 from dqn_fused._backends import serving
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 AUTO = Setting("auto", "cpu")
 NARROW, WIDE = (8, 64), (8, 65)
 HAS_OPS = "compiled" in serving(torch.device("cpu"))
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 def compiled_loss(function: Callable[..., Any] = fused_dqn_loss, **options: Any) -> Callable[..., Any]:

@@ -104,35 +104,35 @@ def test_reductions_with_an_upstream_gradient(setting: Setting, shape: tuple[int
     check(setting, make(shape), reduction, upstream)
 
 
+OTHER_DTYPES = {
+    "terminated": [
+        torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64, torch.float16, torch.float32, torch.float64,
+    ],
+    "actions": [
+        torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64,
+    ],
+    "rewards": [torch.float64, torch.bfloat16, torch.int64, torch.uint8],
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "dtype",
-    [torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64, torch.float16, torch.float32, torch.float64],
-    ids=dtype_id,
+    ("name", "dtype"),
+    [
+        pytest.param(name, dtype, id=f"{name}-{dtype_id(dtype)}")
+        for name, dtypes in OTHER_DTYPES.items()
+        for dtype in dtypes
+    ],
 )
-def test_terminated_of_any_dtype(setting: Setting, dtype: torch.dtype) -> None:
+def test_per_sample_inputs_of_any_dtype(setting: Setting, name: str, dtype: torch.dtype) -> None:
     arguments = make((9, 4))
-    check(setting, {**arguments, "terminated": arguments["terminated"].to(dtype)})
+    if name == "rewards":
+        arguments[name] = (2 * arguments[name]).abs()  # what an integer can hold
+    check(setting, {**arguments, name: arguments[name].to(dtype)})
 
 
 def test_terminated_left_out(setting: Setting) -> None:
     arguments = make((9, 4))
     check(setting, {**arguments, "terminated": None})
-
-
-@pytest.mark.parametrize(
-    "dtype",
-    [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64],
-    ids=dtype_id,
-)
-def test_actions_of_any_integer_dtype(setting: Setting, dtype: torch.dtype) -> None:
-    arguments = make((9, 4))
-    check(setting, {**arguments, "actions": arguments["actions"].to(dtype)})
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64, torch.uint8], ids=dtype_id)
-def test_rewards_of_any_dtype(setting: Setting, dtype: torch.dtype) -> None:
-    arguments = make((9, 4))
-    check(setting, {**arguments, "rewards": (2 * arguments["rewards"]).abs().to(dtype)})
 
 
 @pytest.mark.parametrize("q_dtype", DTYPES, ids=dtype_id)

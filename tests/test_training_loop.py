@@ -1,6 +1,6 @@
 """What a training loop wraps around a loss: torch.compile, autocast, GradScaler."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,16 +17,10 @@ from dqn_fused._backends import boxed
 from dqn_fused.arguments import Batch, check_batch, check_loss, normalise_weights
 from dqn_fused.autograd import Saved
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 D, A = 4, 5
 SIZES = (8, 11, 16, 33)
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 def network(setting: Setting) -> nn.Module:
