@@ -1,4 +1,4 @@
-"""The loss in float64 as a loop over the samples, each number with a bound on what arithmetic may make of it.
+"""The loss in float64 as a loop over the samples, each number with a bound on the error of the arithmetic.
 
 It shares no code and no operation with the package. ``eager.py`` has the loss as users write it, the second yardstick.
 """
@@ -19,7 +19,7 @@ from dqn_fused.arguments import accumulation_dtype
 
 
 class Arguments(NamedTuple):
-    """Those of fused_dqn_loss that say what is computed, with its defaults."""
+    """The arguments of fused_dqn_loss that decide what is computed, with its defaults."""
 
     q: Tensor
     actions: Tensor
@@ -77,8 +77,10 @@ def _masks(x: Tensor | None) -> Iterator[Any]:
 
 
 def chosen(chooser: Row, values: Row, legal: np.ndarray | None) -> Number:
-    """Value of the first largest legal action; NaN for NaN, or without one. It may be that of any action that errors
-    of the chooser let pass for the largest."""
+    """Value of the first of the largest legal actions; NaN where one of them is NaN or none is legal.
+
+    Its error covers the values of all actions that the errors of the chooser may make the largest.
+    """
     x, error = chooser
     found = np.arange(len(x)) if legal is None else np.flatnonzero(legal)
     if not found.size or np.isnan(x[found]).any():
@@ -115,8 +117,8 @@ def _rho(arithmetic: Arithmetic, td: Number, loss: str, delta: float) -> tuple[N
     return value, slope
 
 
-# R2D2's h and its inverse as the paper writes them, with digits enough for what cancels. Their bounds are those of the
-# forms x (1 / (sqrt(|x| + 1) + 1) + epsilon) and t (t + 2), t = 2 x / (sqrt(4 epsilon |x| + b^2) + b).
+# R2D2's h and its inverse as the paper writes them, with enough digits for the cancellation. Their bounds are those of
+# the forms x (1 / (sqrt(|x| + 1) + 1) + epsilon) and t (t + 2), t = 2 x / (sqrt(4 epsilon |x| + b^2) + b).
 DIGITS = 60
 H_EPSILON = Decimal("0.001")
 

@@ -1,4 +1,4 @@
-"""Every error the contract names, with its message, on every setting; and nothing that broadcasts."""
+"""Every error of the contract, with its message, on every setting; nothing broadcasts."""
 
 import math
 from typing import Any

@@ -70,7 +70,7 @@ def cql(a: Arguments, g: torch.Generator) -> Arguments:
 
 
 def transform(a: Arguments, g: torch.Generator) -> Arguments:
-    """Rewards as they are where nobody clips them."""
+    """Rewards of the size that they have unclipped."""
     return {"value_transform": "signed_hyperbolic", "rewards": 100 * a["rewards"]}
 
 

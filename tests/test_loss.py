@@ -303,7 +303,7 @@ def test_nan_in_q_taken_and_not_taken(setting: Setting) -> None:
 
 @pytest.mark.parametrize("A", [3, 65, 70, 1000, 5003])
 def test_rows_without_a_positive_value(setting: Setting, A: int) -> None:
-    """What is read where a row has no column must be -inf: a zero is not the maximum of negative numbers."""
+    """What is read beyond the end of a row must be -inf: zero would be the maximum of negative numbers."""
     arguments = make((3, A))
     check(setting, {**arguments, "next_q": -arguments["next_q"].abs() - 1})
 
@@ -321,7 +321,7 @@ def test_wide_next_q_of_another_dtype(setting: Setting, shape: tuple[int, ...], 
 
 
 def test_a_lazy_minus_sign_is_seen(setting: Setting) -> None:
-    """conj().imag is a view that only remembers to be negative; its memory is not."""
+    """conj().imag is a view that negates when it is read; its memory holds the values of the other sign."""
     lazy = torch.randn(3, 4, dtype=torch.complex64, device=setting.device).conj().imag
     assert lazy.is_neg()
     arguments = make((3, 4), device=setting.device)
