@@ -191,8 +191,11 @@ def fast_interpreter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
 
 
 @pytest.fixture(autouse=True)
-def execute_ptx(request: pytest.FixtureRequest, poison: None) -> Iterator[None]:
-    """Serve CPU tensors, in the cases marked ptx, by executing what is compiled for a GPU: Triton's, or csrc/cuda."""
+def execute_ptx(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, poison: None) -> Iterator[None]:
+    """Serve CPU tensors, in the cases marked ptx, by executing what is compiled for a GPU: Triton's, or csrc/cuda.
+
+    What the test has patched is restored first: pytest does it last, and would bring back what is patched here.
+    """
     marker = request.node.get_closest_marker("ptx")
     if marker is None:
         yield
@@ -205,11 +208,13 @@ def execute_ptx(request: pytest.FixtureRequest, poison: None) -> Iterator[None]:
         target = request.config.getoption("--ptx-target") or "sm_90"  # nvcc takes 20 s a target
         with cuda.executing(target, seed=number):
             yield
+            monkeypatch.undo()
     else:
         from bench.gpu_code.ptx import triton
 
         with triton.executing(target, seed=number, keep=False):
             yield
+            monkeypatch.undo()
 
 
 @pytest.hookimpl(wrapper=True)
