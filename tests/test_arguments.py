@@ -1,4 +1,4 @@
-"""Every error the contract names, with its message, on every setting; and nothing that broadcasts."""
+"""Every error of the contract, with its message, on every setting; nothing broadcasts."""
 
 import math
 from typing import Any
@@ -292,6 +292,13 @@ def test_the_first_illegal_action_is_named() -> None:
     arguments = make((B, A))
     arguments["actions"][[1, 3]] = torch.tensor([9, -9])
     with pytest.raises(IndexError, match=r"got 9 in row 1$"):
+        fused_dqn_loss(**arguments)
+
+
+def test_an_illegal_action_is_named_where_the_number_of_actions_does_not_fit_its_dtype() -> None:
+    """300 as an int8 is 44: compared in that dtype, the legal action 50 of row 0 would be the one that is named."""
+    arguments = make((2, 300)) | {"actions": torch.tensor([50, -3], dtype=torch.int8)}
+    with pytest.raises(IndexError, match=r"got -3 in row 1$"):
         fused_dqn_loss(**arguments)
 
 

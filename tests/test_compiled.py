@@ -1,4 +1,4 @@
-"""The compiled ops by themselves, what their inputs may be, and torch.compile over the whole setting."""
+"""The compiled ops called directly, the inputs that they refuse, and torch.compile of network and loss."""
 
 import inspect
 import os
@@ -201,7 +201,7 @@ def test_a_library_that_is_not_there_or_does_not_load(tmp_path: Path) -> None:
 
 
 def capability(word: str | None) -> list[str]:
-    """(instruction set in use, why there is none) where the environment says so; read once in a process."""
+    """(instruction set in use, why there is none) with this word in the environment, which a process reads once."""
     environment = {key: value for key, value in os.environ.items() if key != "DQN_FUSED_CPU_CAPABILITY"}
     if word is not None:
         environment["DQN_FUSED_CPU_CAPABILITY"] = word
@@ -211,7 +211,7 @@ def capability(word: str | None) -> list[str]:
 
 
 def test_the_environment_forces_a_version_of_the_cpu_functions() -> None:
-    """What it names, or the best that the processor has where that is less; another word is refused."""
+    """The one that it names, or the best of the processor if that is less; any other word is refused."""
     from dqn_fused._backends.compiled_backend import CAPABILITIES
 
     best = CAPABILITIES.index(capability(None)[0])

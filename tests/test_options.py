@@ -40,7 +40,7 @@ FUNCTIONS: dict[Callable[..., Any], tuple[set[str], set[str]]] = {
 
 
 def parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """Arguments of a call, but for what takes unknown ones."""
+    """Arguments of a call, except the one that collects unknown ones."""
     found = inspect.signature(function).parameters
     return {k: p for k, p in found.items() if k != "self" and p.kind is not inspect.Parameter.VAR_KEYWORD}
 
@@ -243,7 +243,7 @@ def test_an_op_refuses_options_that_it_does_not_know() -> None:
 
 
 def test_the_walk_in_contributing_is_that_of_value_transform() -> None:
-    """Each file that it lists names the option, and no other does, but for the linear head's."""
+    """Each file that it lists names the option, and no other does, except the linear head's."""
     walk = (ROOT / "CONTRIBUTING.md").read_text().partition("## To add an option")[2].partition("And in the tests")[0]
     listed = {path for path in re.findall(r"`(\w+/[\w/]+\.\w+)`", walk) if not path.startswith("tests/")}
     sources = [x for folder in ("dqn_fused", "kernels", "csrc", "docs") for x in (ROOT / folder).rglob("*.*")]
