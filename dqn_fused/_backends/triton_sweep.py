@@ -10,6 +10,7 @@ from torch import Tensor
 from dqn_fused._backends import BackendUnavailableError, triton_launch
 from dqn_fused.head import sweep as tiles
 from dqn_fused.head.sweep import Statistics, Sweep
+from dqn_fused.head.taken import taken_values
 from dqn_fused.kernels import sweep_launch
 from dqn_fused.kernels.launch import cdiv
 from dqn_fused.kernels.sweep import sweep_combine_kernel, sweep_fwd_kernel
@@ -46,7 +47,8 @@ def sweep(work: Sweep) -> Statistics:
     largest = torch.empty(m, dtype=torch.float32, device=device)
     first = torch.empty(m, dtype=torch.int64, device=device) if kind == "argmax" else None
     total = torch.empty_like(largest) if kind == "soft" else None
-    found, aux = Statistics(largest, first, total), total if first is None else first
+    taken = None if work.actions is None else taken_values(hidden, weight, bias, work.actions)
+    found, aux = Statistics(largest, first, total, taken), total if first is None else first
     if m == 0:
         return found
     itemsize, vec = vectors(hidden, weight)

@@ -140,7 +140,8 @@ class Executor:
             finally:
                 self.library.ptx_release()
             for x in result if isinstance(result, tuple) else (result,):
-                self.check_written(name, x)
+                if x is not None:
+                    self.check_written(name, x)
             return result
 
         return called
