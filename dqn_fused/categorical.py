@@ -4,9 +4,10 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
+import torch
 from torch import Tensor
 
-from dqn_fused import hints
+from dqn_fused import hints, node
 from dqn_fused.arguments import Batch
 from dqn_fused.autograd import refuse_tangent
 from dqn_fused.categorical_arguments import (
@@ -15,9 +16,10 @@ from dqn_fused.categorical_arguments import (
     check_categorical_options,
     check_even,
     check_logits,
+    known,
 )
 from dqn_fused.distributional_call import backend_that_checks, check_call, prepare
-from dqn_fused.row_loss import row_loss
+from dqn_fused.node import categorical_loss
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -269,7 +271,7 @@ def _with_next_states(logits: Tensor, actions: Tensor, rewards: Tensor, next_log
 
 
 def _loss(x: Tensor, batch: Batch, spec: CategoricalSpec, implementation: ModuleType) -> tuple[Tensor, ...]:
-    return row_loss(x, batch, spec.reduction, implementation, lambda: implementation.categorical_loss(batch, spec))
+    return categorical_loss(x, batch, spec, implementation)
 
 
 def _loss_and_grad(x: Tensor, batch: Batch, spec: CategoricalSpec, implementation: ModuleType) -> tuple[Tensor, ...]:
@@ -282,6 +284,10 @@ def _run(
     what: Run, given: Batch, spec: CategoricalSpec, backend: str, process_group: "ProcessGroup | None"
 ) -> tuple[Tensor, ...]:
     """Check the arguments and run a backend."""
+    if backend in node.serves and process_group is None and not torch.compiler.is_compiling() and known(spec.support):
+        found = node.categorical_calls[what is _loss](spec, given)
+        if found is not None:
+            return found
     check_call("the categorical losses", "categorical", spec, process_group)
     try:
         implementation = backend_that_checks("categorical", given, spec, backend)

@@ -70,10 +70,18 @@ def check_logits(given: Batch, spec: CategoricalSpec) -> Batch:
 _EVEN = WeakIdKeyDictionary()  # supports that were looked at, and their versions: looking takes 60 us
 
 
+def known(support: Support) -> bool:
+    """Whether check_even has nothing left to look at: two numbers, or atoms that it knows and that are unchanged."""
+    return not isinstance(support, Tensor) or _EVEN.get(support, -1) == _version(support) >= 0
+
+
+def _version(support: Tensor) -> int:
+    return -1 if support.is_inference() else support._version
+
+
 def check_even(support: Tensor) -> None:
     """Check that atoms, (K,), increase by the same step, but for the rounding of their dtype, or of float32."""
-    version = -1 if support.is_inference() else support._version
-    if _EVEN.get(support, -1) == version >= 0:
+    if known(support):
         return
     atoms = support.detach().double()
     even = torch.linspace(float(atoms[0]), float(atoms[-1]), len(atoms), dtype=torch.float64, device=atoms.device)
@@ -81,7 +89,7 @@ def check_even(support: Tensor) -> None:
     eps = max(torch.finfo(support.dtype).eps, torch.finfo(torch.float32).eps)
     if not (largest < inf and (atoms.diff() > 0).all() and error <= 2 * eps * largest):
         raise ValueError(f"support: expected atoms that increase by the same step, got {support.tolist()}")
-    _EVEN[support] = version
+    _EVEN[support] = _version(support)
 
 
 def _ends(support: object) -> tuple[float, float]:

@@ -4,14 +4,15 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 
-from dqn_fused import hints
+from dqn_fused import hints, node
 from dqn_fused.arguments import Batch
 from dqn_fused.autograd import refuse_tangent
 from dqn_fused.distributional_call import backend_that_checks, check_call, prepare
+from dqn_fused.node import quantile_loss
 from dqn_fused.quantile_arguments import QuantileSpec, check_quantile_options, check_quantiles
-from dqn_fused.row_loss import row_loss
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -165,7 +166,7 @@ Run = Callable[[Tensor, Batch, Tensor | None, QuantileSpec, ModuleType], tuple[A
 def _loss(
     x: Tensor, batch: Batch, taus: Tensor | None, spec: QuantileSpec, implementation: ModuleType
 ) -> tuple[Any, ...]:
-    return row_loss(x, batch, spec.reduction, implementation, lambda: implementation.quantile_loss(batch, taus, spec))
+    return quantile_loss(x, batch, taus, spec, implementation)
 
 
 def _loss_and_grad(
@@ -188,6 +189,10 @@ def _run(
 ) -> tuple[Any, ...]:
     """Check the arguments and run a backend."""
     spec = check_quantile_options(kappa, quantile_reduction, reduction)
+    if backend in node.serves and process_group is None and not torch.compiler.is_compiling():
+        found = node.quantile_calls[what is _loss](spec, given, taus)
+        if found is not None:
+            return found
     check_call("fused_quantile_loss", "quantile", spec, process_group)
     try:
         implementation = backend_that_checks("quantile", given, spec, backend)

@@ -74,16 +74,23 @@ class RowLoss(torch.autograd.Function):
         saved = SavedRows(slopes, actions, given[0] if given else None, shape, dtype, reduction)
         if torch.compiler.is_compiling():  # grad mode is on, grad_slopes zeros; PyTorch refuses a second order there
             return backend.rows_backward(grad_loss, saved), None, None, None, None
-        if grad_slopes is not None:
-            raise NotImplementedError(
-                "the second derivative of a distributional loss is not implemented; that of its reference is, such as "
-                "dqn_fused.quantile_reference.quantile_loss"
-            )
+        if grad_slopes is not None or torch.is_grad_enabled():
+            return differentiable_backward(grad_loss, grad_slopes, saved), None, None, None, None
         if grad_loss is None:
             return None, None, None, None, None
-        if torch.is_grad_enabled():
-            return rows_gradient(grad_loss, saved), None, None, None, None
         return backend.rows_backward(grad_loss.contiguous(), saved), None, None, None, None
+
+
+def differentiable_backward(
+    grad_loss: Tensor | None, grad_slopes: Tensor | None, saved: SavedRows
+) -> Tensor | None:
+    """Gradient of x, by what comes upstream of the loss, in operations that can be differentiated once."""
+    if grad_slopes is not None:
+        raise NotImplementedError(
+            "the second derivative of a distributional loss is not implemented; that of its reference is, such as "
+            "dqn_fused.quantile_reference.quantile_loss"
+        )
+    return None if grad_loss is None else rows_gradient(grad_loss, saved)
 
 
 def rows_gradient(grad_loss: Tensor, saved: SavedRows) -> Tensor:
