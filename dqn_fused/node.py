@@ -1,8 +1,8 @@
 """The node of a recorded loss in C++, where csrc/autograd is built for this torch and this Python.
 
-It does what ``autograd.TDLoss`` and ``row_loss.RowLoss`` do, which serve without it, for the compiled ops on the CPU: of
-a loss of 32 samples most of the time is Python. It knows torch's own C++, which changes from version to version, so the
-file's name says which torch and which Python it is for.
+It does what ``autograd.TDLoss`` and ``row_loss.RowLoss`` do, which serve without it, for the compiled ops on the CPU:
+most of the time of a loss of 32 samples is Python. It knows torch's own C++, which changes from version to version, so
+the name of the file says which torch and which Python it is for.
 """
 
 import sys
@@ -122,8 +122,8 @@ def without(call: Callable[[], Result]) -> Callable[[], Result]:
 MODULE, MISSING = load()
 # Names of the backends that mean the compiled ops on the CPU: none before those are loaded.
 serves: set[str] = set()
-# By whether the loss is recorded: (spec, batch), and taus of quantiles -> what a backend's forward, less its slopes, or
-# its loss_and_grad, returns. None where the arguments are not the ordinary ones, or wrong, and Python must look at them.
+# By whether the loss is recorded: (spec, batch), and taus for quantiles -> what a backend's loss without its slopes, or
+# its loss_and_grad, returns. None where the arguments are unusual or wrong, and Python must look at them.
 calls: dict[bool, Call] = {} if MODULE is None else {True: MODULE.td_loss, False: MODULE.td_loss_and_grad}
 quantile_calls: dict[bool, Call] = {}
 categorical_calls: dict[bool, Call] = {}

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from dqn_fused.arguments import Batch
-from dqn_fused.autograd import refuse_forward_mode
+from dqn_fused.autograd import inside_transform, refuse_forward_mode
 from dqn_fused.reference import legal_actions
 
 
@@ -74,16 +74,14 @@ class RowLoss(torch.autograd.Function):
         saved = SavedRows(slopes, actions, given[0] if given else None, shape, dtype, reduction)
         if torch.compiler.is_compiling():  # grad mode is on, grad_slopes zeros; PyTorch refuses a second order there
             return backend.rows_backward(grad_loss, saved), None, None, None, None
-        if grad_slopes is not None or torch.is_grad_enabled():
+        if grad_slopes is not None or torch.is_grad_enabled() or inside_transform():
             return differentiable_backward(grad_loss, grad_slopes, saved), None, None, None, None
         if grad_loss is None:
             return None, None, None, None, None
         return backend.rows_backward(grad_loss.contiguous(), saved), None, None, None, None
 
 
-def differentiable_backward(
-    grad_loss: Tensor | None, grad_slopes: Tensor | None, saved: SavedRows
-) -> Tensor | None:
+def differentiable_backward(grad_loss: Tensor | None, grad_slopes: Tensor | None, saved: SavedRows) -> Tensor | None:
     """Gradient of x, by what comes upstream of the loss, in operations that can be differentiated once."""
     if grad_slopes is not None:
         raise NotImplementedError(

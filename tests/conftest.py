@@ -76,6 +76,10 @@ def distributional_settings(family: str) -> list[Any]:
         for name in serving(torch.device("cpu"), family)
         if name != "triton"
     ]
+    if node.MODULE is not None:  # as in _settings
+        settings.append(
+            pytest.param(Setting("compiled", "cpu"), id="compiled-cpu-python", marks=pytest.mark.without_node)
+        )
     if "triton" in DISTRIBUTIONAL[family]:
         if INTERPRETED:
             settings.append(
@@ -149,7 +153,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def without_node(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Record by autograd.TDLoss in the cases that say so."""
+    """Record by autograd.TDLoss or row_loss.RowLoss in the cases that say so."""
     if request.node.get_closest_marker("without_node") is not None:
         monkeypatch.setattr(node, "serves", set())
 

@@ -465,6 +465,20 @@ def test_the_support_is_scale_free(backend: Setting) -> None:
     assert torch.equal(*losses)
 
 
+@every_setting
+def test_the_discount_of_a_terminated_row_is_not_used(backend: Setting) -> None:
+    """A kernel that reads no logits for such a row would still multiply its atoms by the discount."""
+    arguments = make((5, 3, 9), seed=97)
+    arguments["terminated"] = torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0])
+    clean = arguments | {"gamma": torch.rand(5)}
+    dirty = arguments | {"gamma": torch.where(arguments["terminated"] == 1, torch.nan, clean["gamma"])}
+    results = []
+    for given in (clean, dirty):
+        on_device = {k: x.to(backend.device) if isinstance(x, Tensor) else x for k, x in given.items()}
+        results.append(fused_categorical_loss_and_grad(**on_device, return_td_error=True, backend=backend.backend))
+    assert all(map(torch.equal, *results))
+
+
 def test_the_oracle_knows_a_lost_mass() -> None:
     """The trap, l == u, on the oracle's own bounds: they are narrow enough to see it."""
     arguments = make((5, 1, ATOMS), seed=33) | {"support": (-2.0, 2.0), "rewards": torch.zeros(5), "gamma": 1.0}

@@ -29,8 +29,9 @@ class TDLossBackward : public LossNode<SAVED> {
 
   variable_list apply(variable_list&& grads) override {
     auto x = unpack();
-    const Saved saved{x[TD_ERROR], x[ACTIONS],          maybe(x[WEIGHTS]), maybe(x[NORMALISER]),
-                      maybe(x[Q]), maybe(x[ACTION_MASK]), sizes_.back(),     type_};
+    const Saved saved{x[TD_ERROR],          x[ACTIONS],  maybe(x[WEIGHTS]),
+                      maybe(x[NORMALISER]), maybe(x[Q]), maybe(x[ACTION_MASK]),
+                      sizes_.back(),        type_};
     const Tensor &grad_loss = grads[0], &grad_td_error = grads[1];
     if (at::GradMode::is_enabled() || grad_td_error.defined() || transformed()) {
       if (!grad_loss.defined() && !grad_td_error.defined()) return {Tensor()};

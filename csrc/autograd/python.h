@@ -53,8 +53,8 @@ inline bool undisturbed() {
 inline bool tensors(PyObject* const* given, bool (*kind)(PyObject*)) {
   for (const Argument i : {Q, ACTIONS, REWARDS})
     if (!kind(given[i])) return false;
-  for (const Argument i : {NEXT_Q, TERMINATED, NON_FINAL_MASK, NEXT_Q_ONLINE, NEXT_ACTION_MASK, WEIGHTS, TARGET_Q,
-                           ACTION_MASK})
+  for (const Argument i :
+       {NEXT_Q, TERMINATED, NON_FINAL_MASK, NEXT_Q_ONLINE, NEXT_ACTION_MASK, WEIGHTS, TARGET_Q, ACTION_MASK})
     if (given[i] != Py_None && !kind(given[i])) return false;
   PyObject* const gamma = given[GAMMA];
   return PyFloat_CheckExact(gamma) || PyLong_CheckExact(gamma) || kind(gamma);
@@ -62,8 +62,7 @@ inline bool tensors(PyObject* const* given, bool (*kind)(PyObject*)) {
 
 // Whether a batch can go to an op as it is, which checks it; otherwise Python must look at it first.
 inline bool takes(PyObject* const* given) {
-  return tensors(given, ordinary) && undisturbed() &&
-         !torch::autograd::isFwGradDefined(THPVariable_Unpack(given[Q]));
+  return tensors(given, ordinary) && undisturbed() && !torch::autograd::isFwGradDefined(THPVariable_Unpack(given[Q]));
 }
 
 inline Maybe maybe(PyObject* x) { return x == Py_None ? std::nullopt : Maybe(THPVariable_Unpack(x)); }
@@ -153,8 +152,6 @@ inline bool recorded(const Inputs& in) { return in.q.requires_grad() && at::Grad
 
 using Fast = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
 
-inline PyCFunction method(Fast function) {
-  return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function));
-}
+inline PyCFunction method(Fast function) { return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function)); }
 
 }  // namespace dqn_fused::autograd

@@ -44,10 +44,10 @@ bool read(PyObject* const* given, Kind kind, Categorical& found) {
 Tensor differentiable(const Tensor& grad_loss, const Tensor& grad_slopes, const SavedRows& s) {
   const WithGil gil;
   PyObject* const type = reinterpret_cast<PyObject*>(torch::getTHPDtype(s.type));
-  return returned(THPObjectPtr(PyObject_CallFunction(
-      recorded_backward, "NNNNNLOL", none_if_empty(grad_loss), none_if_empty(grad_slopes), none_if_empty(s.slopes),
-      none_if_empty(s.actions), none_if_empty(s.weights), static_cast<long long>(s.A), type,
-      static_cast<long long>(s.reduction))));
+  return returned(THPObjectPtr(
+      PyObject_CallFunction(recorded_backward, "NNNNNLOL", none_if_empty(grad_loss), none_if_empty(grad_slopes),
+                            none_if_empty(s.slopes), none_if_empty(s.actions), none_if_empty(s.weights),
+                            static_cast<long long>(s.A), type, static_cast<long long>(s.reduction))));
 }
 
 template <bool with_grad, class Options>
