@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dqn_fused.arguments import Batch, looks_at_values
+from dqn_fused.arguments import Batch, accumulation_dtype, looks_at_values
 from dqn_fused.checks import FLOATS, dense, show, wrong_choice, wrong_device
 from dqn_fused.distributional import check_distributions
 from dqn_fused.options import REDUCTION_NAMES
@@ -64,7 +64,18 @@ def check_logits(given: Batch, spec: CategoricalSpec) -> Batch:
                              f"{show(support.shape)}")  # fmt: skip
         if looks_at_values(device):
             check_even(support)
+            check_range(float(support[0]), float(support[-1]), K, accumulation_dtype(batch.q))
+    else:
+        check_range(*support, K, accumulation_dtype(batch.q))
     return batch
+
+
+def check_range(low: float, high: float, K: int, dtype: torch.dtype) -> None:
+    """Check that K atoms from low to high are finite and differ in the dtype of the arithmetic."""
+    limits, step = torch.finfo(dtype), (high - low) / (K - 1)
+    differ = step > limits.eps * max(abs(low), abs(high)) and step * limits.max >= 1  # 1 / step is finite, too
+    if not (differ and high - low <= limits.max):
+        raise ValueError(f"support: expected {K} atoms that are finite and differ in {dtype}, got ({low}, {high})")
 
 
 _EVEN = WeakIdKeyDictionary()  # supports that were looked at, and their versions: looking takes 60 us
@@ -83,6 +94,10 @@ def check_even(support: Tensor) -> None:
     """Check that atoms, (K,), increase by the same step, but for the rounding of their dtype, or of float32."""
     if known(support):
         return
+    if support.dim() != 1 or len(support) < 2:
+        raise ValueError(
+            f"support: expected two numbers or shape (K,), an atom for each logit, got {show(support.shape)}"
+        )
     atoms = support.detach().double()
     even = torch.linspace(float(atoms[0]), float(atoms[-1]), len(atoms), dtype=torch.float64, device=atoms.device)
     error, largest = (atoms - even).abs().amax(), atoms.abs().amax()
