@@ -3,62 +3,21 @@
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import categorical_data
 import pytest
 import quantile_data
 import torch
+from distributional_data import LOSSES, Loss, every_loss
 from test_node import Seen, Sub, in_graphs
+from test_node import recorded as recorded_as
 from torch import Tensor
 from torch._dynamo import compiled_autograd
 
 import dqn_fused
-from dqn_fused import (
-    fused_categorical_loss,
-    fused_categorical_loss_and_grad,
-    fused_categorical_td_loss,
-    fused_categorical_td_loss_and_grad,
-    fused_quantile_loss,
-    fused_quantile_loss_and_grad,
-    node,
-)
+from dqn_fused import fused_categorical_loss, fused_quantile_loss, node
 
 pytestmark = pytest.mark.skipif(node.MODULE is None, reason=f"no node in C++: {node.MISSING}")
-
-
-class Loss(NamedTuple):
-    """A loss, the same with its gradient, the argument that has one, and the rest of its arguments."""
-
-    function: Callable[..., Any]
-    and_grad: Callable[..., Any]
-    input: str
-    make: Callable[..., dict[str, Any]]
-
-    def arguments(self, shape: tuple[int, ...] = (7, 3, 5), **more: Any) -> dict[str, Any]:
-        found = self.make(shape) | more
-        found[self.input].requires_grad_()
-        return found
-
-    def target(self) -> str:
-        """The name of the rewards, or of the ready target."""
-        return "rewards" if "rewards" in self.make((1, 1, 2)) else "target"
-
-    def gradient(self, arguments: dict[str, Any], **options: Any) -> Tensor:
-        loss = self.function(**arguments)
-        return torch.autograd.grad(loss.sum(), arguments[self.input], **options)[0]
-
-
-def hl_gauss(shape: tuple[int, ...]) -> dict[str, Any]:
-    return categorical_data.ready(shape) | {"projection": "hl_gauss"}
-
-
-LOSSES = {
-    "quantile": Loss(fused_quantile_loss, fused_quantile_loss_and_grad, "quantiles", quantile_data.make),
-    "categorical": Loss(fused_categorical_loss, fused_categorical_loss_and_grad, "logits", categorical_data.make),
-    "hl-gauss": Loss(fused_categorical_td_loss, fused_categorical_td_loss_and_grad, "logits", hl_gauss),
-}
-every_loss = pytest.mark.parametrize("family", LOSSES.values(), ids=LOSSES)
 
 
 @pytest.fixture(autouse=True)
@@ -69,12 +28,7 @@ def loaded() -> None:
 
 
 def recorded(loss: Tensor) -> bool:
-    """Whether the node in C++ recorded it: a Python Function has saved_tensors."""
-    graph = loss.grad_fn
-    while graph is not None and graph.name() != "RowLossBackward":  # what gives it another shape
-        graph = graph.next_functions[0][0]
-    assert graph is not None
-    return not hasattr(graph, "saved_tensors")
+    return recorded_as(loss, "RowLossBackward")
 
 
 def quantile_options(x: dict[str, Any], shape: tuple[int, ...]) -> dict[str, dict[str, Any]]:
@@ -183,7 +137,7 @@ def test_modes_and_subclasses_see_the_ops(family: Loss) -> None:
         family.function(**given).backward()
     forward = "quantile_loss" if family.input == "quantiles" else "categorical_loss"
     assert {f"dqn_fused::{forward}", "dqn_fused::rows_backward"} <= set(seen.names)
-    loss = family.function(**given | {family.target(): given[family.target()].as_subclass(Sub)})
+    loss = family.function(**given | {family.reward(): given[family.reward()].as_subclass(Sub)})
     assert not recorded(loss)
     assert torch.equal(loss.as_subclass(Tensor), family.function(**given))
 
@@ -226,7 +180,7 @@ def test_a_hook_that_raises_is_not_swallowed(family: Loss) -> None:
 @every_loss
 def test_anomaly_mode_names_the_forward(family: Loss) -> None:
     with torch.autograd.set_detect_anomaly(True):
-        loss = family.function(**family.arguments(**{family.target(): torch.full((7,), torch.nan)}))
+        loss = family.function(**family.arguments(**{family.reward(): torch.full((7,), torch.nan)}))
         raised = pytest.raises(RuntimeError, match=r"RowLossBackward.* returned nan values")
         with raised, pytest.warns(UserWarning, match=r"Error detected in RowLoss(.|\n)*test_row_node"):
             loss.backward()
@@ -363,11 +317,11 @@ def test_what_is_wrong_is_named_as_without_the_node(family: Loss) -> None:
     wrong: list[dict[str, Any]] = [
         {"actions": torch.full((7,), 3)},
         {"actions": torch.zeros(7)},
-        {family.target(): torch.zeros(6)},
+        {family.reward(): torch.zeros(6)},
         {family.input: torch.zeros(7, 15, requires_grad=True)},
         {"weights": torch.ones(7, dtype=torch.int64)},
     ]
-    if family.target() == "rewards":
+    if family.reward() == "rewards":
         wrong += [{"gamma": 10**400}, {"gamma": "x"}, {"terminated": torch.zeros(7, 7)}, {f"next_{family.input}": None}]
     for changed in wrong:
         said = []
