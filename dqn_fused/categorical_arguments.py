@@ -1,4 +1,4 @@
-"""The arguments of the categorical losses: options and the support; what they share is checked in distributional.py."""
+"""The options and the support of the categorical losses; the arguments of all families are in distributional.py."""
 
 from math import inf
 from typing import NamedTuple, NoReturn
@@ -20,7 +20,7 @@ Support = Tensor | tuple[float, float]
 
 
 class CategoricalSpec(NamedTuple):
-    """What is computed of a batch: options, all of them checked."""
+    """What is computed from a batch: options, all of them checked."""
 
     support: Support
     sigma: float = 0.0  # of HL-Gauss, in units of the distance of two atoms; 0: two-hot
@@ -30,7 +30,7 @@ class CategoricalSpec(NamedTuple):
 def check_categorical_options(
     support: Support, reduction: str, projection: str = "two_hot", sigma: float | None = None
 ) -> CategoricalSpec:
-    """Check the options; of a support that is a tensor only that it is one."""
+    """Check the options, but not the shape and the values of a support that is a tensor."""
     if reduction not in REDUCTION_NAMES:
         wrong_choice("reduction", reduction, REDUCTION_NAMES)
     if projection not in PROJECTIONS:
@@ -64,7 +64,7 @@ def check_logits(given: Batch, spec: CategoricalSpec) -> Batch:
                              f"{show(support.shape)}")  # fmt: skip
         if looks_at_values(device):
             check_even(support)
-            check_range(float(support[0]), float(support[-1]), K, accumulation_dtype(batch.q))
+            check_range(support[0].item(), support[-1].item(), K, accumulation_dtype(batch.q))
     else:
         check_range(*support, K, accumulation_dtype(batch.q))
     return batch
@@ -78,11 +78,11 @@ def check_range(low: float, high: float, K: int, dtype: torch.dtype) -> None:
         raise ValueError(f"support: expected {K} atoms that are finite and differ in {dtype}, got ({low}, {high})")
 
 
-_EVEN = WeakIdKeyDictionary()  # supports that were looked at, and their versions: looking takes 60 us
+_EVEN = WeakIdKeyDictionary()  # supports that were checked, and their versions: a check takes 60 us
 
 
 def known(support: Support) -> bool:
-    """Whether check_even has nothing left to look at: two numbers, or atoms that it knows and that are unchanged."""
+    """Whether a support needs no check_even: it is two numbers, or has been checked and not changed since."""
     return not isinstance(support, Tensor) or _EVEN.get(support, -1) == _version(support) >= 0
 
 
@@ -91,7 +91,7 @@ def _version(support: Tensor) -> int:
 
 
 def check_even(support: Tensor) -> None:
-    """Check that atoms, (K,), increase by the same step, but for the rounding of their dtype, or of float32."""
+    """Check that atoms, (K,), increase by the same step, up to the rounding of their dtype or of float32."""
     if known(support):
         return
     if support.dim() != 1 or len(support) < 2:
