@@ -46,11 +46,11 @@ def fused_categorical_loss(
 ) -> Tensor | tuple[Tensor, ...]:
     """Loss of C51 (Bellemare et al., 2017): the cross-entropy of a return's distribution and its projected target.
 
-    The return of each action is a distribution on K evenly spaced atoms z, ``softmax(logits)``. The target is that of
-    the next state's action of largest expectation, with its atoms at ``rewards + gamma * z``, or all of it at
-    ``rewards`` if terminated: locations beyond the support are moved to its ends, and each probability is shared
-    between the two atoms beside it, in proportion to their nearness. Only ``logits`` receives a gradient, and in it
-    only the row of the action taken.
+    The return of each action is a distribution on K evenly spaced atoms z, ``softmax(logits)``. The target is the
+    distribution of the next state's action with the largest expectation, with its atoms moved to
+    ``rewards + gamma * z``, or all of its probability at ``rewards`` if terminated. Locations beyond the support are
+    moved to its ends, and each probability is split between the two atoms beside it, in proportion to their nearness.
+    Only ``logits`` receives a gradient, and in it only the row of the action taken.
 
     Args:
         logits: (\\*N, A, K) of the online network; float16, bfloat16, float32 or float64. Any leading dimensions, at
@@ -62,7 +62,7 @@ def fused_categorical_loss(
         gamma: discount: a number, a 0-d tensor, or (\\*N) / (\\*N, 1) floating, for n-step returns.
         support: the atoms: their ends ``(v_min, v_max)``, or all of them, (K,), floating, increasing by the same step.
             On a GPU the values of a tensor are checked only if ``DQN_FUSED_CHECK=1`` is set.
-        next_logits_online: what chooses the next action, whose distribution is read in ``next_logits``: (\\*N, A, K)
+        next_logits_online: chooses the next action, whose distribution is read from ``next_logits``: (\\*N, A, K)
             logits of the online network for double DQN, or (\\*N, A) Q-values. With ``non_final_mask`` M stands for
             \\*N.
         next_action_mask: (\\*N, A) bool, true for the actions that are legal in the next state: no other is chosen. A
@@ -72,8 +72,8 @@ def fused_categorical_loss(
         weights: (\\*N) or (\\*N, 1), floating: the loss of each sample is multiplied by its weight.
         reduction: ``"mean"``, which divides by the number of samples, ``"weighted_mean"``, which divides by the sum of
             the weights, ``"sum"``, or ``"none"`` for the loss of each sample, (\\*N): priorities as Rainbow has them.
-        return_td_error: also return the expectation of the distribution of the action taken less that of the projected
-            target, (\\*N), signed, unweighted and without gradient.
+        return_td_error: also return the expectation of the distribution of the action taken minus that of the
+            projected target, (\\*N), signed, unweighted and without gradient.
         process_group: with ``"weighted_mean"``, the ranks over which weights are summed, as in
             ``fused_dqn_loss``.
         backend: ``"auto"``, or by name as in ``dqn_fused.backends``. Inside ``torch.compile`` on the CPU ``"auto"``
@@ -84,7 +84,7 @@ def fused_categorical_loss(
 
     Raises:
         ValueError, TypeError, IndexError, BackendUnavailableError: as ``fused_dqn_loss``.
-        NotImplementedError: of a second derivative.
+        NotImplementedError: for a second derivative.
 
     >>> import torch
     >>> logits = torch.zeros(1, 2, 3, requires_grad=True)
@@ -172,19 +172,19 @@ def fused_categorical_td_loss(
     backend: str = "auto",
     **unknown: NoReturn,
 ) -> Tensor | tuple[Tensor, ...]:
-    """A scalar target learned by classification (Farebrother et al., 2024), whose Q-value is an expectation.
+    """Loss of a scalar target learned by classification (Farebrother et al., 2024): the Q-value is an expectation.
 
     The target becomes a distribution on the K atoms, and the loss is its cross-entropy with ``softmax(logits[a])``.
 
     Args:
         logits: (\\*N, A, K), and all other arguments, as in ``fused_categorical_loss``.
         target: (\\*N) or (\\*N, 1), floating or integer; a constant. Beyond the support it is moved to its end.
-        projection: ``"two_hot"``: shared between the two atoms beside it, in proportion to their nearness;
-            ``"hl_gauss"``: a normal distribution around it, cut into bins whose centres are the atoms, what falls
-            outside of all bins being shared out among them. The ends of the published listing, where the outer bins
-            end, are half a bin further out than those of the support.
+        projection: ``"two_hot"``: the target is split between the two atoms beside it, in proportion to their
+            nearness; ``"hl_gauss"``: a normal distribution around it is integrated over bins whose centres are the
+            atoms, and divided by its mass in all of them. In the published listing the ends of the support are the
+            outer edges of the outer bins, half a bin further out than here.
         sigma: standard deviation of ``"hl_gauss"`` in units of the width of a bin, 0.75 if None.
-        return_td_error: also return the expectation of ``softmax(logits[a])`` less that of the target's distribution,
+        return_td_error: also return the expectation of ``softmax(logits[a])`` minus that of the target's distribution,
             (\\*N), without gradient.
         return_expectation: also return that expectation, the Q-value of the action taken, (\\*N), without gradient.
 
@@ -230,7 +230,7 @@ def fused_categorical_td_loss_and_grad(
         logits: (\\*N, A, K), and all other arguments, as in ``fused_categorical_td_loss``. No graph is recorded.
 
     Returns:
-        ``(loss, gradient)``, and then td_error and expectation, if asked for.
+        ``(loss, gradient)``, followed by td_error and expectation, if asked for.
 
     Raises:
         ValueError, TypeError, IndexError, BackendUnavailableError: as ``fused_categorical_loss``.

@@ -39,7 +39,7 @@ def fused_quantile_loss(
     backend: str = "auto",
     **unknown: NoReturn,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Quantile regression loss of QR-DQN (Dabney et al., 2018), IQN and FQF, whose pairs are never stored.
+    """Quantile regression loss of QR-DQN (Dabney et al., 2018), IQN and FQF. Its pairs of quantiles are never stored.
 
     For each transition the predicted quantiles ``theta = quantiles[a]`` are compared with the target's,
     ``t = rewards + gamma * next_quantiles[a']``, or ``t = rewards`` if terminated; a' has the largest mean. Its loss is
@@ -58,21 +58,21 @@ def fused_quantile_loss(
         taus: (K,) or (\\*N, K), floating: the fractions that the predicted quantiles stand for, a constant. None for
             the midpoints ``(i + 1/2) / K`` of QR-DQN. Sampled ones are those of IQN (Dabney et al., 2018b), midpoints
             of proposed ones those of FQF (Yang et al., 2019).
-        next_quantiles_online: what chooses a', its value being read in ``next_quantiles``: (\\*N, A, K'') quantiles of
-            the online network for double DQN, the action of the largest mean, or (\\*N, A) Q-values, such as the
+        next_quantiles_online: chooses a', whose quantiles are read from ``next_quantiles``: (\\*N, A, K'') quantiles of
+            the online network for double DQN, of which the largest mean counts, or (\\*N, A) Q-values, such as the
             weighted mean of FQF. With ``non_final_mask`` M stands for \\*N.
         next_action_mask: (\\*N, A) bool, true for the actions that are legal in the next state: no other is chosen. A
             row without one is NaN, unless terminated. With ``non_final_mask``: (M, A).
         non_final_mask: (\\*N) or (\\*N, 1) bool, instead of ``terminated``: true for the M samples, in order, whose
             next states the next tensors hold.
         weights: (\\*N) or (\\*N, 1), floating: the loss of each sample is multiplied by its weight.
-        kappa: where Huber's loss turns from a parabola into a line. Since the loss is divided by it, 0 is plain
-            quantile regression, whose slope is taken as 0 where ``u`` is 0.
+        kappa: threshold where Huber's loss turns from quadratic to linear. The loss is divided by it, so 0 is plain
+            quantile regression, with slope 0 where ``u`` is 0.
         quantile_reduction: over the predicted quantiles: ``"sum"``, as published, or ``"mean"``, which is
             Stable-Baselines3-contrib's mean over all pairs.
         reduction: ``"mean"``, which divides by the number of samples, ``"weighted_mean"``, which divides by the sum of
             the weights, ``"sum"``, or ``"none"`` for the loss of each sample, (\\*N).
-        return_td_error: also return the mean of the predicted less the mean of the target quantiles, (\\*N), signed,
+        return_td_error: also return the mean of the predicted minus that of the target quantiles, (\\*N), signed,
             unweighted and without gradient.
         process_group: with ``"weighted_mean"``, the ranks over which weights are summed, as in
             ``fused_dqn_loss``.
@@ -84,7 +84,7 @@ def fused_quantile_loss(
 
     Raises:
         ValueError, TypeError, IndexError, BackendUnavailableError: as ``fused_dqn_loss``.
-        NotImplementedError: of a second derivative.
+        NotImplementedError: for a second derivative.
 
     >>> import torch
     >>> quantiles = torch.tensor([[[0.0, 2.0], [9.0, 9.0]]], requires_grad=True)

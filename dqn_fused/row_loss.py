@@ -1,4 +1,4 @@
-"""The autograd.Function of the distributional losses: of (n, A, K) only the row of the action taken has a gradient."""
+"""The autograd.Function of the distributional losses: in (n, A, K) only the row of the action taken has a gradient."""
 
 from collections.abc import Callable
 from types import ModuleType
@@ -25,7 +25,7 @@ class SavedRows(NamedTuple):
 
     @classmethod
     def of(cls, batch: Batch, slopes: Tensor, reduction: str) -> "SavedRows":
-        """What a backward needs right after the forward of a batch."""
+        """What a backward needs, taken right after the forward of a batch."""
         shape = torch.Size((*batch.shape, *batch.q.shape[1:]))
         return cls(slopes, batch.saved_actions(), batch.weights, shape, batch.q.dtype, reduction)
 
@@ -35,7 +35,7 @@ Forward = Callable[[], tuple[Tensor, Tensor, Tensor]]
 
 
 def row_loss(x: Tensor, batch: Batch, reduction: str, backend: ModuleType, forward: Forward) -> tuple[Tensor, Tensor]:
-    """Run a backend's forward; through RowLoss where x, the user's tensor whose rows batch.q holds, has a gradient."""
+    """Run a backend's forward, through RowLoss if x needs a gradient: the user's tensor, whose rows batch.q holds."""
     forward_mode = forward_ad._current_level >= 0
     if forward_mode and torch.compiler.is_compiling():
         refuse_forward_mode()
@@ -67,7 +67,7 @@ class RowLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None, None]:
-        """Dense gradient of x: zero but for the row of the action taken."""
+        """Dense gradient of x: zero except in the row of the action taken."""
         grad_loss, _, grad_slopes = grads
         slopes, actions, *given = ctx.saved_tensors
         shape, dtype, reduction, backend = ctx.about
@@ -97,7 +97,7 @@ def rows_gradient(grad_loss: Tensor, saved: SavedRows) -> Tensor:
     n, (*_, A, K) = slopes.shape[0], shape
     scale = grad_loss.reshape(-1) / max(n, 1) if reduction == "mean" else grad_loss.reshape(-1)  # (n,) or (1,)
     if weights is not None:
-        scale = scale * weights.reshape(-1).to(slopes.dtype)  # (n, 1), where an op has checked them
+        scale = scale * weights.reshape(-1).to(slopes.dtype)  # they are (n, 1) if an op has checked them
     rows = slopes * scale.unsqueeze(1)
     index, legal = legal_actions(actions.reshape(-1), A)
     if legal is not None:

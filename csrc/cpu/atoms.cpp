@@ -11,12 +11,13 @@ namespace {
 template <class T>
 constexpr int64_t WIDTH = Support<T>::WIDTH;
 
-// x, or 0 unless it is kept; not multiplied, and not a choice between floats, which would not vectorise before AVX-512.
+// x if it is kept, else 0: no product, which would keep NaN, and no choice between floats, which does not vectorise
+// before AVX-512.
 DQN_FUSED_INLINE float keep_if(bool keep, float x) { return from_bits(bits(x) & -static_cast<uint32_t>(keep)); }
 
 DQN_FUSED_INLINE double keep_if(bool keep, double x) { return keep ? x : 0; }
 
-// One of two without a branch, of bits for the same reason.
+// a or b without a branch, as bits for the same reason.
 DQN_FUSED_INLINE float choose(bool first, float a, float b) {
   const uint32_t mask = -static_cast<uint32_t>(first);
   return from_bits((bits(a) & mask) | (bits(b) & ~mask));
@@ -35,8 +36,8 @@ DQN_FUSED_INLINE T sum_of(const T* x) {
   }
 }
 
-// 1 - exp(-x p(x)), p being fitted to -log(erfc(x)) / x on [0, 4.1] by weighted least squares: off by 2.3e-9, and by
-// two roundings of 1. Beyond, the result is 1. x must not be NaN.
+// 1 - exp(-x p(x)), where p is fitted to -log(erfc(x)) / x on [0, 4.1] by weighted least squares. The error is 2.3e-9
+// and two roundings of 1. Beyond 4.1 the result is 1. x must not be NaN.
 DQN_FUSED_INLINE float error_function(float x) {
   const uint32_t sign = bits(x) & 0x80000000u;
   float size = from_bits(bits(x) ^ sign);
@@ -66,22 +67,22 @@ struct Positions {
         last(static_cast<T>(support.K - 1)),
         per_unit(last / (high - low)) {}
 
-  // value must not be NaN. The ends are exact, where many values come to lie: a rounding would give the atom beside one
-  // a share that it may have no probability for.
+  // value must not be NaN. The ends, where many values lie, are exact: a rounding would give a share to the atom beside
+  // an end, where the prediction may have no probability.
   DQN_FUSED_INLINE T operator()(T value) const {
     const T inside = choose(value < low, low, value), position = (inside - low) * per_unit;
     return choose((value < high) & (position < last), position, last);  // && would be a branch
   }
 
-  // The atom below, at most the last but one: a position on the last atom then is all of the way to it.
+  // The atom below, at most the last but one, so that a position on the last atom gives it everything.
   DQN_FUSED_INLINE int32_t below(T position) const {
     const int32_t index = static_cast<int32_t>(position), most = static_cast<int32_t>(last) - 1;
     return index < most ? index : most;
   }
 };
 
-// Lanes of an expectation: with 16, half of AVX2's registers would be spilled, and K = 51 fills 7 vectors of 8 better
-// than 4 of 16. The last vector overlaps the one before it, for a remainder would take longer than the rest.
+// Lanes of an expectation: 16 would spill half of AVX2's registers, and K = 51 fills 7 vectors of 8 better than 4 of
+// 16. The last vector overlaps the one before it, since a remainder would take longer than the rest.
 constexpr int64_t LANES = 8;
 
 template <int64_t lanes, class Key>

@@ -24,8 +24,8 @@ bool in_range(double low, double high, int64_t K) {
          high - low <= Limits::max();
 }
 
-// The support, padded with zeros: as given, or K atoms from v_min to v_max. Whether a given one is evenly spaced is for
-// dqn_fused/categorical.py to check.
+// The support, padded with zeros: as given, or K atoms from v_min to v_max. That a given one is evenly spaced is
+// checked in dqn_fused/categorical.py.
 template <class T>
 std::vector<T> atoms_of(const Maybe& support, double v_min, double v_max, int64_t K, const Place& place) {
   constexpr int64_t WIDTH = Support<T>::WIDTH;
