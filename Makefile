@@ -69,7 +69,7 @@ asan: $(READY)
 		$(VENV)/bin/pytest -q -m "not ptx" tests/test_compiled.py tests/test_loss.py tests/test_family.py tests/test_arguments.py \
 		tests/test_quantile.py tests/test_quantile_compiled.py \
 		tests/test_categorical.py tests/test_categorical_autograd.py \
-		tests/test_node.py tests/test_row_node.py \
+		tests/test_node.py \
 		-k "not torch-cpu and not torch_compile and not opcheck"
 
 lint: $(READY)

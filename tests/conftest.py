@@ -153,7 +153,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def without_node(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Record by autograd.TDLoss or row_loss.RowLoss in the cases that say so."""
+    """Record by autograd.TDLoss in the cases that say so."""
     if request.node.get_closest_marker("without_node") is not None:
         monkeypatch.setattr(node, "serves", set())
 
