@@ -28,7 +28,7 @@ class LossNode : public torch::autograd::Node {
     for (auto& x : saved_) x.reset_data();
   }
 
-  // For a backward that torch.compile traces: the constants of its graph, and its inputs.
+  // For a backward that torch.compile traces: the constants and the inputs of its graph.
   void compiled_args(CompiledNodeArgs& args) const override {
     for (size_t i = 0; i < N; ++i) args.collect(saved_[i], i == 0);
     for (const int64_t size : sizes_) args.collect(size);
@@ -72,7 +72,7 @@ class LossNode : public torch::autograd::Node {
   std::array<torch::autograd::SavedVariable, N> saved_;
 };
 
-// As this torch holds its nodes: up to some version by std::shared_ptr.
+// Nodes as this version of torch holds them: older ones by std::shared_ptr.
 template <class T, class Pointer = decltype(torch::autograd::Edge::function)>
 auto make_node() {
   if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>)
@@ -81,7 +81,7 @@ auto make_node() {
     return c10::make_intrusive<T>();
 }
 
-// Whether torch.func transforms what is called now.
+// Whether a transform of torch.func is active.
 inline bool transformed() {
   return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
 }

@@ -14,7 +14,7 @@
 
 namespace dqn_fused::autograd {
 
-// arguments.Batch as a tuple, up to what the op is given.
+// The fields of arguments.Batch that an op is given.
 enum Argument {
   Q,
   ACTIONS,
@@ -30,12 +30,12 @@ enum Argument {
   ACTION_MASK
 };
 
-// The operator - of the sets leaves the bits of the devices.
+// The sets' own operator - would leave the bits of the devices.
 inline bool within(c10::DispatchKeySet keys, c10::DispatchKeySet all) {
   return (keys.raw_repr() & ~all.raw_repr()) == 0;
 }
 
-// A dense tensor on the CPU, and nothing else besides: no subclass, no lazy conjugate, no member of a batch.
+// A dense tensor on the CPU and nothing more: no subclass, no lazy conjugate, no batched tensor of vmap.
 inline bool ordinary(PyObject* x) {
   using c10::DispatchKey;
   static constexpr c10::DispatchKeySet keys(
@@ -43,13 +43,13 @@ inline bool ordinary(PyObject* x) {
   return THPVariable_CheckExact(x) && within(THPVariable_Unpack(x).key_set(), keys);
 }
 
-// Whether nothing looks at the calls of operations: no transform of torch.func, no mode.
+// Whether nothing intercepts operations: no transform of torch.func, no mode.
 inline bool undisturbed() {
   return within(c10::impl::tls_local_dispatch_key_set().included_,
                 c10::autocast_dispatch_keyset | c10::default_included_set);
 }
 
-// Whether everything in a batch that should be a tensor is one, of a kind.
+// Whether everything in a batch that should be a tensor is one, of the kind asked for.
 inline bool tensors(PyObject* const* given, bool (*kind)(PyObject*)) {
   for (const Argument i : {Q, ACTIONS, REWARDS})
     if (!kind(given[i])) return false;
@@ -125,7 +125,7 @@ inline Tensor returned(THPObjectPtr found) {
   return THPVariable_Unpack(found.get());
 }
 
-// None where what() throws, as an op does that refuses its arguments: Python then says what is wrong.
+// None where what() throws because an op refuses its arguments: Python then says what is wrong.
 template <class What>
 PyObject* none_if_refused(What&& what) {
   try {
