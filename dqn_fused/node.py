@@ -1,8 +1,8 @@
-"""The node of a recorded loss in C++, where csrc/autograd is built for this torch and this Python.
+"""The autograd node of a recorded loss in C++, where csrc/autograd is built for this torch and this Python.
 
-It does what ``autograd.TDLoss`` and ``row_loss.RowLoss`` do, which serve without it, for the compiled ops on the CPU:
-most of the time of a loss of 32 samples is Python. It knows torch's own C++, which changes from version to version, so
-the name of the file says which torch and which Python it is for.
+It does for the compiled ops on the CPU what ``autograd.TDLoss`` and ``row_loss.RowLoss`` do, which serve elsewhere:
+most of the time that a loss of 32 samples takes is Python's. The library uses torch's own C++ interface, which changes
+from version to version, so its file name says for which torch and which Python it is built.
 """
 
 import sys
@@ -21,7 +21,7 @@ from dqn_fused import arguments, autograd, row_loss
 from dqn_fused._backends.boxed import shaped_forward, shaped_values, unpack_backward, unpack_rows
 from dqn_fused.arguments import UNCHECKED, Batch, LossSpec
 from dqn_fused.categorical_arguments import CategoricalSpec
-from dqn_fused.options import FIELD_CODES, REDUCTIONS
+from dqn_fused.options import DEFAULTS, FIELD_CODES, REDUCTIONS
 from dqn_fused.quantile_arguments import QuantileSpec
 
 FOLDER = Path(__file__).parent
@@ -35,7 +35,7 @@ def file_name() -> str:
 
 
 def load(folder: Path = FOLDER) -> tuple[ModuleType | None, str]:
-    """Load the library; or say why it cannot be."""
+    """Load the library, or say why it cannot be loaded."""
     path = folder / file_name()
     if not path.exists():
         others = ", ".join(sorted(other.name for other in folder.glob("_C_autograd.*.so")))
@@ -47,15 +47,15 @@ def load(folder: Path = FOLDER) -> tuple[ModuleType | None, str]:
     try:
         module = module_from_spec(spec)
         loader.exec_module(module)
-        module.prepare(recorded_backward, FIELD_CODES)
+        module.prepare(recorded_backward, FIELD_CODES, DEFAULTS)
         module.prepare_rows(recorded_rows_backward, REDUCTIONS)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:  # after the first: it is of another version
+    except (ImportError, AttributeError, TypeError, ValueError) as error:  # all but the first: of another csrc/
         return None, f"{path.name} cannot be loaded: {error}"
     return module, ""
 
 
 def recorded_backward(grad_loss: Tensor | None, grad_td_error: Tensor | None, *saved: Any) -> Tensor | None:
-    """Gradient of q, (n, A), in operations that can be differentiated; ``saved`` is as a general backward op has it."""
+    """Gradient of q, (n, A), in differentiable operations; ``saved``: arguments of a backward op, without grad_loss."""
     return autograd.differentiable_backward(grad_loss, grad_td_error, *unpack_backward(*saved))
 
 
@@ -65,7 +65,7 @@ def recorded_rows_backward(grad_loss: Tensor | None, grad_slopes: Tensor | None,
 
 
 def td_loss(batch: Batch, spec: LossSpec, backend: ModuleType, q: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """autograd.td_loss, recorded in C++ where that serves and the batch is checked."""
+    """autograd.td_loss, recorded in C++ where the node serves and the batch is checked."""
     if not records(batch, backend):
         return autograd.td_loss(batch, spec, backend, q)
     assert MODULE is not None
@@ -100,13 +100,13 @@ def records(batch: Batch, backend: ModuleType) -> bool:
 
 
 def start() -> None:
-    """Serve, from now on: the ops are loaded."""
+    """Serve from now on, because the ops are loaded."""
     if MODULE is not None:
         serves.update(("auto", "compiled"))
 
 
 def without(call: Callable[[], Result]) -> Callable[[], Result]:
-    """The call as it is where the node is not built: for tests and measurements."""
+    """The call as if the node were not built, for tests and measurements."""
 
     def run() -> Result:
         global serves
@@ -120,10 +120,10 @@ def without(call: Callable[[], Result]) -> Callable[[], Result]:
 
 
 MODULE, MISSING = load()
-# Names of the backends that mean the compiled ops on the CPU: none before those are loaded.
+# Names of the backends that stand for the compiled ops on the CPU; none before these are loaded.
 serves: set[str] = set()
-# By whether the loss is recorded: (spec, batch), and taus for quantiles -> what a backend's loss without its slopes, or
-# its loss_and_grad, returns. None where the arguments are unusual or wrong, and Python must look at them.
+# True: (spec, batch), and taus for quantiles -> what a backend's loss without its slopes returns; False: what its
+# loss_and_grad returns. Both return None where the arguments are unusual or wrong, and Python must look at them.
 calls: dict[bool, Call] = {} if MODULE is None else {True: MODULE.td_loss, False: MODULE.td_loss_and_grad}
 quantile_calls: dict[bool, Call] = {}
 categorical_calls: dict[bool, Call] = {}

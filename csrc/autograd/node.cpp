@@ -44,7 +44,7 @@ class TDLossBackward : public LossNode<SAVED> {
 
   void compiled_args(CompiledNodeArgs& args) const override {
     LossNode::compiled_args(args);
-    for (size_t i = 0; i < OPTIONS; ++i) args.collect(numbers_.get(i));
+    args.collect(numbers_.vec());
   }
 
  private:

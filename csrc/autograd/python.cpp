@@ -8,11 +8,11 @@
 namespace dqn_fused::autograd {
 namespace {
 
-// What Python hands over at the start: a function, and FIELD_CODES of dqn_fused/options.py.
-PyObject *recorded_backward = nullptr, *codes = nullptr;
+// What Python hands over at the start: a function, and FIELD_CODES and DEFAULTS of dqn_fused/options.py.
+PyObject *recorded_backward = nullptr, *codes = nullptr, *defaults = nullptr;
 
-// A LossSpec in numbers; the last one is kept, since most calls come with it again. False for what Python makes of
-// other options, the weighted mean.
+// A LossSpec in numbers. The last one is kept, since most calls use it again. False for the weighted mean, which Python
+// turns into another reduction.
 bool read(PyObject* spec, Numbers& found) {
   static PyObject* last = nullptr;
   static Numbers numbers;
@@ -26,6 +26,9 @@ bool read(PyObject* spec, Numbers& found) {
       if (x == nullptr) return false;
       fresh.push_back(PyFloat_AsDouble(x));
     }
+    while (!fresh.empty() &&
+           fresh.get(fresh.size() - 1) == PyFloat_AsDouble(PyTuple_GET_ITEM(defaults, fresh.size() - 1)))
+      fresh.pop_back();
     numbers = std::move(fresh);  // another list: a node may hold the one before
     Py_INCREF(spec);
     Py_XDECREF(std::exchange(last, spec));
@@ -34,7 +37,7 @@ bool read(PyObject* spec, Numbers& found) {
   return true;
 }
 
-// Whether q and next_q may have been exchanged: hints.warn_if_swapped.
+// Whether q and next_q may be swapped: hints.warn_if_swapped.
 bool swapped(PyObject* const* given) {
   return given[NEXT_Q] != Py_None && !THPVariable_Unpack(given[Q]).requires_grad() &&
          THPVariable_Unpack(given[NEXT_Q]).requires_grad() && at::GradMode::is_enabled();
@@ -47,8 +50,8 @@ bool matrices(PyObject* const* given) {
 }
 
 PyObject* list(const Numbers& numbers) {
-  PyObject* const found = PyList_New(OPTIONS);
-  for (size_t i = 0; i < OPTIONS; ++i) PyList_SET_ITEM(found, i, PyFloat_FromDouble(numbers.get(i)));
+  PyObject* const found = PyList_New(static_cast<Py_ssize_t>(numbers.size()));
+  for (size_t i = 0; i < numbers.size(); ++i) PyList_SET_ITEM(found, i, PyFloat_FromDouble(numbers.get(i)));
   return found;
 }
 
@@ -95,14 +98,16 @@ PyObject* record_checked(PyObject*, PyObject* const* given, Py_ssize_t) {
   END_HANDLE_TH_ERRORS
 }
 
-// (recorded_backward, FIELD_CODES).
+// (recorded_backward, FIELD_CODES, DEFAULTS).
 PyObject* prepare(PyObject*, PyObject* arguments) {
-  if (!PyArg_ParseTuple(arguments, "OO!", &recorded_backward, &PyTuple_Type, &codes)) return nullptr;
-  if (PyTuple_GET_SIZE(codes) != static_cast<Py_ssize_t>(OPTIONS)) {
+  if (!PyArg_ParseTuple(arguments, "OO!O!", &recorded_backward, &PyTuple_Type, &codes, &PyTuple_Type, &defaults))
+    return nullptr;
+  if (PyTuple_GET_SIZE(codes) != static_cast<Py_ssize_t>(OPTIONS) ||
+      PyTuple_GET_SIZE(defaults) != PyTuple_GET_SIZE(codes)) {
     PyErr_SetString(PyExc_ValueError, "expected the codes of as many options as csrc/td_loss.h has");
     return nullptr;
   }
-  for (PyObject* x : {recorded_backward, codes}) Py_INCREF(x);  // for good
+  for (PyObject* x : {recorded_backward, codes, defaults}) Py_INCREF(x);  // for good
   Py_RETURN_NONE;
 }
 
