@@ -40,7 +40,9 @@ SOURCES = {
         )
     ],
     "cuda": ["csrc/cuda/td_loss.cu"],
-    "autograd": [f"csrc/autograd/{name}.cpp" for name in ("ops", "node", "python")],
+    "autograd": [
+        f"csrc/autograd/{name}.cpp" for name in ("ops", "node", "python", "row_ops", "row_node", "row_python")
+    ],
 }
 HEADERS = sorted(str(path) for suffix in ("h", "cuh") for path in Path("csrc").rglob(f"*.{suffix}"))
 GPUS = ("8.0", "8.6", "9.0", "10.0", "12.0")

@@ -1,4 +1,4 @@
-"""Schemas and fakes of the compiled ops of the distributional losses, as _ops.py has those of the others."""
+"""Schemas and fakes of the ops of the distributional losses; those of the other losses are in _ops.py."""
 
 import torch
 from torch import Tensor

@@ -4,9 +4,10 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
+import torch
 from torch import Tensor
 
-from dqn_fused import hints
+from dqn_fused import hints, node
 from dqn_fused.arguments import Batch
 from dqn_fused.autograd import refuse_tangent
 from dqn_fused.categorical_arguments import (
@@ -15,9 +16,10 @@ from dqn_fused.categorical_arguments import (
     check_categorical_options,
     check_even,
     check_logits,
+    known,
 )
 from dqn_fused.distributional_call import backend_that_checks, check_call, prepare
-from dqn_fused.row_loss import row_loss
+from dqn_fused.node import categorical_loss
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -44,11 +46,11 @@ def fused_categorical_loss(
 ) -> Tensor | tuple[Tensor, ...]:
     """Loss of C51 (Bellemare et al., 2017): the cross-entropy of a return's distribution and its projected target.
 
-    The return of each action is a distribution on K evenly spaced atoms z, ``softmax(logits)``. The target is that of
-    the next state's action of largest expectation, with its atoms at ``rewards + gamma * z``, or all of it at
-    ``rewards`` if terminated: locations beyond the support are moved to its ends, and each probability is shared
-    between the two atoms beside it, in proportion to their nearness. Only ``logits`` receives a gradient, and in it
-    only the row of the action taken.
+    The return of each action is a distribution on K evenly spaced atoms z, ``softmax(logits)``. The target is the
+    distribution of the next state's action with the largest expectation, with its atoms moved to
+    ``rewards + gamma * z``, or all of its probability at ``rewards`` if terminated. Locations beyond the support are
+    moved to its ends, and each probability is split between the two atoms beside it, in proportion to their nearness.
+    Only ``logits`` receives a gradient, and in it only the row of the action taken.
 
     Args:
         logits: (\\*N, A, K) of the online network; float16, bfloat16, float32 or float64. Any leading dimensions, at
@@ -58,9 +60,10 @@ def fused_categorical_loss(
         next_logits: (\\*N, A, K) of the target network in the next state, floating. With ``non_final_mask``: (M, A, K).
         terminated: (\\*N) or (\\*N, 1), nonzero where nothing is bootstrapped, as in ``fused_dqn_loss``.
         gamma: discount: a number, a 0-d tensor, or (\\*N) / (\\*N, 1) floating, for n-step returns.
-        support: the atoms: their ends ``(v_min, v_max)``, or all of them, (K,), floating, increasing by the same step.
-            On a GPU the values of a tensor are checked only if ``DQN_FUSED_CHECK=1`` is set.
-        next_logits_online: what chooses the next action, whose distribution is read in ``next_logits``: (\\*N, A, K)
+        support: the atoms: their ends ``(v_min, v_max)``, or all of them, (K,), floating, increasing by the same step,
+            and different from each other in the dtype of the loss. On a GPU the values of a tensor are checked only if
+            ``DQN_FUSED_CHECK=1`` is set.
+        next_logits_online: chooses the next action, whose distribution is read from ``next_logits``: (\\*N, A, K)
             logits of the online network for double DQN, or (\\*N, A) Q-values. With ``non_final_mask`` M stands for
             \\*N.
         next_action_mask: (\\*N, A) bool, true for the actions that are legal in the next state: no other is chosen. A
@@ -70,19 +73,19 @@ def fused_categorical_loss(
         weights: (\\*N) or (\\*N, 1), floating: the loss of each sample is multiplied by its weight.
         reduction: ``"mean"``, which divides by the number of samples, ``"weighted_mean"``, which divides by the sum of
             the weights, ``"sum"``, or ``"none"`` for the loss of each sample, (\\*N): priorities as Rainbow has them.
-        return_td_error: also return the expectation of the distribution of the action taken less that of the projected
-            target, (\\*N), signed, unweighted and without gradient.
+        return_td_error: also return the expectation of the distribution of the action taken minus that of the
+            projected target, (\\*N), signed, unweighted and without gradient.
         process_group: with ``"weighted_mean"``, the ranks over which weights are summed, as in
             ``fused_dqn_loss``.
         backend: ``"auto"``, or by name as in ``dqn_fused.backends``. Inside ``torch.compile`` on the CPU ``"auto"``
-            takes ``"torch"``, whose operations Inductor fuses.
+            takes ``"torch"``, whose operations Inductor fuses, up to 32 atoms.
 
     Returns:
         The loss, or ``(loss, td_error)``, in float32, or in float64 if logits is float64.
 
     Raises:
         ValueError, TypeError, IndexError, BackendUnavailableError: as ``fused_dqn_loss``.
-        NotImplementedError: of a second derivative.
+        NotImplementedError: for a second derivative.
 
     >>> import torch
     >>> logits = torch.zeros(1, 2, 3, requires_grad=True)
@@ -170,19 +173,19 @@ def fused_categorical_td_loss(
     backend: str = "auto",
     **unknown: NoReturn,
 ) -> Tensor | tuple[Tensor, ...]:
-    """A scalar target learned by classification (Farebrother et al., 2024), whose Q-value is an expectation.
+    """Loss of a scalar target learned by classification (Farebrother et al., 2024): the Q-value is an expectation.
 
     The target becomes a distribution on the K atoms, and the loss is its cross-entropy with ``softmax(logits[a])``.
 
     Args:
         logits: (\\*N, A, K), and all other arguments, as in ``fused_categorical_loss``.
         target: (\\*N) or (\\*N, 1), floating or integer; a constant. Beyond the support it is moved to its end.
-        projection: ``"two_hot"``: shared between the two atoms beside it, in proportion to their nearness;
-            ``"hl_gauss"``: a normal distribution around it, cut into bins whose centres are the atoms, what falls
-            outside of all bins being shared out among them. The ends of the published listing, where the outer bins
-            end, are half a bin further out than those of the support.
+        projection: ``"two_hot"``: the target is split between the two atoms beside it, in proportion to their
+            nearness; ``"hl_gauss"``: a normal distribution around it is integrated over bins whose centres are the
+            atoms, and divided by its mass in all of them. In the published listing the ends of the support are the
+            outer edges of the outer bins, half a bin further out than here.
         sigma: standard deviation of ``"hl_gauss"`` in units of the width of a bin, 0.75 if None.
-        return_td_error: also return the expectation of ``softmax(logits[a])`` less that of the target's distribution,
+        return_td_error: also return the expectation of ``softmax(logits[a])`` minus that of the target's distribution,
             (\\*N), without gradient.
         return_expectation: also return that expectation, the Q-value of the action taken, (\\*N), without gradient.
 
@@ -228,7 +231,7 @@ def fused_categorical_td_loss_and_grad(
         logits: (\\*N, A, K), and all other arguments, as in ``fused_categorical_td_loss``. No graph is recorded.
 
     Returns:
-        ``(loss, gradient)``, and then td_error and expectation, if asked for.
+        ``(loss, gradient)``, followed by td_error and expectation, if asked for.
 
     Raises:
         ValueError, TypeError, IndexError, BackendUnavailableError: as ``fused_categorical_loss``.
@@ -269,7 +272,7 @@ def _with_next_states(logits: Tensor, actions: Tensor, rewards: Tensor, next_log
 
 
 def _loss(x: Tensor, batch: Batch, spec: CategoricalSpec, implementation: ModuleType) -> tuple[Tensor, ...]:
-    return row_loss(x, batch, spec.reduction, implementation, lambda: implementation.categorical_loss(batch, spec))
+    return categorical_loss(x, batch, spec, implementation)
 
 
 def _loss_and_grad(x: Tensor, batch: Batch, spec: CategoricalSpec, implementation: ModuleType) -> tuple[Tensor, ...]:
@@ -282,6 +285,10 @@ def _run(
     what: Run, given: Batch, spec: CategoricalSpec, backend: str, process_group: "ProcessGroup | None"
 ) -> tuple[Tensor, ...]:
     """Check the arguments and run a backend."""
+    if backend in node.serves and process_group is None and not torch.compiler.is_compiling() and known(spec.support):
+        found = node.categorical_calls[what is _loss](spec, given)
+        if found is not None:
+            return found
     check_call("the categorical losses", "categorical", spec, process_group)
     try:
         implementation = backend_that_checks("categorical", given, spec, backend)

@@ -1,4 +1,4 @@
-"""The arguments of the categorical losses: options and the support; what they share is checked in distributional.py."""
+"""The options and the support of the categorical losses; the arguments of all families are in distributional.py."""
 
 from math import inf
 from typing import NamedTuple, NoReturn
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dqn_fused.arguments import Batch, looks_at_values
+from dqn_fused.arguments import Batch, accumulation_dtype, looks_at_values
 from dqn_fused.checks import FLOATS, dense, show, wrong_choice, wrong_device
 from dqn_fused.distributional import check_distributions
 from dqn_fused.options import REDUCTION_NAMES
@@ -20,7 +20,7 @@ Support = Tensor | tuple[float, float]
 
 
 class CategoricalSpec(NamedTuple):
-    """What is computed of a batch: options, all of them checked."""
+    """What is computed from a batch: options, all of them checked."""
 
     support: Support
     sigma: float = 0.0  # of HL-Gauss, in units of the distance of two atoms; 0: two-hot
@@ -30,7 +30,7 @@ class CategoricalSpec(NamedTuple):
 def check_categorical_options(
     support: Support, reduction: str, projection: str = "two_hot", sigma: float | None = None
 ) -> CategoricalSpec:
-    """Check the options; of a support that is a tensor only that it is one."""
+    """Check the options, but not the shape and the values of a support that is a tensor."""
     if reduction not in REDUCTION_NAMES:
         wrong_choice("reduction", reduction, REDUCTION_NAMES)
     if projection not in PROJECTIONS:
@@ -64,24 +64,47 @@ def check_logits(given: Batch, spec: CategoricalSpec) -> Batch:
                              f"{show(support.shape)}")  # fmt: skip
         if looks_at_values(device):
             check_even(support)
+            check_range(support[0].item(), support[-1].item(), K, accumulation_dtype(batch.q))
+    else:
+        check_range(*support, K, accumulation_dtype(batch.q))
     return batch
 
 
-_EVEN = WeakIdKeyDictionary()  # supports that were looked at, and their versions: looking takes 60 us
+def check_range(low: float, high: float, K: int, dtype: torch.dtype) -> None:
+    """Check that K atoms from low to high are finite and differ in the dtype of the arithmetic."""
+    limits, step = torch.finfo(dtype), (high - low) / (K - 1)
+    differ = step > limits.eps * max(abs(low), abs(high)) and step * limits.max >= 1  # 1 / step is finite, too
+    if not (differ and high - low <= limits.max):
+        raise ValueError(f"support: expected {K} atoms that are finite and differ in {dtype}, got ({low}, {high})")
+
+
+_EVEN = WeakIdKeyDictionary()  # supports that were checked, and their versions: a check takes 60 us
+
+
+def known(support: Support) -> bool:
+    """Whether a support needs no check_even: it is two numbers, or has been checked and not changed since."""
+    return not isinstance(support, Tensor) or _EVEN.get(support, -1) == _version(support) >= 0
+
+
+def _version(support: Tensor) -> int:
+    return -1 if support.is_inference() else support._version
 
 
 def check_even(support: Tensor) -> None:
-    """Check that atoms, (K,), increase by the same step, but for the rounding of their dtype, or of float32."""
-    version = -1 if support.is_inference() else support._version
-    if _EVEN.get(support, -1) == version >= 0:
+    """Check that atoms, (K,), increase by the same step, up to the rounding of their dtype or of float32."""
+    if known(support):
         return
+    if support.dim() != 1 or len(support) < 2:
+        raise ValueError(
+            f"support: expected two numbers or shape (K,), an atom for each logit, got {show(support.shape)}"
+        )
     atoms = support.detach().double()
     even = torch.linspace(float(atoms[0]), float(atoms[-1]), len(atoms), dtype=torch.float64, device=atoms.device)
     error, largest = (atoms - even).abs().amax(), atoms.abs().amax()
     eps = max(torch.finfo(support.dtype).eps, torch.finfo(torch.float32).eps)
     if not (largest < inf and (atoms.diff() > 0).all() and error <= 2 * eps * largest):
         raise ValueError(f"support: expected atoms that increase by the same step, got {support.tolist()}")
-    _EVEN[support] = version
+    _EVEN[support] = _version(support)
 
 
 def _ends(support: object) -> tuple[float, float]:

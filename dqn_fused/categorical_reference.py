@@ -38,8 +38,8 @@ def categorical_loss(
 ) -> Tensor | tuple[Tensor, ...]:
     """Loss of C51 (Bellemare et al., 2017) by PyTorch operations, differentiated by autograd, on any device.
 
-    Arguments, result and errors are those of ``dqn_fused.fused_categorical_loss``; ``backend`` is there for the
-    sake of the same signature and must be ``"auto"`` or ``"torch"``.
+    Arguments, result and errors are those of ``dqn_fused.fused_categorical_loss``; ``backend`` is there so
+    that the signatures agree, and must be ``"auto"`` or ``"torch"``.
 
     >>> import torch
     >>> logits, next_logits = torch.zeros(1, 1, 4), torch.tensor([[[0.0, 0.0, 0.0, 100.0]]])
@@ -139,8 +139,8 @@ def target_distribution(batch: Batch, spec: CategoricalSpec, support: Tensor) ->
 def positions(values: Tensor, support: Tensor) -> Tensor:
     """Positions of values on a support; those beyond an end are moved to it. NaN stays NaN.
 
-    The ends are exact, where many values come to lie: a rounding would give the atom beside one a share that it may
-    have no probability for.
+    The ends, where many values lie, are exact: a rounding would give a share to the atom beside an end, where the
+    prediction may have no probability.
     """
     low, high, last = support[0], support[-1], support.shape[0] - 1
     position = (torch.clamp(values, low, high) - low) / ((high - low) / last)
@@ -166,21 +166,21 @@ def add_at(index: Tensor, values: Tensor, K: int) -> Tensor:
 
 
 def compare_and_add(index: Tensor, values: Tensor, K: int) -> Tensor:
-    """add_at where a sum by index would be by atomics, in another order every time: (n, K, K') on the way."""
+    """add_at for devices whose sums by index are atomic, in another order every time. It builds (n, K, K')."""
     same = index.unsqueeze(1) == torch.arange(K, device=index.device).unsqueeze(1)
     return torch.where(same, values.unsqueeze(1), 0).sum(-1)
 
 
 def two_hot(target: Tensor, support: Tensor) -> Tensor:
-    """A scalar, (n,), as the distribution on the two atoms beside it that has it for its mean, (n, K)."""
+    """A scalar, (n,), as the distribution on the two atoms beside it whose mean it is, (n, K)."""
     position = positions(target, support).unsqueeze(1)
     return project(position, torch.ones_like(position), support.shape[0])
 
 
 def hl_gauss(target: Tensor, support: Tensor, sigma: float) -> Tensor:
-    """A scalar, (n,), as a normal distribution cut into bins whose centres are the atoms, (n, K).
+    """A scalar, (n,), as a normal distribution integrated over bins whose centres are the atoms, (n, K).
 
-    sigma is in units of their width. What falls outside of all bins is shared out among them.
+    sigma is in units of their width. The result is divided by the mass in all bins.
     """
     K, dtype = support.shape[0], support.dtype
     edges = torch.arange(K + 1, dtype=dtype, device=support.device) - 0.5
@@ -190,7 +190,7 @@ def hl_gauss(target: Tensor, support: Tensor, sigma: float) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """-sum_j target_j log softmax(logits)_j, (n,): an atom without a target does not count, whatever its logit."""
+    """-sum_j target_j log softmax(logits)_j, (n,). An atom without a target does not count, whatever its logit."""
     return -torch.where(target == 0, 0, target * torch.log_softmax(logits, -1)).sum(-1)
 
 
@@ -205,6 +205,6 @@ def expectation(logits: Tensor, support: Tensor) -> Tensor:
 
 
 def values_of(logits: Tensor, target: Tensor, support: Tensor, batch: Batch) -> Tensor:
-    """TD errors, which are differences of expectations, and expectations of the actions taken, (2, *N)."""
+    """TD errors, which are differences of expectations, and the expectations of the actions taken, (2, *N)."""
     predicted = expectation(logits, support)
     return torch.stack((predicted - (target * support).sum(-1), predicted)).view(2, *batch.shape)

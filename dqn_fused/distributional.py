@@ -16,7 +16,7 @@ def check_distributions(batch: Batch, name: str, same_size: bool = False) -> Bat
     ``name`` is what the user calls q: ``quantiles`` or ``logits``; the others are ``next_<name>`` and
     ``next_<name>_online``. next_q is (\\*N, A, K'), with K' = K if same_size, and None for a ready target;
     next_q_online is (\\*N, A, K'') or (\\*N, A), next_action_mask (\\*N, A). With non_final_mask M stands for \\*N.
-    Afterwards there is one leading dimension: (n, A, K), (m, A, K'), (m, A, K'') or (m, A), (m, A) and (n,).
+    The checked batch has one leading dimension: (n, A, K), (m, A, K'), (m, A, K'') or (m, A), (m, A) and (n,).
     """
     q, next_q, next_q_online, next_action_mask = batch.q, batch.next_q, batch.next_q_online, batch.next_action_mask
     dense(name, q, FLOATS)
@@ -57,7 +57,7 @@ def check_distributions(batch: Batch, name: str, same_size: bool = False) -> Bat
 
 
 def _block(name: str, x: Tensor, lead: tuple[int, ...], size: int | None, like: str, device: torch.device) -> Tensor:
-    """Check a tensor (*lead, size), or of any size above 0, and merge its leading dimensions but for the actions."""
+    """Check a tensor (*lead, size), or of any size above 0, and merge its leading dimensions except the actions."""
     if x.device != device:
         wrong_device(name, x, device, like)
     if x.shape[:-1] != lead or x.shape[-1] != (size or x.shape[-1]) or x.shape[-1] == 0:
@@ -67,7 +67,7 @@ def _block(name: str, x: Tensor, lead: tuple[int, ...], size: int | None, like: 
 
 
 def _values(name: str, x: Tensor, shape: tuple[int, ...], like: str, device: torch.device) -> Tensor:
-    """Check one value a next state and action, and merge the leading dimensions."""
+    """Check a tensor of one value for each next state and action, and merge the leading dimensions."""
     if x.device != device:
         wrong_device(name, x, device, like)
     if x.shape != shape:
@@ -78,7 +78,7 @@ def _values(name: str, x: Tensor, shape: tuple[int, ...], like: str, device: tor
 def greedy(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """First largest legal action of the next states' values, (m, A): its index, (m,), and where there is none, (m,).
 
-    There is none where no action is legal, which -inf counts as beside a mask, and where a legal one is NaN.
+    There is none if no action is legal, or if a legal one is NaN. With a mask -inf counts as illegal, too.
     """
     best, index = legal_values(values, mask).max(-1)
     return index, best.isnan() if mask is None else best.isnan() | (best == -torch.inf)
@@ -99,7 +99,7 @@ def taken(batch: Batch) -> Tensor:
 def chosen(next_q: Tensor, values: Tensor, batch: Batch) -> Tensor:
     """The row of next_q of the greedy action by values, (m, A), for each sample, (n, K'), in the accumulation dtype.
 
-    NaN where there is none; anything where nothing is bootstrapped.
+    NaN where there is none, and arbitrary where nothing is bootstrapped.
     """
     index, unknown = greedy(values, batch.next_action_mask)
     x = at_actions(next_q, index).to(accumulation_dtype(batch.q))
@@ -107,7 +107,7 @@ def chosen(next_q: Tensor, values: Tensor, batch: Batch) -> Tensor:
 
 
 def per_row(batch: Batch) -> Batch:
-    """The batch with its per-sample tensors as (n, 1), to be broadcast along rows: for reference.bootstrapped."""
+    """The batch with its per-sample tensors as (n, 1), which reference.bootstrapped broadcasts along rows."""
     columns: dict[str, Any] = {
         name: x.unsqueeze(1)
         for name in ("rewards", "terminated", "gamma", "non_final_mask")

@@ -1,4 +1,4 @@
-"""What the calls of all distributional losses do before and after the checks of their own arguments."""
+"""What the calls of all distributional losses do around the checks of their own arguments."""
 
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def check_call(function: str, family: str, spec: SpecT, process_group: "ProcessGroup | None") -> None:
-    """Refuse torch.func's transforms, and what is no process group."""
+    """Refuse torch.func's transforms, and anything else than a process group for one."""
     if inside_transform():
         refuse(function, f"give an ensemble as a leading dimension, or call dqn_fused.{family}_reference")
     if process_group is not None:
@@ -23,9 +23,9 @@ def check_call(function: str, family: str, spec: SpecT, process_group: "ProcessG
 
 
 def backend_that_checks(family: str, given: Batch, spec: SpecT, backend: str) -> ModuleType | None:
-    """The backend for a batch as it was given, if it checks all of it itself; it is then asked first, as in loss._run.
+    """The backend for a batch as it was given, if that backend checks all of it itself; else None.
 
-    What goes wrong here goes wrong again in the checks, which say what it is.
+    It is then asked first, as in loss._run. An error here is raised again, and worded, by the checks in Python.
     """
     q = given.q
     if q.dim() != 3 or spec.reduction == "weighted_mean" or not isinstance(given.gamma, (float, Tensor)):
@@ -37,7 +37,7 @@ def backend_that_checks(family: str, given: Batch, spec: SpecT, backend: str) ->
 def prepare(
     family: str, name: str, batch: Batch, spec: SpecT, backend: str, process_group: "ProcessGroup | None"
 ) -> tuple[Batch, SpecT, ModuleType]:
-    """Check the values of a batch whose shapes are checked, of which ``name`` is q, and choose its backend."""
+    """Check the values of a batch whose shapes are checked and choose its backend; ``name`` is what q is called."""
     implementation = choose_distributional(family, backend, batch.q.device, batch.q.shape[2])
     batch = check_values(batch, batch.q.shape[1], batch.next_count(), f"next_{name}", implementation.COUNTS_MASK)
     if spec.reduction == "weighted_mean":

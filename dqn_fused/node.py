@@ -1,8 +1,8 @@
 """The autograd node of a recorded loss in C++, where csrc/autograd is built for this torch and this Python.
 
-It does for the compiled ops on the CPU what ``autograd.TDLoss`` does, which serves everywhere else: most of the time
-that a loss of 32 samples takes is Python's. The library uses torch's own C++ interface, which changes from version to
-version, so its file name says for which torch and which Python it is built.
+It does for the compiled ops on the CPU what ``autograd.TDLoss`` and ``row_loss.RowLoss`` do, which serve elsewhere:
+most of the time that a loss of 32 samples takes is Python's. The library uses torch's own C++ interface, which changes
+from version to version, so its file name says for which torch and which Python it is built.
 """
 
 import sys
@@ -17,14 +17,16 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from dqn_fused import arguments, autograd
-from dqn_fused._backends.boxed import shaped_forward, unpack_backward
+from dqn_fused import arguments, autograd, row_loss
+from dqn_fused._backends.boxed import shaped_forward, shaped_values, unpack_backward, unpack_rows
 from dqn_fused.arguments import UNCHECKED, Batch, LossSpec
-from dqn_fused.options import DEFAULTS, FIELD_CODES
+from dqn_fused.categorical_arguments import CategoricalSpec
+from dqn_fused.options import DEFAULTS, FIELD_CODES, REDUCTIONS
+from dqn_fused.quantile_arguments import QuantileSpec
 
 FOLDER = Path(__file__).parent
 Result = TypeVar("Result")
-Call = Callable[[LossSpec, Batch], tuple[Any, ...] | None]
+Call = Callable[..., tuple[Any, ...] | None]
 
 
 def file_name() -> str:
@@ -46,7 +48,8 @@ def load(folder: Path = FOLDER) -> tuple[ModuleType | None, str]:
         module = module_from_spec(spec)
         loader.exec_module(module)
         module.prepare(recorded_backward, FIELD_CODES, DEFAULTS)
-    except (ImportError, TypeError, ValueError) as error:  # the last two: it was built for other options
+        module.prepare_rows(recorded_rows_backward, REDUCTIONS)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:  # all but the first: of another csrc/
         return None, f"{path.name} cannot be loaded: {error}"
     return module, ""
 
@@ -56,14 +59,44 @@ def recorded_backward(grad_loss: Tensor | None, grad_td_error: Tensor | None, *s
     return autograd.differentiable_backward(grad_loss, grad_td_error, *unpack_backward(*saved))
 
 
+def recorded_rows_backward(grad_loss: Tensor | None, grad_slopes: Tensor | None, *saved: Any) -> Tensor | None:
+    """The same of a distributional loss, (n, A, K)."""
+    return row_loss.differentiable_backward(grad_loss, grad_slopes, unpack_rows(*saved))
+
+
 def td_loss(batch: Batch, spec: LossSpec, backend: ModuleType, q: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """autograd.td_loss, recorded in C++ where the node serves and the batch is checked."""
-    elsewhere = torch.compiler.is_compiling() or forward_ad._current_level >= 0 or batch.shape is UNCHECKED
-    if elsewhere or not (backend.NODE and serves):
+    if not records(batch, backend):
         return autograd.td_loss(batch, spec, backend, q)
     assert MODULE is not None
     loss, td_error, normaliser = MODULE.record(spec, batch, arguments.looks_at_values(q.device))
     return shaped_forward(loss, td_error, normaliser, batch, spec)
+
+
+def quantile_loss(
+    x: Tensor, batch: Batch, taus: Tensor | None, spec: QuantileSpec, backend: ModuleType
+) -> tuple[Tensor, Tensor]:
+    """row_loss.row_loss of quantiles, recorded in C++ as td_loss is: (loss, td_error)."""
+    if not records(batch, backend):
+        return row_loss.row_loss(x, batch, spec.reduction, backend, lambda: backend.quantile_loss(batch, taus, spec))
+    assert MODULE is not None
+    loss, td_error = MODULE.record_quantile(spec, batch, taus, arguments.looks_at_values(x.device))
+    return shaped_values(loss, td_error, batch, spec.reduction)
+
+
+def categorical_loss(x: Tensor, batch: Batch, spec: CategoricalSpec, backend: ModuleType) -> tuple[Tensor, Tensor]:
+    """row_loss.row_loss of logits, recorded in C++ as td_loss is: (loss, values)."""
+    if not records(batch, backend):
+        return row_loss.row_loss(x, batch, spec.reduction, backend, lambda: backend.categorical_loss(batch, spec))
+    assert MODULE is not None
+    loss, values = MODULE.record_categorical(spec, batch, arguments.looks_at_values(x.device))
+    return shaped_values(loss, values, batch, spec.reduction)
+
+
+def records(batch: Batch, backend: ModuleType) -> bool:
+    """Whether a batch is checked and the node may record its loss."""
+    elsewhere = torch.compiler.is_compiling() or forward_ad._current_level >= 0 or batch.shape is UNCHECKED
+    return not elsewhere and backend.NODE and bool(serves)
 
 
 def start() -> None:
@@ -89,6 +122,11 @@ def without(call: Callable[[], Result]) -> Callable[[], Result]:
 MODULE, MISSING = load()
 # Names of the backends that stand for the compiled ops on the CPU; none before these are loaded.
 serves: set[str] = set()
-# True: (spec, batch) -> what a backend's forward returns; False: what its loss_and_grad returns. Both return None where
-# the arguments are unusual or wrong, and Python must look at them.
+# True: (spec, batch), and taus for quantiles -> what a backend's loss without its slopes returns; False: what its
+# loss_and_grad returns. Both return None where the arguments are unusual or wrong, and Python must look at them.
 calls: dict[bool, Call] = {} if MODULE is None else {True: MODULE.td_loss, False: MODULE.td_loss_and_grad}
+quantile_calls: dict[bool, Call] = {}
+categorical_calls: dict[bool, Call] = {}
+if MODULE is not None:
+    quantile_calls = {True: MODULE.quantile_loss, False: MODULE.quantile_loss_and_grad}
+    categorical_calls = {True: MODULE.categorical_loss, False: MODULE.categorical_loss_and_grad}

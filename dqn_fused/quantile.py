@@ -4,15 +4,16 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import torch
 from torch import Tensor
 
-from dqn_fused import hints
+from dqn_fused import hints, node
 from dqn_fused.arguments import Batch
 from dqn_fused.autograd import refuse_tangent
 from dqn_fused.distributional_call import backend_that_checks, check_call, prepare
 from dqn_fused.loss_module import LossModule
+from dqn_fused.node import quantile_loss
 from dqn_fused.quantile_arguments import QuantileSpec, check_quantile_options, check_quantiles
-from dqn_fused.row_loss import row_loss
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -39,7 +40,7 @@ def fused_quantile_loss(
     backend: str = "auto",
     **unknown: NoReturn,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Quantile regression loss of QR-DQN (Dabney et al., 2018), IQN and FQF, whose pairs are never stored.
+    """Quantile regression loss of QR-DQN (Dabney et al., 2018), IQN and FQF. Its pairs of quantiles are never stored.
 
     For each transition the predicted quantiles ``theta = quantiles[a]`` are compared with the target's,
     ``t = rewards + gamma * next_quantiles[a']``, or ``t = rewards`` if terminated; a' has the largest mean. Its loss is
@@ -58,21 +59,21 @@ def fused_quantile_loss(
         taus: (K,) or (\\*N, K), floating: the fractions that the predicted quantiles stand for, a constant. None for
             the midpoints ``(i + 1/2) / K`` of QR-DQN. Sampled ones are those of IQN (Dabney et al., 2018b), midpoints
             of proposed ones those of FQF (Yang et al., 2019).
-        next_quantiles_online: what chooses a', its value being read in ``next_quantiles``: (\\*N, A, K'') quantiles of
-            the online network for double DQN, the action of the largest mean, or (\\*N, A) Q-values, such as the
+        next_quantiles_online: chooses a', whose quantiles are read from ``next_quantiles``: (\\*N, A, K'') quantiles of
+            the online network for double DQN, of which the largest mean counts, or (\\*N, A) Q-values, such as the
             weighted mean of FQF. With ``non_final_mask`` M stands for \\*N.
         next_action_mask: (\\*N, A) bool, true for the actions that are legal in the next state: no other is chosen. A
             row without one is NaN, unless terminated. With ``non_final_mask``: (M, A).
         non_final_mask: (\\*N) or (\\*N, 1) bool, instead of ``terminated``: true for the M samples, in order, whose
             next states the next tensors hold.
         weights: (\\*N) or (\\*N, 1), floating: the loss of each sample is multiplied by its weight.
-        kappa: where Huber's loss turns from a parabola into a line. Since the loss is divided by it, 0 is plain
-            quantile regression, whose slope is taken as 0 where ``u`` is 0.
+        kappa: threshold where Huber's loss turns from quadratic to linear. The loss is divided by it, so 0 is plain
+            quantile regression, with slope 0 where ``u`` is 0.
         quantile_reduction: over the predicted quantiles: ``"sum"``, as published, or ``"mean"``, which is
             Stable-Baselines3-contrib's mean over all pairs.
         reduction: ``"mean"``, which divides by the number of samples, ``"weighted_mean"``, which divides by the sum of
             the weights, ``"sum"``, or ``"none"`` for the loss of each sample, (\\*N).
-        return_td_error: also return the mean of the predicted less the mean of the target quantiles, (\\*N), signed,
+        return_td_error: also return the mean of the predicted minus that of the target quantiles, (\\*N), signed,
             unweighted and without gradient.
         process_group: with ``"weighted_mean"``, the ranks over which weights are summed, as in
             ``fused_dqn_loss``.
@@ -84,7 +85,7 @@ def fused_quantile_loss(
 
     Raises:
         ValueError, TypeError, IndexError, BackendUnavailableError: as ``fused_dqn_loss``.
-        NotImplementedError: of a second derivative.
+        NotImplementedError: for a second derivative.
 
     >>> import torch
     >>> quantiles = torch.tensor([[[0.0, 2.0], [9.0, 9.0]]], requires_grad=True)
@@ -166,7 +167,7 @@ Run = Callable[[Tensor, Batch, Tensor | None, QuantileSpec, ModuleType], tuple[A
 def _loss(
     x: Tensor, batch: Batch, taus: Tensor | None, spec: QuantileSpec, implementation: ModuleType
 ) -> tuple[Any, ...]:
-    return row_loss(x, batch, spec.reduction, implementation, lambda: implementation.quantile_loss(batch, taus, spec))
+    return quantile_loss(x, batch, taus, spec, implementation)
 
 
 def _loss_and_grad(
@@ -189,6 +190,10 @@ def _run(
 ) -> tuple[Any, ...]:
     """Check the arguments and run a backend."""
     spec = check_quantile_options(kappa, quantile_reduction, reduction)
+    if backend in node.serves and process_group is None and not torch.compiler.is_compiling():
+        found = node.quantile_calls[what is _loss](spec, given, taus)
+        if found is not None:
+            return found
     check_call("fused_quantile_loss", "quantile", spec, process_group)
     try:
         implementation = backend_that_checks("quantile", given, spec, backend)

@@ -1,4 +1,4 @@
-"""The arguments of the quantile loss: options and taus; what it shares with others is checked in distributional.py."""
+"""The options and the taus of the quantile loss; the arguments of all families are in distributional.py."""
 
 from math import inf
 from typing import NamedTuple
@@ -15,7 +15,7 @@ QUANTILE_REDUCTIONS = ("sum", "mean")
 
 
 class QuantileSpec(NamedTuple):
-    """What is computed of a batch: options, all of them checked."""
+    """What is computed from a batch: options, all of them checked."""
 
     kappa: float = 1.0
     quantile_reduction: str = "sum"  # over the predicted quantiles; over the target's it is the mean

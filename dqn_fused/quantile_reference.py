@@ -37,8 +37,8 @@ def quantile_loss(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Quantile regression loss (Dabney et al., 2018) by PyTorch operations, differentiated by autograd, on any device.
 
-    Arguments, result and errors are those of ``dqn_fused.fused_quantile_loss``; ``backend`` is there for the sake
-    of the same signature and must be ``"auto"`` or ``"torch"``.
+    Arguments, result and errors are those of ``dqn_fused.fused_quantile_loss``; ``backend`` is there so that
+    the signatures agree, and must be ``"auto"`` or ``"torch"``.
 
     >>> import torch
     >>> quantiles, next_quantiles = torch.tensor([[[0.0, 2.0]]]), torch.tensor([[[1.0, 3.0]]])
@@ -84,19 +84,19 @@ def midpoints(predicted: Tensor) -> Tensor:
 
 
 def kappa_in(dtype: torch.dtype, spec: QuantileSpec) -> float:
-    """kappa as a dtype has it: 0 below its normal numbers."""
+    """kappa in a dtype: at most its largest number, and 0 below its normal numbers."""
     limits = torch.finfo(dtype)
     return min(spec.kappa, limits.max) if spec.kappa >= limits.tiny else 0.0
 
 
 def pair_weights(difference: Tensor, predicted: Tensor, taus: Tensor | None) -> Tensor:
-    """|tau_i - 1{u < 0}|, (n, K, K'), of the differences -u = predicted_i - target_j."""
+    """|tau_i - 1{u < 0}|, (n, K, K'), from the differences -u = predicted_i - target_j."""
     taus = (midpoints(predicted) if taus is None else taus.detach().to(predicted.dtype)).unsqueeze(-1)
     return torch.where(difference > 0, (taus - 1).abs(), taus.abs())
 
 
 def loss_of_pairs(predicted: Tensor, target: Tensor, taus: Tensor | None, spec: QuantileSpec) -> Tensor:
-    """Loss of each sample, (n,), of its predicted and target quantiles, (n, K) and (n, K')."""
+    """Loss of each sample, (n,), from its predicted and target quantiles, (n, K) and (n, K')."""
     difference = predicted.unsqueeze(2) - target.unsqueeze(1)  # (n, K, K')
     weights = pair_weights(difference.detach(), predicted, taus)
     huber = F.smooth_l1_loss(
@@ -107,7 +107,7 @@ def loss_of_pairs(predicted: Tensor, target: Tensor, taus: Tensor | None, spec: 
 
 
 def slopes_of_pairs(predicted: Tensor, target: Tensor, taus: Tensor | None, spec: QuantileSpec) -> Tensor:
-    """Derivative of each sample's loss by its predicted quantiles, (n, K); 0 for equal ones where kappa is 0."""
+    """Derivative of each sample's loss by its predicted quantiles, (n, K); 0 for equal ones if kappa is 0."""
     difference = predicted.unsqueeze(2) - target.unsqueeze(1)
     kappa = kappa_in(predicted.dtype, spec)
     if kappa > 0:
@@ -119,5 +119,5 @@ def slopes_of_pairs(predicted: Tensor, target: Tensor, taus: Tensor | None, spec
 
 
 def td_error(predicted: Tensor, target: Tensor, batch: Batch) -> Tensor:
-    """Mean of the predicted less the mean of the target quantiles, N."""
+    """Mean of the predicted minus mean of the target quantiles, N."""
     return (predicted.mean(1) - target.mean(1)).view(batch.shape)

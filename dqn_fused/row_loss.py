@@ -1,4 +1,4 @@
-"""The autograd.Function of the distributional losses: of (n, A, K) only the row of the action taken has a gradient."""
+"""The autograd.Function of the distributional losses: in (n, A, K) only the row of the action taken has a gradient."""
 
 from collections.abc import Callable
 from types import ModuleType
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from dqn_fused.arguments import Batch
-from dqn_fused.autograd import refuse_forward_mode
+from dqn_fused.autograd import inside_transform, refuse_forward_mode
 from dqn_fused.reference import legal_actions
 
 
@@ -25,7 +25,7 @@ class SavedRows(NamedTuple):
 
     @classmethod
     def of(cls, batch: Batch, slopes: Tensor, reduction: str) -> "SavedRows":
-        """What a backward needs right after the forward of a batch."""
+        """What a backward needs, taken right after the forward of a batch."""
         shape = torch.Size((*batch.shape, *batch.q.shape[1:]))
         return cls(slopes, batch.saved_actions(), batch.weights, shape, batch.q.dtype, reduction)
 
@@ -35,7 +35,7 @@ Forward = Callable[[], tuple[Tensor, Tensor, Tensor]]
 
 
 def row_loss(x: Tensor, batch: Batch, reduction: str, backend: ModuleType, forward: Forward) -> tuple[Tensor, Tensor]:
-    """Run a backend's forward; through RowLoss where x, the user's tensor whose rows batch.q holds, has a gradient."""
+    """Run a backend's forward, through RowLoss if x needs a gradient: the user's tensor, whose rows batch.q holds."""
     forward_mode = forward_ad._current_level >= 0
     if forward_mode and torch.compiler.is_compiling():
         refuse_forward_mode()
@@ -67,23 +67,28 @@ class RowLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None, None]:
-        """Dense gradient of x: zero but for the row of the action taken."""
+        """Dense gradient of x: zero except in the row of the action taken."""
         grad_loss, _, grad_slopes = grads
         slopes, actions, *given = ctx.saved_tensors
         shape, dtype, reduction, backend = ctx.about
         saved = SavedRows(slopes, actions, given[0] if given else None, shape, dtype, reduction)
         if torch.compiler.is_compiling():  # grad mode is on, grad_slopes zeros; PyTorch refuses a second order there
             return backend.rows_backward(grad_loss, saved), None, None, None, None
-        if grad_slopes is not None:
-            raise NotImplementedError(
-                "the second derivative of a distributional loss is not implemented; that of its reference is, such as "
-                "dqn_fused.quantile_reference.quantile_loss"
-            )
+        if grad_slopes is not None or torch.is_grad_enabled() or inside_transform():
+            return differentiable_backward(grad_loss, grad_slopes, saved), None, None, None, None
         if grad_loss is None:
             return None, None, None, None, None
-        if torch.is_grad_enabled():
-            return rows_gradient(grad_loss, saved), None, None, None, None
         return backend.rows_backward(grad_loss.contiguous(), saved), None, None, None, None
+
+
+def differentiable_backward(grad_loss: Tensor | None, grad_slopes: Tensor | None, saved: SavedRows) -> Tensor | None:
+    """Gradient of x, by what comes upstream of the loss, in operations that can be differentiated once."""
+    if grad_slopes is not None:
+        raise NotImplementedError(
+            "the second derivative of a distributional loss is not implemented; that of its reference is, such as "
+            "dqn_fused.quantile_reference.quantile_loss"
+        )
+    return None if grad_loss is None else rows_gradient(grad_loss, saved)
 
 
 def rows_gradient(grad_loss: Tensor, saved: SavedRows) -> Tensor:
@@ -92,7 +97,7 @@ def rows_gradient(grad_loss: Tensor, saved: SavedRows) -> Tensor:
     n, (*_, A, K) = slopes.shape[0], shape
     scale = grad_loss.reshape(-1) / max(n, 1) if reduction == "mean" else grad_loss.reshape(-1)  # (n,) or (1,)
     if weights is not None:
-        scale = scale * weights.reshape(-1).to(slopes.dtype)  # (n, 1), where an op has checked them
+        scale = scale * weights.reshape(-1).to(slopes.dtype)  # they are (n, 1) if an op has checked them
     rows = slopes * scale.unsqueeze(1)
     index, legal = legal_actions(actions.reshape(-1), A)
     if legal is not None:

@@ -20,7 +20,7 @@ TESTS = [
     "test_loss", "test_family", "test_linear", "test_autograd", "test_reference", "test_golden", "test_compiled",
     "test_properties", "test_transforms", "test_far_from_zero", "test_call_sites", "test_training_loop",
     "test_quantile", "test_quantile_autograd", "test_quantile_compiled",
-    "test_categorical", "test_categorical_autograd",
+    "test_categorical", "test_categorical_autograd", "test_distributional_autograd",
 ]  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import torch
 from bounds import assert_close
 from categorical_oracle import Expected, categorical_oracle
 from conftest import Setting, distributional_settings
+from data import compact as compact
 from data import source
 from torch import Tensor
 
@@ -54,16 +55,6 @@ def ready(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int 
     """Arguments of the loss for a ready target."""
     arguments = make(shape, dtype, seed)
     return {k: arguments[k] for k in ("logits", "actions", "support")} | {"target": 2 + 2 * arguments["rewards"]}
-
-
-def compact(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The same batch with non_final_mask and the next states of the non-final samples only."""
-    arguments = dict(arguments)
-    mask = ~arguments.pop("terminated")
-    for name in ("next_logits", "next_logits_online", "next_action_mask"):
-        if name in arguments:
-            arguments[name] = arguments[name][mask]
-    return {**arguments, "non_final_mask": mask}
 
 
 def check(setting: Setting, arguments: dict[str, Any], grad_loss: Tensor | None = None) -> Expected:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from bounds import LOG, Arithmetic, Number, Values, log_sum, roundings
+from distributional_oracle import NextStates, as_double, best_legal, double, reduced, times
 from torch import Tensor
 
 from dqn_fused.arguments import accumulation_dtype
@@ -33,19 +34,9 @@ class Row(NamedTuple):
     mean: Number
 
 
-def _double(x: Tensor) -> np.ndarray:
-    return x.detach().cpu().double().numpy()
-
-
 def _sum(terms: Values, unit: float) -> Number:
     error = terms.error.sum() + roundings(len(terms.value)) * unit * np.abs(terms.value).sum()
     return Number(float(terms.value.sum()), float(error))
-
-
-def _times(a: Values, b: Values, unit: float) -> Values:
-    value = a.value * b.value
-    error = np.abs(a.value) * b.error + np.abs(b.value) * a.error + a.error * b.error + unit * np.abs(value)
-    return Values(value, error)
 
 
 class Family:
@@ -54,7 +45,7 @@ class Family:
     def __init__(self, support: Tensor | tuple[float, float], K: int, arithmetic: Arithmetic) -> None:
         self.K, self.arithmetic, self.unit = K, arithmetic, arithmetic.unit
         given = isinstance(support, Tensor)
-        self.atoms = _double(support) if given else np.linspace(*support, K)
+        self.atoms = double(support) if given else np.linspace(*support, K)
         self.low, self.high = float(self.atoms[0]), float(self.atoms[-1])
         self.size = max(abs(self.low), abs(self.high))
         # An atom that is not given is computed: a product and a sum, the step divided before.
@@ -77,7 +68,7 @@ class Family:
             error = known + known[largest] + unit * np.abs(difference) + share + LOG * unit * log_total
             log_p = Values(difference - log_total, np.nan_to_num(error + unit * np.abs(difference - log_total)))
         p_values = Values(p, p * (sums.errors + share + 2 * unit))
-        return Row(p_values, log_p, _sum(_times(p_values, self.z, unit), unit))
+        return Row(p_values, log_p, _sum(times(p_values, self.z, unit), unit))
 
     def positions(self, values: Values) -> Values:
         """Positions on the support, NaN where a value is."""
@@ -118,13 +109,10 @@ class Family:
 
     def greedy(self, chooser: np.ndarray, legal: np.ndarray | None) -> int | None:
         """First largest legal action: of logits (A, K) by their expectations, or of Q-values (A,)."""
-        found = np.arange(len(chooser)) if legal is None else np.flatnonzero(legal)
         means = [self.row(x).mean if chooser.ndim == 2 else Number(float(x)) for x in chooser]
         values = np.array([x.value for x in means])
-        if not found.size or np.isnan(values[found]).any():
-            return None
-        best = int(found[values[found].argmax()])
-        if values[best] == -math.inf and legal is not None:
+        best, found = best_legal(values, legal)
+        if best is None:
             return None
         near = [j for j in found if values[j] + means[j].error >= values[best] - means[best].error]
         same = [j for j in near if np.array_equal(chooser[j], chooser[best])]
@@ -158,25 +146,14 @@ def categorical_oracle(
     n, shape = math.prod(lead), tuple(lead)
     arithmetic = Arithmetic(accumulation_dtype(logits))
     family, unit = Family(support, K, arithmetic), arithmetic.unit
-    q, acts = _double(logits).reshape(n, A, K), [int(a) for a in actions.reshape(-1)]
-    ends = np.zeros(n, bool) if terminated is None else _double(terminated).reshape(n) != 0
-    if non_final_mask is not None:
-        ends = ~non_final_mask.reshape(n).numpy()
-    rows = np.cumsum(~ends) - 1 if non_final_mask is not None else np.arange(n)
-    following = chooser = masks = None
+    q, acts = double(logits).reshape(n, A, K), np.array([int(a) for a in actions.reshape(-1)], np.int64)
+    following = None
     if next_logits is not None:
-        following = chooser = _double(next_logits).reshape(-1, A, K)
-        if next_logits_online is not None:
-            values = next_logits_online.dim() == (len(shape) if non_final_mask is None else 1) + 1
-            chooser = _double(next_logits_online).reshape(len(following), A, *([] if values else [K]))
-        if next_action_mask is not None:
-            masks = next_action_mask.reshape(len(following), A).numpy()
-    reward = [arithmetic.given(x) for x in _double(rewards).reshape(-1)]
-    discounts = np.broadcast_to(_double(torch.as_tensor(gamma, dtype=torch.float64)).reshape(-1), (n,))
-    discount = [arithmetic.given(x) for x in discounts]
-    ws = [Number(1.0)] * n if weights is None else [arithmetic.given(x) for x in _double(weights).reshape(-1)]
-    divisor = arithmetic.total(ws) if reduction == "weighted_mean" else Number({"mean": max(n, 1)}.get(reduction, 1))
-    upstream = [1.0] * n if grad_loss is None else _double(grad_loss.double().expand(shape)).reshape(-1)
+        following = NextStates.of(
+            shape, A, next_logits, terminated, non_final_mask, next_logits_online, next_action_mask
+        )
+    reward = [arithmetic.given(x) for x in double(rewards).reshape(-1)]
+    discount = [arithmetic.given(x) for x in np.broadcast_to(as_double(gamma), (n,))]
 
     def target_of(i: int) -> tuple[Values, Number]:
         one = Values(np.ones(1), np.zeros(1))
@@ -185,50 +162,37 @@ def categorical_oracle(
             return Values(np.full(K, math.nan), np.zeros(K)), Number(math.nan)
         if projection == "hl_gauss":
             return family.gauss(Values(*(x[0] for x in family.positions(at_reward))), 0.75 if sigma is None else sigma)
-        if following is None or ends[i]:
+        if following is None or following.ended[i]:
             return family.project(family.positions(at_reward), one)
-        best = family.greedy(chooser[rows[i]], None if masks is None else masks[rows[i]])
-        p = Values(np.full(K, math.nan), np.zeros(K)) if best is None else family.row(following[rows[i]][best]).p
-        moved = _times(Values(*(np.full(K, x) for x in discount[i])), family.z, unit)
+        own = following.row[i]
+        best = family.greedy(following.chooser[own], None if following.legal is None else following.legal[own])
+        unknown = Values(np.full(K, math.nan), np.zeros(K))
+        p = unknown if best is None else family.row(following.following[own][best]).p
+        moved = times(Values(*(np.full(K, x) for x in discount[i])), family.z, unit)
         location = reward[i].value + moved.value
         error = reward[i].error + moved.error + unit * np.abs(location)
         if np.isnan(location).any() or np.isnan(p.value).any():
-            return Values(np.full(K, math.nan), np.zeros(K)), Number(math.nan)
+            return unknown, Number(math.nan)
         return family.project(family.positions(Values(location, error)), p)
 
-    losses, td, means, grad, grad_error = [], [], [], np.zeros((n, A, K)), np.zeros((n, A, K))
+    losses, td, means, slopes = [], [], [], Values(np.zeros((n, K)), np.zeros((n, K)))
     for i in range(n):
         m, mass = target_of(i)
         row = family.row(q[i, acts[i]]) if 0 <= acts[i] < A else family.row(np.full(K, math.nan))
         counts = (m.value != 0) | (m.error != 0)
         log_p = Values(np.where(counts, -row.log_p.value, 0), np.where(counts, row.log_p.error, 0))
         with np.errstate(invalid="ignore"):
-            terms = _times(m, log_p, unit)
+            terms = times(m, log_p, unit)
             value = _sum(Values(terms.value, np.nan_to_num(terms.error, posinf=0.0)), unit)
-        losses.append(arithmetic.multiply(ws[i], value))
-        target_mean = _sum(_times(m, family.z, unit), unit)
+        losses.append(value)
+        target_mean = _sum(times(m, family.z, unit), unit)
         td.append(arithmetic.subtract(row.mean, target_mean))
         means.append(row.mean)
-        if 0 <= acts[i] < A:
-            first = _times(row.p, Values(*(np.full(K, x) for x in mass)), unit)
-            slopes = first.value - m.value
-            slopes = Values(slopes, first.error + m.error + unit * np.abs(slopes))
-            factor = arithmetic.divide(arithmetic.multiply(arithmetic.given(float(upstream[i])), ws[i]), divisor)
-            factors = Values(np.full(K, factor.value), np.full(K, factor.error + unit * abs(factor.value)))
-            grad[i, acts[i]], grad_error[i, acts[i]] = _times(slopes, factors, unit)
-    if reduction == "none":
-        result = Values.of(losses, shape)
-    elif reduction == "sum":
-        result = Values.of([arithmetic.total(losses)], ())
-    else:
-        result = Values.of([arithmetic.divide(arithmetic.total(losses), divisor) if n else Number(math.nan)], ())
-    whole = (*shape, A, K)
-    return Expected(
-        result,
-        Values.of(td, shape),
-        Values(grad.reshape(whole), grad_error.reshape(whole)),
-        Values.of(means, shape),
-    )
+        first = times(row.p, Values(*(np.full(K, x) for x in mass)), unit)
+        slopes.value[i] = first.value - m.value
+        slopes.error[i] = first.error + m.error + unit * np.abs(slopes.value[i])
+    loss, gradient = reduced(arithmetic, losses, slopes, acts, A, shape, weights, reduction, grad_loss)
+    return Expected(loss, Values.of(td, shape), gradient, Values.of(means, shape))
 
 
 def eager(

@@ -77,6 +77,10 @@ def distributional_settings(family: str) -> list[Any]:
         for name in serving(torch.device("cpu"), family)
         if name != "triton"
     ]
+    if node.MODULE is not None:  # as in _settings
+        settings.append(
+            pytest.param(Setting("compiled", "cpu"), id="compiled-cpu-python", marks=pytest.mark.without_node)
+        )
     if "triton" in DISTRIBUTIONAL[family]:
         if INTERPRETED:
             settings.append(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from bounds import assert_close
 from conftest import Setting, distributional_settings
+from data import compact as compact
 from data import source
 from quantile_oracle import Expected, eager, quantile_oracle
 from torch import Tensor
@@ -47,16 +48,6 @@ def make(
         "terminated": torch.rand(N, generator=g) < 0.3,
     }
     return {name: x.to(device) for name, x in arguments.items()}
-
-
-def compact(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The same batch with non_final_mask and the next states of the non-final samples only."""
-    arguments = dict(arguments)
-    mask = ~arguments.pop("terminated")
-    for name in ("next_quantiles", "next_quantiles_online", "next_action_mask"):
-        if name in arguments:
-            arguments[name] = arguments[name][mask]
-    return {**arguments, "non_final_mask": mask}
 
 
 def check(setting: Setting, arguments: dict[str, Any], grad_loss: Tensor | None = None) -> Expected:

@@ -455,14 +455,43 @@ def test_what_is_kept_for_the_backward(backend: Setting) -> None:
 
 
 @every_setting
-def test_the_support_is_scale_free(backend: Setting) -> None:
-    """Rewards and atoms times a power of two: the same bits."""
+@pytest.mark.parametrize("shift", [0.0, 39.0, -39.0])
+def test_the_support_is_scale_free(backend: Setting, shift: float) -> None:
+    """Rewards and atoms times a power of two: the same bits, whatever the logits: exp(39) * 2.0**100 is no float32."""
     arguments = make((10, 3, 17), seed=32)
+    arguments["next_logits"] += shift
     losses = []
-    for scale in (1.0, 1024.0):
+    for scale in (1.0, 1024.0, 2.0**100, 2.0**-100):
         scaled = {"rewards": arguments["rewards"] * scale, "support": tuple(scale * x for x in SUPPORT)}
         losses.append(fused_categorical_loss(**{**arguments, **scaled}, backend=backend.backend))
-    assert torch.equal(*losses)
+    assert all(torch.equal(loss, losses[0]) for loss in losses)
+
+
+@every_setting
+@pytest.mark.parametrize("where", ["everywhere", "in one action"])
+@pytest.mark.parametrize("shift", [-1000.0, -86.0, -39.0, 39.0, 88.0, 1000.0])
+def test_logits_of_any_size(backend: Setting, shift: float, where: str) -> None:
+    """A softmax knows their differences only; their exponentials overflow above 88, and are lost below -87."""
+    arguments = make((12, 5, 21), seed=34)
+    if where == "everywhere":
+        arguments["next_logits"] += shift
+    else:
+        arguments["next_logits"][:, 2] += shift
+    check(backend, arguments)
+
+
+@every_setting
+def test_the_discount_of_a_terminated_row_is_not_used(backend: Setting) -> None:
+    """A kernel that reads no logits for such a row would still multiply its atoms by the discount."""
+    arguments = make((5, 3, 9), seed=97)
+    arguments["terminated"] = torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0])
+    clean = arguments | {"gamma": torch.rand(5)}
+    dirty = arguments | {"gamma": torch.where(arguments["terminated"] == 1, torch.nan, clean["gamma"])}
+    results = []
+    for given in (clean, dirty):
+        on_device = {k: x.to(backend.device) if isinstance(x, Tensor) else x for k, x in given.items()}
+        results.append(fused_categorical_loss_and_grad(**on_device, return_td_error=True, backend=backend.backend))
+    assert all(map(torch.equal, *results))
 
 
 def test_the_oracle_knows_a_lost_mass() -> None:

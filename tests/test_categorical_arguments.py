@@ -61,6 +61,30 @@ VALUE_ERRORS = {
     "support of nothing": ({"support": (1.0, 1.0)}, f"{ENDS} (1.0, 1.0)"),
     "support without an end": ({"support": (0, math.inf)}, f"{ENDS} (0.0, inf)"),
     "support NaN": ({"support": (math.nan, 1.0)}, f"{ENDS} (nan, 1.0)"),
+    "support of one float32": (
+        {"support": (1.0, 1.0 + 1e-12)},
+        "support: expected 5 atoms that are finite and differ in torch.float32, got (1.0, 1.000000000001)",
+    ),
+    "support of one float32, atoms": (
+        {"support": torch.linspace(1, 1 + 1e-12, K, dtype=torch.float64)},
+        "support: expected 5 atoms that are finite and differ in torch.float32, got (1.0, 1.000000000001)",
+    ),
+    "support too wide": (
+        {"support": (-3e38, 3e38)},
+        "support: expected 5 atoms that are finite and differ in torch.float32, got (-3e+38, 3e+38)",
+    ),
+    "support too narrow to divide by": (
+        {"support": (0.0, 1e-45)},
+        "support: expected 5 atoms that are finite and differ in torch.float32, got (0.0, 1e-45)",
+    ),
+    "support of a number": (
+        {"support": torch.tensor(1.0)},
+        "support: expected two numbers or shape (5,), an atom for each logit, got ()",
+    ),
+    "support of no atoms": (
+        {"support": zeros(0)},
+        "support: expected two numbers or shape (5,), an atom for each logit, got (0,)",
+    ),
     "support of other atoms": (
         {"support": zeros(6)},
         "support: expected two numbers or shape (5,), an atom for each logit, got (6,)",
@@ -162,6 +186,13 @@ def test_index_errors(backend: Setting) -> None:
         fused_categorical_loss(**arguments, backend=backend.backend)
 
 
+@every_setting
+def test_a_narrow_support_in_float64(backend: Setting) -> None:
+    """What is one number in float32 has atoms in float64."""
+    arguments = make((N, A, K), torch.float64) | {"support": (1.0, 1.0 + 1e-12), "rewards": torch.zeros(N)}
+    assert fused_categorical_loss(**arguments, backend=backend.backend).isfinite()
+
+
 def test_a_support_that_was_even_is_looked_at_again_once_it_changes() -> None:
     support = torch.linspace(-1, 1, K)
     arguments = make((N, A, K)) | {"support": support}
@@ -211,5 +242,7 @@ def test_modules_move_and_refuse() -> None:
     criterion(**{k: x for k, x in make((N, A, K), torch.float64).items() if k != "support"})
     with pytest.raises(ValueError, match="support: expected atoms that increase by the same step"):
         FusedCategoricalLoss(torch.tensor([0.0, 1.0, 3.0]))
+    with pytest.raises(ValueError, match=r"support: expected two numbers or shape \(K,\), an atom for each"):
+        FusedCategoricalLoss(torch.tensor(1.0))
     with pytest.raises(ValueError, match="sigma: expected None"):
         FusedCategoricalTDLoss((0.0, 1.0), sigma=1.0)

@@ -70,19 +70,6 @@ def test_the_reference_agrees(backend: Setting, names: str, reduction: str) -> N
 
 
 @every_setting
-def test_two_backwards_with_different_upstream_gradients(backend: Setting) -> None:
-    arguments = make((6, 3, 4), seed=44)
-    x = arguments["logits"].requires_grad_()
-    loss = fused_categorical_loss(**arguments, reduction="none", backend=backend.backend)
-    upstream = torch.tensor([1.0, 2.0, 0.0, -1.0, 0.5, 4.0])  # powers of two, by which scaling rounds nothing
-    (ones,) = torch.autograd.grad(loss, x, torch.ones(6), retain_graph=True)
-    (other,) = torch.autograd.grad(loss, x, upstream)
-    assert torch.equal(other, ones * upstream[:, None, None])
-    _, gradient = fused_categorical_loss_and_grad(**arguments, reduction="none", backend=backend.backend)
-    assert torch.equal(gradient, ones)
-
-
-@every_setting
 def test_logits_may_change_before_the_backward(backend: Setting) -> None:
     """They are not kept."""
     arguments = make((6, 3, 4), seed=45)
@@ -106,41 +93,6 @@ def test_everything_but_the_logits_is_a_constant(backend: Setting) -> None:
     assert [k for k, x in arguments.items() if isinstance(x, Tensor) and x.grad is not None] == ["logits"]
     with torch.no_grad():
         assert not fused_categorical_loss(**arguments, backend=backend.backend).requires_grad
-
-
-@every_setting
-def test_a_second_derivative_is_refused(backend: Setting) -> None:
-    arguments = make((4, 3, 5), seed=47)
-    x = arguments["logits"].requires_grad_()
-    loss = fused_categorical_loss(**arguments, backend=backend.backend)
-    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
-    with pytest.raises(NotImplementedError, match="second derivative of a distributional loss"):
-        gradient.square().sum().backward()
-
-
-@every_setting
-def test_forward_mode_is_refused(backend: Setting) -> None:
-    arguments = make((4, 3, 5), seed=48)
-    x = arguments.pop("logits")
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
-        for function in (fused_categorical_loss, fused_categorical_loss_and_grad):
-            with pytest.raises((NotImplementedError, RuntimeError), match=r"(jvp|forward mode)"):
-                function(dual, **arguments, backend=backend.backend)
-
-
-@every_setting
-@pytest.mark.parametrize("transform", ["vmap", "grad"])
-def test_transforms_are_refused_with_a_way_out(backend: Setting, transform: str) -> None:
-    arguments = make((4, 3, 5), seed=49)
-    x = arguments.pop("logits")
-
-    def loss(x: Tensor) -> Any:
-        return fused_categorical_loss(x, **arguments, backend=backend.backend)
-
-    run = torch.func.grad(loss) if transform == "grad" else torch.func.vmap(loss)
-    with pytest.raises(RuntimeError, match=r"categorical losses: not inside torch\.func's transforms; there, give an"):
-        run(x if transform == "grad" else x.expand(2, *x.shape))
 
 
 @every_setting

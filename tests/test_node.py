@@ -29,10 +29,10 @@ def loaded() -> None:
     assert {"auto", "compiled"} <= node.serves
 
 
-def recorded(loss: Tensor) -> bool:
+def recorded(loss: Tensor, name: str = "TDLossBackward") -> bool:
     """Whether the node in C++ recorded it: a Python Function has saved_tensors."""
     graph = loss.grad_fn
-    while graph is not None and graph.name() != "TDLossBackward":  # what gives it another shape
+    while graph is not None and graph.name() != name:  # what gives it another shape
         graph = graph.next_functions[0][0]
     assert graph is not None
     return not hasattr(graph, "saved_tensors")

@@ -54,95 +54,6 @@ def test_the_reference_agrees(backend: Setting, options: dict[str, Any]) -> None
 
 
 @every_setting
-def test_two_backwards_with_different_upstream_gradients(backend: Setting) -> None:
-    arguments = make((6, 3, 4), seed=43)
-    x = arguments["quantiles"].requires_grad_()
-    loss = fused_quantile_loss(**arguments, reduction="none", backend=backend.backend)
-    upstream = torch.tensor([1.0, 2.0, 0.0, -1.0, 0.5, 4.0])  # powers of two, by which scaling rounds nothing
-    (ones,) = torch.autograd.grad(loss, x, torch.ones(6), retain_graph=True)
-    (other,) = torch.autograd.grad(loss, x, upstream)
-    assert torch.equal(other, ones * upstream[:, None, None])
-
-
-@every_setting
-@pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_an_upstream_gradient_of_any_stride(backend: Setting, reduction: str) -> None:
-    arguments = make((2, 3, 3, 4), seed=44)
-    x = arguments["quantiles"].requires_grad_()
-    loss = fused_quantile_loss(**arguments, reduction=reduction, backend=backend.backend)
-    (expanded,) = torch.autograd.grad(loss.sum() * 2, x, retain_graph=True)
-    (transposed,) = torch.autograd.grad(loss.t() if reduction == "none" else loss, x, torch.full_like(loss.t(), 2.0))
-    assert torch.equal(expanded, transposed)
-
-
-@every_setting
-def test_the_derivative_by_the_upstream_gradient(backend: Setting) -> None:
-    """It is linear in it, and so are a loss's learned weights; what is refused is the curvature alone."""
-    arguments = make((4, 3, 5), seed=45)
-    x = arguments["quantiles"].requires_grad_()
-    scale = torch.tensor([1.0, 2.0, 4.0, 0.5], requires_grad=True)
-    loss = fused_quantile_loss(**arguments, reduction="none", backend=backend.backend)
-    (gradient,) = torch.autograd.grad((loss * scale).sum(), x, create_graph=True)
-    direction = torch.randn_like(gradient)
-    (by_scale,) = torch.autograd.grad((gradient * direction).sum(), scale, retain_graph=True)
-    _, ones = fused_quantile_loss_and_grad(**arguments, reduction="none", backend=backend.backend)
-    torch.testing.assert_close(by_scale, (ones * direction).sum((1, 2)))
-
-
-@every_setting
-def test_columns_in_a_backward_that_is_recorded(backend: Setting) -> None:
-    """An op that checks its arguments saves them as they are: weights of (n, 1) would broadcast against (n,)."""
-    arguments = make((4, 3, 5), seed=45) | {"weights": torch.rand(4)}
-    x = arguments["quantiles"].requires_grad_()
-    gradients = []
-    for create_graph in (False, True):
-        for form in (lambda x: x, lambda x: x.unsqueeze(1)):
-            given = {**arguments, "actions": form(arguments["actions"]), "weights": form(arguments["weights"])}
-            loss = fused_quantile_loss(**given, backend=backend.backend)
-            gradients += torch.autograd.grad(loss, x, create_graph=create_graph)
-    for gradient in gradients:
-        torch.testing.assert_close(gradient, gradients[0])
-
-
-@every_setting
-def test_a_second_derivative_is_refused(backend: Setting) -> None:
-    arguments = make((4, 3, 5), seed=46)
-    x = arguments["quantiles"].requires_grad_()
-    loss = fused_quantile_loss(**arguments, backend=backend.backend)
-    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
-    with pytest.raises(NotImplementedError, match=r"second derivative of a distributional loss .*quantile_reference"):
-        gradient.square().sum().backward()
-
-
-@every_setting
-def test_forward_mode_is_refused(backend: Setting) -> None:
-    arguments = make((4, 3, 5), seed=47)
-    x = arguments.pop("quantiles")
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
-        for function in (fused_quantile_loss, fused_quantile_loss_and_grad):
-            with pytest.raises((NotImplementedError, RuntimeError), match=r"(jvp|forward mode)"):
-                function(dual, **arguments, backend=backend.backend)
-
-
-@every_setting
-@pytest.mark.parametrize("transform", ["vmap", "grad"])
-def test_transforms_are_refused_with_a_way_out(backend: Setting, transform: str) -> None:
-    arguments = make((4, 3, 5), seed=48)
-
-    def loss(x: Tensor) -> Any:
-        return fused_quantile_loss(x, **{**arguments, "quantiles": x}, backend=backend.backend)
-
-    def run(x: Tensor) -> Any:
-        rest = {k: v for k, v in arguments.items() if k != "quantiles"}
-        return fused_quantile_loss(x, **rest, backend=backend.backend)
-
-    x = arguments["quantiles"]
-    with pytest.raises(RuntimeError, match=r"fused_quantile_loss: not inside torch.func's transforms; .* leading dim"):
-        torch.func.grad(run)(x) if transform == "grad" else torch.func.vmap(run)(torch.stack([x, x]))
-
-
-@every_setting
 def test_everything_but_quantiles_is_a_constant(backend: Setting) -> None:
     arguments = make((4, 3, 5), seed=49)
     arguments |= {"weights": torch.rand(4), "taus": torch.rand(5), "gamma": torch.rand(4)}
@@ -155,33 +66,6 @@ def test_everything_but_quantiles_is_a_constant(backend: Setting) -> None:
         loss.backward()
     assert x.grad is not None
     assert all(arguments[name].grad is None for name in ("rewards", "next_quantiles", "weights", "taus", "gamma"))
-
-
-@every_setting
-def test_what_backward_reads_must_not_change(backend: Setting) -> None:
-    arguments = make((4, 3, 5), seed=50)
-    arguments["quantiles"].requires_grad_()
-    loss = fused_quantile_loss(**arguments, backend=backend.backend)
-    arguments["actions"] += 0
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-    arguments = make((4, 3, 5), seed=50)
-    x = arguments["quantiles"].requires_grad_()
-    loss, td_error = fused_quantile_loss(**arguments, return_td_error=True, backend=backend.backend)
-    td_error.abs_()  # the user's
-    arguments["next_quantiles"].zero_()  # not saved
-    loss.backward()
-    assert x.grad.isfinite().all()
-
-
-@every_setting
-def test_no_graph_without_a_gradient_to_give(backend: Setting) -> None:
-    arguments = make((4, 3, 5), seed=51)
-    assert fused_quantile_loss(**arguments, backend=backend.backend).grad_fn is None
-    arguments["quantiles"].requires_grad_()
-    with torch.no_grad():
-        assert fused_quantile_loss(**arguments, backend=backend.backend).grad_fn is None
-    assert all(not x.requires_grad for x in fused_quantile_loss_and_grad(**arguments, backend=backend.backend))
 
 
 @every_setting

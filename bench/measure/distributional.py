@@ -27,7 +27,7 @@ from dqn_fused._backends import serving
 
 
 class Family(NamedTuple):
-    """A loss: by hand, fused, and fused with its gradient."""
+    """A loss: written by hand, fused, and fused with its gradient."""
 
     eager: Callable[..., Tensor]
     fused: Callable[..., Any]
@@ -36,7 +36,7 @@ class Family(NamedTuple):
     input: str  # the argument that has a gradient
     arguments: Callable[[int, int, int, torch.dtype, str], Arguments]
     options: Mapping[str, Any] = MappingProxyType({})  # of the fused losses
-    by_hand: tuple[str, ...] = ()  # arguments of the eager one alone
+    by_hand: tuple[str, ...] = ()  # arguments that only the eager loss takes
 
 
 LOW, HIGH = -10.0, 10.0  # of the support of C51 and HL-Gauss, as Atari agents have it

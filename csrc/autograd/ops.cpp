@@ -1,34 +1,8 @@
 #include "ops.h"
 
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/dispatch/Dispatcher.h>
+#include "op.h"
 
 namespace dqn_fused::autograd {
-namespace {
-
-using torch::jit::Stack;
-
-class Op {
- public:
-  explicit Op(const char* name) : handle_(c10::Dispatcher::singleton().findSchemaOrThrow(name, "")) {}
-
-  template <class... Arguments>
-  Stack operator()(Arguments&&... arguments) const {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    Stack stack;
-    stack.reserve(sizeof...(arguments));
-    (stack.emplace_back(std::forward<Arguments>(arguments)), ...);
-    handle_.callBoxed(stack);
-    return stack;
-  }
-
- private:
-  c10::OperatorHandle handle_;
-};
-
-Tensor tensor(Stack& results, size_t i) { return std::move(results[i]).toTensor(); }
-
-}  // namespace
 
 Outputs forward(const Inputs& in, const Numbers& numbers, bool with_grad) {
   static const Op alone("dqn_fused::td_loss"), both("dqn_fused::td_loss_and_grad");

@@ -1,4 +1,4 @@
-// What is done to a row of K atoms. Rows are padded to a multiple of WIDTH: logits with -inf, the others with zeros.
+// Functions of a row of K atoms. Rows are padded to a multiple of WIDTH: logits with -inf, the others with zeros.
 
 #pragma once
 
@@ -8,13 +8,13 @@ namespace dqn_fused::cpu {
 
 template <class T>
 struct Support {
-  static constexpr int64_t WIDTH = 16;  // atoms that are worked on at a time
+  static constexpr int64_t WIDTH = 16;  // atoms that are processed at a time
 
   const T* atoms;
   int64_t K, padded;
 };
 
-// The largest of a row of logits, not finite where they are no distribution, and the sum of exp(logit - largest).
+// The largest of a row of logits, which is not finite if they are no distribution, and the sum of exp(logit - largest).
 template <class T>
 struct Softmax {
   T largest, total;
@@ -25,8 +25,8 @@ struct CrossEntropy {
   T loss, expectation, target_expectation, mass;
 };
 
-// A state's rows of logits, `step` elements apart: that of its first action, and flags for all. legal is null where
-// every action is.
+// The rows of logits of a state, `step` elements apart: that of its first action, and a flag for each action. legal is
+// null if every action is legal.
 struct ActionRows {
   Row first;
   int64_t A, step;
@@ -34,8 +34,8 @@ struct ActionRows {
   int64_t legal_stride;
 };
 
-// Expectations of the softmaxes of the legal actions' logits, NaN where there is none; the scratch is one row. All of
-// them in one call, and nothing that depends on one between them: a processor works on several at a time.
+// Expectations of the softmaxes of the legal actions' logits, NaN where there is none; the scratch is one row. One call
+// computes all of them, and none depends on another, so that a processor works on several at a time.
 template <class T>
 using Expectations = void (*)(const Support<T>& support, const ActionRows& logits, double* expectations, T* scratch);
 

@@ -7,7 +7,7 @@
 namespace dqn_fused::cpu {
 namespace {
 
-constexpr int64_t COST = 8;  // what an exponential takes, 1 being the reading of an element
+constexpr int64_t COST = 8;  // of an exponential, in reads of an element
 
 template <class T>
 struct Worker {
@@ -42,7 +42,7 @@ struct Worker {
     return {row_of(chooser, {}, first, 0, d.K), d.A, step, flags, legal.stride_action};
   }
 
-  // The target of sample i, (K,); next_row is only looked at where something is bootstrapped.
+  // The target of sample i, (K,); next_row is read only where something is bootstrapped.
   void fill_target(int64_t i, bool live, int64_t next_row, T* target, T* logits, T* powers, T* more) {
     const Batch& b = d.batch;
     const T reward = b.rewards.at<T>(i);
@@ -58,7 +58,7 @@ struct Worker {
     functions.project(support, reward, b.gamma<T>(i), powers, softmax.total, target, more);
   }
 
-  // As reduce_samples has it.
+  // The worker of reduce_samples.
   T operator()(int64_t i, bool known, bool live, int64_t next_row) {
     const Batch& b = d.batch;
     const int64_t action = b.actions.at<int64_t>(i), row = support.padded + Support<T>::WIDTH;

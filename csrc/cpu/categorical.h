@@ -14,8 +14,8 @@ struct CategoricalOptions {
   double sigma = 0;  // of HL-Gauss, in units of the distance of two atoms; 0 for two-hot
 };
 
-// Fills what is not null: values, (2, n), are the TD errors and the expectations of the actions taken; atoms is padded
-// as atoms.h has it. Returns as reduce_samples.
+// Fills the outputs that are not null; values, (2, n), are the TD errors and the expectations of the actions taken.
+// atoms is padded as in atoms.h. Returns what reduce_samples returns.
 template <class T>
 bool categorical(const Distributions& d, const CategoricalOptions& options, const std::vector<T>& atoms,
                  const Outputs<T>& out);

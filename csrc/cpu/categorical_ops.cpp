@@ -2,7 +2,9 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
 #include <tuple>
 
 #include "atoms.h"
@@ -13,22 +15,33 @@ namespace {
 
 using Maybe = std::optional<Tensor>;
 
-// The support, padded with zeros: as given, or K atoms from v_min to v_max. Whether a given one is evenly spaced is for
-// dqn_fused/categorical.py to check.
+// Whether K atoms from low to high are finite and differ in T: check_range of dqn_fused/categorical_arguments.py.
+template <class T>
+bool in_range(double low, double high, int64_t K) {
+  using Limits = std::numeric_limits<T>;
+  const double step = (high - low) / static_cast<double>(K - 1);
+  return step > Limits::epsilon() * std::max(std::abs(low), std::abs(high)) && step * Limits::max() >= 1 &&
+         high - low <= Limits::max();
+}
+
+// The support, padded with zeros: as given, or K atoms from v_min to v_max. That a given one is evenly spaced is
+// checked in dqn_fused/categorical.py.
 template <class T>
 std::vector<T> atoms_of(const Maybe& support, double v_min, double v_max, int64_t K, const Place& place) {
   constexpr int64_t WIDTH = Support<T>::WIDTH;
+  fits(K > 1, "q");
   std::vector<T> atoms((K + WIDTH - 1) / WIDTH * WIDTH, T(0));
   if (support) {
     const Column values = column("support", *support, K, place);
     fits(support->dim() == 1 && floating(values.type), "support");
+    fits(in_range<T>(values.at<double>(0), values.at<double>(K - 1), K), "support");
     for (int64_t j = 0; j < K; ++j) atoms[j] = values.at<T>(j);
-  } else {
-    const double step = (v_max - v_min) / static_cast<double>(K - 1);
-    for (int64_t j = 0; j < K; ++j)
-      atoms[j] = static_cast<T>(j < K - 1 ? v_min + step * static_cast<double>(j) : v_max);
+    return atoms;
   }
-  fits(K > 1 && atoms[0] < atoms[K - 1], "support");
+  fits(in_range<T>(v_min, v_max, K), "support");
+  const double step = (v_max - v_min) / static_cast<double>(K - 1);
+  for (int64_t j = 0; j < K - 1; ++j) atoms[j] = static_cast<T>(v_min + step * static_cast<double>(j));
+  atoms[K - 1] = static_cast<T>(v_max);
   return atoms;
 }
 

@@ -1,5 +1,5 @@
-// Batches whose q is (n, A, K), a distribution for each action, and the gradient that they all have: the slopes of a
-// sample's loss by the K values of the action taken, and zeros.
+// Batches whose q is (n, A, K), a distribution for each action, and their gradient: the slopes of each sample's loss by
+// the K values of the action taken, and zeros.
 
 #pragma once
 
@@ -12,8 +12,8 @@
 
 namespace dqn_fused::cpu {
 
-// Of the batch q, next_q and next_online are matrices of a row for each sample and action; next_online may also hold
-// Q-values, a row for each sample. next_legal holds flags, a row for each sample.
+// In the batch q, next_q and next_online have a row for each sample and action; next_online may also hold Q-values, a
+// row for each sample. next_legal holds flags, a row for each sample.
 struct Distributions {
   Batch batch;
   int64_t A = 0, K = 0;
@@ -103,8 +103,8 @@ bool reduce_samples(const Distributions& d, int64_t reduction, int64_t cost, T* 
   return all_known;
 }
 
-// The first of the legal actions of largest value, which value(action) has unless Q-values choose; -1 where none is
-// legal, as -inf counts beside a mask, or a legal one's value is NaN.
+// The first legal action of the largest value, which is value(action) unless Q-values choose. -1 if no action is legal,
+// -inf counting as illegal beside a mask, or if the value of a legal one is NaN.
 template <class Value>
 int64_t best_action(const Distributions& d, int64_t next_row, const Value& value) {
   const Matrix& next_legal = d.batch.next_legal;
@@ -130,7 +130,7 @@ void write_gradient(Out* out, int64_t A, int64_t K, int64_t action, T factor, co
   for (int64_t j = 0; j < K; ++j) out[j] = static_cast<Out>(slopes[j] * factor);
 }
 
-// The same for sample i of a batch, if there is a gradient to write; of the reduced loss, and zero for no action, -1.
+// The same for sample i of a batch, if there is a gradient to write: that of the reduced loss, zero if action is -1.
 template <class T>
 void write_gradient(const Distributions& d, int64_t reduction, int64_t i, int64_t action, const T* slopes, void* grad) {
   if (grad == nullptr) return;
@@ -141,8 +141,7 @@ void write_gradient(const Distributions& d, int64_t reduction, int64_t i, int64_
   });
 }
 
-// Where results go. values, (n,) or (2, n), are those of each sample; slopes, (n, K), may be null, and so may grad,
-// (n, A, K).
+// Where results go: values of each sample, (n,) or (2, n); slopes, (n, K), or null; grad, (n, A, K), or null.
 template <class T>
 struct Outputs {
   T *loss, *values, *slopes;
@@ -153,8 +152,8 @@ struct Results {
   Tensor loss, values, slopes, grad;
 };
 
-// Allocates results, of values as many as their size says, and of slopes and grad one: what a backward needs, or the
-// gradient itself. fill(outputs) computes them and returns as reduce_samples.
+// Allocates results, with values of the given size and either slopes, which a backward needs, or the gradient itself.
+// fill(outputs) computes them and returns what reduce_samples returns.
 template <class T, class Fill>
 Results results(const Distributions& d, int64_t reduction, std::initializer_list<int64_t> size, const Tensor& q,
                 bool check, bool with_grad, const Fill& fill) {

@@ -45,8 +45,8 @@ struct AffineOf {
   }
 };
 
-// Choices are made among integers, since those between floats do not vectorise before AVX-512: magnitudes of floats are
-// ordered as integers are, and a mask of the sign bit chooses the weight. PLAIN is for kappa 0.
+// Values are chosen as integers, since a choice between floats does not vectorise before AVX-512: magnitudes of floats
+// are ordered as integers are, and a mask of the sign bit chooses the weight. PLAIN is for kappa 0.
 template <class T, bool PLAIN>
 struct PairsOf {
   using Bits = typename FormatOf<T>::Bits;
@@ -71,7 +71,7 @@ struct PairsOf {
     const Bits one = to_bits(T(1));
     for (int64_t first = 0; first < padded; first += PAIR_WIDTH) {
       T x[PAIR_WIDTH], loss[PAIR_WIDTH] = {}, slope[PAIR_WIDTH] = {};
-      Bits positive[PAIR_WIDTH], either[PAIR_WIDTH];  // the weight of d > 0, and by which bits that of -d < 0 differs
+      Bits positive[PAIR_WIDTH], either[PAIR_WIDTH];  // weight of d > 0, and how the bits of that of -d differ
       for (int64_t lane = 0; lane < PAIR_WIDTH; ++lane) {
         x[lane] = predicted[first + lane];
         positive[lane] = to_bits(above[first + lane]);

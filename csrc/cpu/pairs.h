@@ -1,4 +1,4 @@
-// What is done to rows of quantiles: read them, average them, and sum over the pairs of predicted and target ones.
+// Functions of rows of quantiles: reading, averaging, and sums over the pairs of predicted and target quantiles.
 
 #pragma once
 
@@ -6,10 +6,10 @@
 
 namespace dqn_fused::cpu {
 
-// Predicted quantiles are worked on WIDTH at a time, and their rows padded to a multiple of it.
+// This many predicted quantiles are processed at a time, and their rows are padded to a multiple of it.
 constexpr int64_t PAIR_WIDTH = 16;
 
-// Mean of a row, in the order of its length alone.
+// Mean of a row, added up in an order that depends only on its length.
 using Mean = double (*)(const Row& row);
 
 Mean mean_of(ScalarType type);

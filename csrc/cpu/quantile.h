@@ -13,7 +13,7 @@ struct QuantileOptions {
   Matrix taus;        // (n, K), or empty for the midpoints
 };
 
-// Fills what is not null; values are the TD errors, (n,). Returns as reduce_samples.
+// Fills the outputs that are not null; values are the TD errors, (n,). Returns what reduce_samples returns.
 template <class T>
 bool quantile(const Distributions& d, const QuantileOptions& options, const Outputs<T>& out);
 
