@@ -44,8 +44,9 @@ for _kind, _check in (("general", ", bool check"), ("triton", "")):
         "Tensor? normaliser, Tensor? q, Tensor? action_mask, int A, ScalarType dtype, "
         "float[] options) -> Tensor grad_q"
     )
-# Empty, (0,), are first except for "argmax", total except for "soft", and taken without actions.
+# first is empty, (0,), but for "argmax", and total but for "soft".
 for _kind, _more in (("", ""), ("triton_", ", bool auto")):
+    # taken is empty without actions.
     _library.define(
         f"{_kind}sweep(Tensor hidden, Tensor weight, Tensor? bias, Tensor? mask, str kind, float temperature{_more}, "
         "Tensor? actions=None) -> (Tensor largest, Tensor first, Tensor total, Tensor taken)"

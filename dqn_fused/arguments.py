@@ -264,9 +264,4 @@ def looks_at_values(device: torch.device) -> bool:
         return False
     if device.type == "meta" or torch._C._get_dispatch_mode(_FAKE) is not None:  # shapes without values
         return False
-    return device == CPU or asked_to_check()
-
-
-def asked_to_check() -> bool:
-    """Whether ``DQN_FUSED_CHECK`` asks for the checks that take time."""
-    return os.environ.get("DQN_FUSED_CHECK", "0") not in ("", "0")
+    return device == CPU or os.environ.get("DQN_FUSED_CHECK", "0") not in ("", "0")
