@@ -1,4 +1,4 @@
-"""What to write instead: messages about mistakes that people make, or the ends of such."""
+"""Messages, or ends of messages, about common mistakes: what to write instead."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ _ELSEWHERE = {
     "loss": ("loss_fn", "loss_function", "td_error_loss_fn"),
     "cql_alpha": ("alpha", "cql_scale"),
 }
-# Of these arguments every loss has one of the same name.
+# Arguments that every loss has under the same name.
 SHARED = {"actions", "rewards", "terminated", "~terminated", "gamma", "weights"}
 CALLED_HERE = {elsewhere: here for here, names in _ELSEWHERE.items() for elsewhere in names}
 
@@ -36,7 +36,7 @@ ALL_ACTIONS = "; give the values of all actions: the choice among them is made h
 
 
 def of_type(name: str, x: object) -> str:
-    """Of what is no tensor."""
+    """For what is not a tensor."""
     if isinstance(x, nn.Module):
         return f"; {name} is the network's output, such as network(states)"
     if type(x).__module__ == "numpy":
@@ -49,12 +49,12 @@ def of_type(name: str, x: object) -> str:
 
 
 def of_dtype(name: str, integers: bool) -> str:
-    """Of a tensor of another dtype."""
+    """For a tensor of another dtype."""
     return f"; {name}.long() is one" if integers else ""
 
 
 def of_actions(like: str) -> str:
-    """Of actions that have one dimension too many."""
+    """For actions that have one dimension too many."""
     return f"; {like} is of all actions, not gathered, and one-hot actions are given as their argmax(-1)"
 
 
@@ -71,9 +71,9 @@ def unexpected(function: str, given: Mapping[str, object]) -> NoReturn:
 
 
 def warn_if_swapped(q: Tensor, networks: Sequence[Tensor | None]) -> None:
-    """Warn where a loss is not recorded, though it would be with q and next_q exchanged.
+    """Warn where a loss is not recorded, although it would be with q and next_q exchanged.
 
-    For what a public function calls, outside graphs and transforms; before any check.
+    For a function that a public one calls, before any check. Inside graphs and transforms there is no warning.
     """
     if not isinstance(q, Tensor) or q.requires_grad:
         return
@@ -81,8 +81,8 @@ def warn_if_swapped(q: Tensor, networks: Sequence[Tensor | None]) -> None:
         return
     if not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
         warnings.warn(
-            "q does not require a gradient and next_q does: are they swapped? q is of the online network, which is "
-            "trained, and next_q is a constant",
+            "q does not require a gradient and next_q does: are they swapped? q comes from the online network, which "
+            "is trained, and next_q is a constant",
             UserWarning,
             stacklevel=4,
         )

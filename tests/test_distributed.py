@@ -1,6 +1,7 @@
 """Two processes, gloo: gradients of DistributedDataParallel against one process on the joined batch."""
 
 import datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -208,8 +209,8 @@ def work(rank: int, ranks: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
-    return torch.load(run_once(work, RANKS, tmp_path_factory) / "results.pt")
+def results(run_folder: Path) -> dict[str, dict[str, Tensor]]:
+    return torch.load(run_once(work, RANKS, run_folder) / "results.pt")
 
 
 @pytest.mark.parametrize(("way", "share"), CASES, ids=["-".join(case) for case in CASES])

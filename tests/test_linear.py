@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from bounds import Arithmetic, Values, assert_close, roundings
 from conftest import Setting
 from data import source
-from oracle import eager, oracle
+from eager import eager
+from oracle import oracle
 from test_autograd import Allocations
 from test_loss import dtype_id, shape_id, to_device
 from torch import Tensor, nn

@@ -1,5 +1,6 @@
 """A head whose weight is sharded over ranks: 2 and 4 processes against one, and what they send."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,9 +43,9 @@ AUTO = Setting("auto", "cpu")
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["two", "four"])
-def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Found]:
+def ranks(request: pytest.FixtureRequest, run_folder: Path) -> list[Found]:
     """What each rank has found, of all cases at one start."""
-    folder = run_once(ranks_worker.work, request.param, tmp_path_factory)
+    folder = run_once(ranks_worker.work, request.param, run_folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
 
 

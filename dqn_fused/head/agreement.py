@@ -1,6 +1,5 @@
 """Checks of the arguments of a sharded head: every rank of the group passes them, or every rank raises."""
 
-import os
 import zlib
 from types import TracebackType
 from typing import Any, NoReturn
@@ -9,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dqn_fused.arguments import Batch, action_range, check_actions, looks_at_values
+from dqn_fused.arguments import Batch, action_range, asked_to_check, check_actions, looks_at_values
 from dqn_fused.head.arguments import Head
 from dqn_fused.head.ranks import Ranks
 
@@ -60,7 +59,7 @@ class Agreement:
             [name for name, x in tensors.items() if x is not None],
             (torch.is_grad_enabled(), head.hidden.requires_grad),
         )
-        if os.environ.get("DQN_FUSED_CHECK", "0") not in ("", "0"):
+        if asked_to_check():
             same = {name: x for name, x in tensors.items() if name not in OF_THE_RANK and isinstance(x, Tensor)}
             self.checksums = {name: checksum(x) for name, x in same.items()}
 
