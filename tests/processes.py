@@ -4,21 +4,33 @@ import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch.multiprocessing
 
 from bench.gpu_code.ptx.build import filled
 
-# Imports are most of what such a process does. The server that all are forked from has no threads: it runs nothing.
+# Imports are most of what such a process does: a server has done them, and all processes are forked from it.
 PRELOADED = ["pytest", "numpy", "dqn_fused", "torch.distributed.tensor", "torch.distributed.fsdp", "torch._dynamo"]
 METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"  # Windows
 if METHOD == "forkserver":
     multiprocessing.set_forkserver_preload(PRELOADED)
 
 
+def start_server() -> None:
+    """Start the server, which must not have threads: they would be missing in what is forked."""
+    if METHOD == "forkserver":
+        from multiprocessing import forkserver
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("OPENBLAS_NUM_THREADS", "1")  # numpy's
+            forkserver.ensure_running()
+
+
 def run_once(work: Callable[[int, int, str], None], ranks: int, run_folder: Path) -> Path:
     """Call work(rank, ranks, folder) in as many processes, once in a run; return the folder with their results."""
 
     def start(folder: Path) -> None:
+        start_server()
         torch.multiprocessing.start_processes(work, (ranks, str(folder)), ranks, start_method=METHOD)
 
     return filled(run_folder / f"{work.__module__}-{ranks}", start)
