@@ -315,6 +315,14 @@ def test_wrong_choices_are_refused_by_the_module() -> None:
         FusedDQNLoss(cql_alpha="1")
 
 
+@pytest.mark.parametrize("name", ["loss", "reduction", "value_transform"])
+@pytest.mark.parametrize("wrong", [["mse"], None, torch.nn.functional.mse_loss], ids=["list", "none", "function"])
+def test_a_choice_that_is_no_name_is_named(name: str, wrong: Any) -> None:
+    """A list cannot be hashed, and was a TypeError that named no argument."""
+    with pytest.raises(ValueError, match=f"{name}: expected one of"):
+        fused_dqn_loss(**make((B, A)), **{name: wrong})
+
+
 @pytest.mark.parametrize("wrong", [0, -1.0, math.inf, math.nan])
 def test_wrong_temperatures(wrong: float) -> None:
     for target in (Soft, Munchausen):

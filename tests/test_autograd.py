@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dqn_fused.arguments
 import dqn_fused.reference
 from dqn_fused import FusedDQNLoss, fused_dqn_loss, fused_dqn_loss_and_grad, node
+from dqn_fused._backends import boxed
 from dqn_fused.reference import dqn_loss
 
 
@@ -113,6 +114,9 @@ def test_the_td_error_carries_no_graph(setting: Setting) -> None:
 def test_no_graph_without_a_gradient_to_give(setting: Setting) -> None:
     arguments = make((7, 5), device=setting.device)
     assert not fused_dqn_loss(**arguments, backend=setting.backend).requires_grad
+    for reduction in ("mean", "weighted_mean"):  # of "torch" the loss was differentiable by the weights
+        weighted = arguments | {"weights": torch.rand_like(arguments["rewards"]).requires_grad_()}
+        assert not fused_dqn_loss(**weighted, reduction=reduction, backend=setting.backend).requires_grad
     arguments["q"].requires_grad_()
     with torch.no_grad():
         assert not fused_dqn_loss(**arguments, backend=setting.backend).requires_grad
@@ -187,7 +191,7 @@ def test_the_module_passes_its_backend_on() -> None:
 @pytest.fixture
 def blind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing looks at values, as on a GPU, where looking would cost a synchronisation."""
-    for module in (dqn_fused.arguments, dqn_fused.reference):
+    for module in (dqn_fused.arguments, dqn_fused.reference, boxed):
         monkeypatch.setattr(module, "looks_at_values", lambda device: False)
     monkeypatch.setattr(node, "serves", set())  # whose ops look, as those on the CPU always do
 

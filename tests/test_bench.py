@@ -29,7 +29,7 @@ from bench.measure.providers import Provider, can_compile, providers
 from bench.measure.rlax_process import RlaxProcess
 from bench.measure.timing import figures, interleaved
 from bench.measure.traffic import least_bytes
-from bench.measure.variants import VARIANTS, Variant, random_arguments
+from bench.measure.variants import VARIANTS, Variant, matrix, random_arguments
 from bench.reporting import plots, ranks, report, tables
 from bench.reporting.results import COLUMNS, Table, read
 from dqn_fused._backends import serving
@@ -108,23 +108,36 @@ def test_arguments_are_the_same_on_every_run() -> None:
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-def test_interleaved_rounds_alternate_and_ratios_are_paired() -> None:
+def fake_timer(order: list[str], name: str, cost: float) -> Any:
+    def timer(repeats: int) -> float:
+        order.append(name)
+        return repeats * cost
+
+    return timer
+
+
+def test_every_round_has_each_provider_once_and_ratios_are_paired() -> None:
     order: list[str] = []
-
-    def fake(name: str, cost: list[float]) -> Any:
-        def timer(repeats: int) -> float:
-            order.append(name)
-            return repeats * cost[0]
-
-        return timer
-
-    slow, fast = [0.02], [0.01]
-    times = interleaved({"slow": fake("slow", slow), "fast": fake("fast", fast)}, seconds=0.4, rounds=4)
-    assert order[-8:] == ["slow", "fast", "fast", "slow"] * 2
+    costs = {"slow": 0.02, "fast": 0.01}
+    times = interleaved({name: fake_timer(order, name, cost) for name, cost in costs.items()}, seconds=0.4, rounds=4)
+    rounds = [set(order[-8:][i : i + 2]) for i in range(0, 8, 2)]
+    assert rounds == [{"slow", "fast"}] * 4
     assert times == {"slow": [pytest.approx(0.02)] * 4, "fast": [pytest.approx(0.01)] * 4}
     # A disturbance of whole rounds leaves the paired ratio alone, as it would not leave the ratio of medians.
     found = figures([1.0, 10.0, 3.0], [2.0, 20.0, 6.0])
     assert found == (3e6, 1e6, 10e6, 2.0)
+
+
+def test_no_provider_keeps_its_neighbours() -> None:
+    """In an order that only alternates, the last of five never follows the first three."""
+    names, rounds = "abcde", 31
+    runs: list[list[str]] = [[], []]
+    for order in runs:
+        interleaved({name: fake_timer(order, name, 0.01) for name in names}, seconds=0.31, rounds=rounds)
+    order, again = (run[-len(names) * rounds :] for run in runs)
+    assert order == again
+    follows = set(zip(order[1:], order[:-1], strict=True))
+    assert follows >= {(name, other) for name in names for other in names if name != other}
 
 
 def test_slow_calls_are_not_warmed_up_at_length() -> None:
@@ -154,6 +167,7 @@ def test_a_hiccup_does_not_settle_how_often_a_call_is_repeated() -> None:
     [
         ("dqn", 4, 6 * 4 * 2),  # next_q, and the gradient
         ("double", 4, 6 * 4 * 2),  # next_q_online; of next_q one element a row
+        ("clipped double", 4, 6 * 4 * 3),  # next_q of two networks
         ("masked double", 2, 6 * 2 + 6 + 6 * 2),  # a byte an element of the mask
         ("munchausen", 4, 6 * 4 * 3),  # next_q and target_q
         ("cql", 2, 6 * 2 * 4),  # next_q_online, and q twice
@@ -165,7 +179,8 @@ def test_fewest_bytes(variant: str, itemsize: int, expected: int) -> None:
 
 def test_every_matrix_that_is_counted_is_an_argument() -> None:
     for variant in VARIANTS.values():
-        assert set(variant.reads) <= set(random_arguments(variant, 2, 3, F32, "cpu"))
+        batch = random_arguments(variant, 2, 3, F32, "cpu")
+        assert all(matrix(batch, name).shape == (2, 3) for name in variant.reads)
 
 
 def test_peak_memory_is_not_lowered_by_garbage_of_before() -> None:
@@ -331,12 +346,22 @@ def test_graphs_of_distributional_losses(name: str, tmp_path: Path, monkeypatch:
     rows = graph.measure(graph.Work(name, 6, 3, 5), "cpu", 0.001, problems)
     assert not problems
     backends = serving(torch.device("cpu"), distributional.FAMILIES[name].backends)
-    expected = ["no loss", "eager", "fused", *(f"fused[{x}]" for x in backends if x != "triton")]
+    expected = ["no loss", "eager", "fused", *(f"fused[{x}]" for x in backends if x != "triton"), "eager, again"]
     assert [row["provider"] for row in rows] == expected
     table = Table(tmp_path, "graph")
     table.add(rows)
     assert read(table.path) == table.rows
     assert f"| {name}, 6 x 3 x 5 |" in tables.graph(table.rows)
+
+
+@pytest.mark.parametrize("kind", ["eager", "fused"])
+def test_a_graph_has_both_target_networks(kind: str) -> None:
+    """The graph computes one of them; where its values are infinite, those of the other are the minimum."""
+    loss_of_outputs = graph.loss_of(graph.Work("clipped double", 8, 4), "cpu", kind)
+    q = torch.randn(8, 4)
+    values = [loss_of_outputs(q, torch.full((8, 4), value)).item() for value in (math.inf, 0.0)]
+    assert math.isfinite(values[0])
+    assert values[0] != values[1]
 
 
 def test_report_of_graphs(tmp_path: Path) -> None:
@@ -348,12 +373,16 @@ def test_report_of_graphs(tmp_path: Path) -> None:
             row | {"variant": variant, "provider": "no loss", "us": 100.0},
             row | {"variant": variant, "provider": "eager", "us": 120.0, "adds_us": 20.0, "behind": 0.0},
             row | {"variant": variant, "provider": "fused", "us": 90.0, "adds_us": -10.0, "behind": slower},
+            row | {"variant": variant, "provider": "eager, again", "us": 121.0, "adds_us": 21.0, "behind": -slower},
         ]
     Table(folder, "graph").add(found)
     text = report.sections([folder], tmp_path)["nvidia-h200/graph"]
     assert "| loss, n x A, or n x A x K | no loss | eager | fused |" in text
     assert "| cql, 32 x 18 | 100 us | +20 us | -10 us (+4.0 %) |" in text
-    assert "Furthest behind the graph of eager's lines: fused +4.0 % at cql, 32 x 18." in text
+    assert "Furthest behind the graph of eager's lines: fused +4.0 % at cql, 32 x 18. The graph of" in text
+    assert "The graph of eager's lines, timed under two names, differs from itself by 4.0 %, at most 4.0 %." in text
+    Table(folder, "graph").add(row for row in found if row["provider"] != "eager, again")  # as in earlier figures
+    assert text.startswith(report.sections([folder], tmp_path)["nvidia-h200/graph"])
     assert tables.tables("graph", read(folder / "graph.csv"))
 
 
@@ -469,6 +498,8 @@ def test_the_table_of_kernels() -> None:
     cases = [kernels.Case("narrow", "dqn", (8, 4), F32), kernels.Case("wide", "masked double", (16, 512), F32)]
     cases.append(kernels.Case("quantiles", "quantile", (8, 3, 16), F32))
     cases.append(kernels.Case("atoms", "categorical", (8, 3, 16), F32))
+    cases.append(kernels.Case("head soft", "sweep", (8, 64, 16), F32))
+    cases.append(kernels.Case("head backward", "sweep", (8, 64, 16), F32))
     rows = list(kernels.of_target(index, cases))
     assert {name for row in rows for name in row} <= set(COLUMNS["kernels"])
     for row in rows:
@@ -484,6 +515,10 @@ def test_the_table_of_kernels() -> None:
     assert found["wide", "forward", "td_loss_fwd_kernel"]["bytes"] == 0
     assert found["wide", "backward", "td_loss_bwd_kernel"]["store_bits"] == 128
     assert found["wide", "backward", "td_loss_bwd_kernel"]["bytes"] == 16 * 512 * 4
+    backward = found["head backward", "sweep", "sweep_bwd_kernel"]
+    assert backward["bytes"] == 4 * (8 * 64 + 8 * 16 + 64 * 16)
+    assert backward["stored_bytes"] == 4 * (8 * 64 + 64), "the gradient, and its sums over the rows"
+    assert found["head soft", "sweep", "sweep_fwd_kernel"]["loaded_bytes"] > 0
     for name, forward in (("quantiles", "quantile_fwd_kernel"), ("atoms", "categorical_fwd_kernel")):
         for call, kernel in (("forward", forward), ("backward", "rows_bwd_kernel")):
             assert found[name, call, kernel]["bytes"] == 8 * 3 * 16 * 4

@@ -43,6 +43,14 @@ def test_doctests(name: str) -> None:
     assert result.failed == 0
 
 
+def test_an_unwritten_leaf_is_poisoned() -> None:
+    """By the fixture that fills what torch.empty returns: filling a leaf that requires grad raised, in torch 2.10's
+    Inductor too, which then failed to compile."""
+    x = torch.empty(3, requires_grad=True)
+    assert x.isnan().all()
+    assert x.requires_grad
+
+
 def test_public_names() -> None:
     for name in dqn_fused.__all__:
         assert getattr(dqn_fused, name).__doc__
@@ -224,6 +232,22 @@ def test_the_choice_of_a_distributional_loss_on_cuda(
     if not serves:
         with pytest.raises(BackendUnavailableError, match="it does not"):
             _backends.choose_distributional(family, "triton", device, 8)
+
+
+def test_more_atoms_than_a_program_of_triton_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2^16 took the compiler a minute and 6 KB of stack a thread, 2^20 no end. Quantiles have no such limit."""
+    fakes = {name: SimpleNamespace(refuses=lambda device: None) for name in _backends.MODULES}
+    monkeypatch.setattr(_backends, "_missing", lambda name: None)
+    monkeypatch.setattr(_backends, "_LOADED", fakes)
+    monkeypatch.setattr(_backends, "_CHOSEN_DISTRIBUTIONAL", {})
+    device = torch.device("cuda", 0)
+    for _ in range(2):  # the second time from the memo
+        for K, expected in ((16384, "triton"), (16385, "torch")):
+            assert _backends.choose_distributional("categorical", "auto", device, K) is fakes[expected]
+            assert _backends.choose_distributional("quantile", "auto", device, K) is fakes["triton"]
+        assert _backends.choose_distributional("categorical", "triton", device, 16384) is fakes["triton"]
+        with pytest.raises(BackendUnavailableError, match="up to 16384 atoms, got 16385"):
+            _backends.choose_distributional("categorical", "triton", device, 16385)
 
 
 def test_a_choice_within_a_capture_is_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:

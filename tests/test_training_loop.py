@@ -343,11 +343,11 @@ def test_the_ops_that_a_graph_holds(setting: Setting, name: str) -> None:
     if spec.reduction == "weighted_mean":
         batch, spec = normalise_weights(batch, spec)
     given = boxed.arguments(batch, spec)
-    assert boxed.unpack(*given)[1] == spec  # type: ignore[arg-type]
+    assert boxed.unpack(*given)[1] == spec
     torch.library.opcheck(_ops.triton_td_loss, given)
     torch.library.opcheck(_ops.triton_td_loss_and_grad, given)
     loss, td_error, normaliser = _ops.triton_td_loss(*given)
-    saved = Saved.of(batch, spec, td_error, normaliser if spec.cql else None)
+    saved = Saved.of(batch, spec, td_error, normaliser)
     torch.library.opcheck(_ops.triton_td_loss_backward, boxed.backward_arguments(torch.ones_like(loss), saved, spec))
 
 
@@ -356,10 +356,11 @@ def test_the_sweeps_that_a_graph_holds(setting: Setting, kind: str) -> None:
     hidden, weight = torch.randn(6, 16, device=setting.device), torch.randn(40, 16, device=setting.device)
     mask = torch.rand(6, 40, device=setting.device) < 0.9
     given = (hidden, weight, None, mask, kind, 0.5)
-    torch.library.opcheck(_ops.sweep, given)
-    if setting.backend == "triton":
-        for auto in (True, False):
-            torch.library.opcheck(_ops.triton_sweep, (*given, auto))
+    for actions in ((), (torch.randint(40, (6,), device=setting.device),)):
+        torch.library.opcheck(_ops.sweep, (*given, *actions))
+        if setting.backend == "triton":
+            for auto in (True, False):
+                torch.library.opcheck(_ops.triton_sweep, (*given, auto, *actions))
 
 
 @pytest.mark.parametrize("needs", [[True, True, True], [False, True, False], [True, False, False]])

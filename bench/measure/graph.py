@@ -22,6 +22,7 @@ from bench.measure.timing import figures, interleaved, spread
 from bench.measure.update import EAGER, NOTHING
 from bench.measure.variants import GAMMA, VARIANTS, random_arguments
 from bench.reporting.results import Row
+from bench.reporting.tables import AGAIN
 from dqn_fused import fused_dqn_loss
 from dqn_fused._backends import serving
 
@@ -85,7 +86,9 @@ def loss_of(work: Work, device: str, kind: str) -> Loss:
         family = FAMILIES[work.variant]
         given = family.arguments(work.n, work.A, work.K, torch.float32, device)
         x, eager, fused, options, by_hand = family.input, family.eager, family.fused, family.options, family.by_hand
-    names = [name for name in (x, f"next_{x}") if given.pop(name, None) is not None]
+    names = [x] if given.get(f"next_{x}") is None else [x, f"next_{x}"]
+    others = given[names[-1]][1:] if isinstance(given[names[-1]], list) else []  # of more target networks than one
+    given = {name: value for name, value in given.items() if name not in names}
     if kind == NOTHING:  # and the sum of next_q, lest the compiler leave the target network out
         some_grad = torch.randn(work.shape, device=device) / work.n
         return lambda q, next_q: (q * some_grad).sum() + (next_q.sum() if len(names) > 1 else 0)
@@ -94,7 +97,12 @@ def loss_of(work: Work, device: str, kind: str) -> Loss:
     else:
         ours = {name: value for name, value in given.items() if name not in by_hand}
         loss = partial(fused, **ours, **options, backend=kind.partition("[")[2].rstrip("]") or "auto")
-    return lambda *both: loss(**dict(zip(names, both, strict=False)))
+
+    def loss_of_outputs(q: Tensor, next_q: Tensor) -> Any:
+        both = (q, [next_q, *others] if others else next_q)
+        return loss(**dict(zip(names, both, strict=False)))
+
+    return loss_of_outputs
 
 
 def provider(work: Work, device: str, kind: str) -> Provider:
@@ -146,8 +154,9 @@ def measure(work: Work, device: str, seconds: float, problems: list[str]) -> lis
 
 
 def rows(work: Work, device: str, found: dict[str, Provider], seconds: float) -> list[Row]:
-    names = [NOTHING, *(name for name in found if name != NOTHING)]
-    times = interleaved({name: found[name].timer for name in names}, 2 * seconds, rounds=31)
+    names = [NOTHING, *(name for name in found if name != NOTHING), AGAIN]
+    timed = {**found, AGAIN: found[EAGER]}
+    times = interleaved({name: timed[name].timer for name in names}, 2 * seconds, rounds=31)
     result = []
     for name in names:
         values = times[name]

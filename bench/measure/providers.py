@@ -10,7 +10,7 @@ from torch import Tensor
 from bench.measure import cuda, torchrl_loss
 from bench.measure.rlax_process import RlaxProcess
 from bench.measure.timing import Timer, timer
-from bench.measure.variants import GAMMA, VARIANTS, Arguments, Variant
+from bench.measure.variants import GAMMA, VARIANTS, Arguments, Variant, matrix
 from dqn_fused import fused_dqn_loss, fused_dqn_loss_and_grad, node
 from dqn_fused._backends import serving
 
@@ -84,7 +84,7 @@ def floor(variant: Variant, batch: Arguments, size: int) -> Provider:
     if batch["q"].is_cuda:
         source = torch.empty(max(size // 2, 1), dtype=torch.uint8, device="cuda")
         return Provider(partial(_copy, torch.empty_like(source), source), capturable=True)
-    matrices = [batch[name].detach() for name in dict.fromkeys(variant.reads)]
+    matrices = [matrix(batch, name).detach() for name in dict.fromkeys(variant.reads)]
     return Provider(partial(_read_and_write, matrices, batch["q"].detach()))
 
 

@@ -1,6 +1,6 @@
 """The loss family as people write it by hand, with random arguments for each."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,8 @@ class Variant(NamedTuple):
     """A member of the family."""
 
     eager: Callable[..., Any]
-    reads: tuple[str, ...]  # matrices of which every element counts; twice where both passes need it
+    # Matrices of which every element counts, twice where both passes need it; next_q[1] is the second of a list.
+    reads: tuple[str, ...]
     options: dict[str, Any]  # of fused_dqn_loss
     more: Callable[[int, int, torch.dtype, str], Arguments]  # arguments beside those of the plain loss
 
@@ -49,6 +50,16 @@ def double_target(
         next_q_online = next_q_online.masked_fill(~mask, -torch.inf)
     best = next_q_online.argmax(1, keepdim=True)
     return rewards + GAMMA * next_q.gather(1, best).squeeze(1) * (1 - terminated.float())
+
+
+def eager_clipped_double(
+    q: Tensor, actions: Tensor, rewards: Tensor, next_q: Sequence[Tensor], terminated: Tensor
+) -> Tensor:
+    """The lines of DQN with two target networks, of which the smaller value of each action counts."""
+    with torch.no_grad():
+        target_max, _ = torch.min(next_q[0], next_q[1]).max(dim=1)
+        target = rewards + GAMMA * target_max * (1 - terminated.float())
+    return F.mse_loss(q.gather(1, actions.unsqueeze(1)).squeeze(1), target)
 
 
 def eager_masked_double(
@@ -113,6 +124,10 @@ def _double(n: int, A: int, dtype: torch.dtype, device: str) -> Arguments:
     return {"next_q_online": _matrix(n, A, dtype, device)}
 
 
+def _two_networks(n: int, A: int, dtype: torch.dtype, device: str) -> Arguments:
+    return {"next_q": [_matrix(n, A, dtype, device) for _ in range(2)]}
+
+
 def _masked(n: int, A: int, dtype: torch.dtype, device: str) -> Arguments:
     mask = torch.rand(n, A, device=device) < 0.7
     mask[:, 0] = True
@@ -126,6 +141,7 @@ def _prioritised(n: int, A: int, dtype: torch.dtype, device: str) -> Arguments:
 VARIANTS = {
     "dqn": Variant(eager_loss, ("next_q",), {}, lambda *size: {}),
     "double": Variant(eager_double, ("next_q_online",), {}, _double),
+    "clipped double": Variant(eager_clipped_double, ("next_q[0]", "next_q[1]"), {"ensemble": "min"}, _two_networks),
     "masked double": Variant(eager_masked_double, ("next_q_online", "next_action_mask"), {}, _masked),
     "prioritised": Variant(
         eager_prioritised, ("next_q_online", "next_action_mask"), {"return_td_error": True}, _prioritised
@@ -155,6 +171,13 @@ def random_batch(n: int, A: int, dtype: torch.dtype, device: str) -> Arguments:
         "next_q": torch.randn(n, A, dtype=dtype, device=device),
         "terminated": torch.rand(n, device=device) < 0.1,
     }
+
+
+def matrix(batch: Arguments, name: str) -> Tensor:
+    """An argument, or one of a list of them, by its name in Variant.reads."""
+    name, _, index = name.partition("[")
+    found: Tensor = batch[name][int(index.rstrip("]"))] if index else batch[name]
+    return found
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -90,7 +90,7 @@ def of_folder(folder: Path) -> dict[str, str]:
     if update:
         found["update"] = f"{tables.update(update)}\n\n{shares(update)}"
     if graph:
-        found["graph"] = f"{tables.graph(graph)}\n\n{machine(graph[0])} {worst(graph)}"
+        found["graph"] = f"{tables.graph(graph)}\n\n{machine(graph[0])} {worst(graph)}{same(graph)}"
     return found
 
 
@@ -181,11 +181,22 @@ def shares(rows: Sequence[Row]) -> str:
 def worst(rows: Sequence[Row]) -> str:
     """How far each backend's graph is behind that of eager's lines where it is furthest."""
     text = []
-    for name in tables.seen(row for row in rows if row["adds_us"] != "" and row["provider"] != "eager"):
+    compared = [row for row in rows if row["adds_us"] != "" and row["provider"] not in ("eager", tables.AGAIN)]
+    for name in tables.seen(compared):
         row = max((row for row in rows if row["provider"] == name), key=lambda row: row["behind"])
         where = tables.size_of(row) if row["variant"] == "dqn" else tables.of_variant(row)
         text.append(f"{code(name)} {100 * row['behind']:+.1f} % at {where}")
     return f"Furthest behind the graph of eager's lines: {'; '.join(text)}."
+
+
+def same(rows: Sequence[Row]) -> str:
+    """How far eager's graph is from itself under another name: less than that is noise."""
+    apart = sorted((row for row in rows if row["provider"] == tables.AGAIN), key=lambda row: abs(row["behind"]))
+    if not apart:
+        return ""
+    middle, most = (100 * abs(row["behind"]) for row in (apart[len(apart) // 2], apart[-1]))
+    text = "The graph of eager's lines, timed under two names, differs from itself by"
+    return f" {text} {middle:.1f} %, at most {most:.1f} %."
 
 
 COUNTED = "sm_90"

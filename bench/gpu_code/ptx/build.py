@@ -29,7 +29,7 @@ def folder() -> Path:
 
 
 def once(name: str, key: Sequence[bytes], make: Callable[[Path], None]) -> Path:
-    """The folder that make has filled for this key, now or before."""
+    """The folder that make has filled for this key, now or earlier. Processes may race for it."""
     digest = hashlib.sha256(b"\0".join(key)).hexdigest()[:16]
     return filled(folder() / f"{name}-{digest}", make)
 
