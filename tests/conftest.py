@@ -107,9 +107,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     by_name = any("::" in argument for argument in config.args)
     every = 1 if by_name else config.getoption("--sample")
-    kept = [item for item in items if _taken(item, every)]
-    if len(kept) < len(items):
-        config.hook.pytest_deselected(items=[item for item in items if not _taken(item, every)])
+    kept: list[pytest.Item] = []
+    left_out: list[pytest.Item] = []
+    for item in items:
+        (kept if _taken(item, every) else left_out).append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
         items[:] = kept
     if not torch.cuda.is_available():
         for item in items:

@@ -206,9 +206,8 @@ def oracle(
     one_gamma = not isinstance(a.gamma, Tensor) or a.gamma.dim() == 0
     gammas = [float(a.gamma)] * n if one_gamma else _numbers(a.gamma)
     ws = [given(1.0)] * n if a.weights is None else [given(x) for x in _numbers(a.weights)]
-    scale = (
-        arithmetic.total(ws) if a.reduction == "weighted_mean" else Number(max(n, 1) if a.reduction == "mean" else 1)
-    )
+    divisors = {"mean": Number(max(n, 1)), "weighted_mean": arithmetic.total(ws)}
+    scale = divisors.get(a.reduction, Number(1))
     upstream = [1.0] * n if grad_loss is None else _numbers(grad_loss.double().expand(shape))
 
     td, losses, cqls, grad, grad_error = [], [], [], np.zeros((n, A)), np.zeros((n, A))
