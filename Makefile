@@ -72,7 +72,7 @@ asan: $(READY)
 		ASAN_OPTIONS=detect_leaks=0:max_malloc_fill_size=1000000000 PYTHONPATH=$(OUT)/asan TORCHDYNAMO_DISABLE=1 \
 		$(VENV)/bin/pytest $(WORKERS) -q -m "not ptx" tests/test_compiled.py tests/test_loss.py tests/test_family.py \
 		tests/test_arguments.py tests/test_quantile.py tests/test_quantile_compiled.py tests/test_categorical.py \
-		tests/test_categorical_autograd.py tests/test_node.py \
+		tests/test_categorical_autograd.py tests/test_distributional_autograd.py tests/test_node.py tests/test_row_node.py \
 		-k "not torch-cpu and not torch_compile and not opcheck"
 
 lint: $(READY)

@@ -47,8 +47,8 @@ struct Ops {
   }
 
   static Options checked(const std::vector<double>& options) {
-    fits(options.size() <= OPTIONS, "options");
-    return unpack(options.data(), options.size());
+    fits(options.size() == OPTIONS, "options");
+    return unpack(options.data());
   }
 
   template <class Library>

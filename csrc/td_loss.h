@@ -105,13 +105,10 @@ struct Options {
 // How many there are.
 constexpr size_t OPTIONS = 10;
 
-// From the n numbers that an op is given: the last ones are left out where they are the defaults.
-inline Options unpack(const double* x, size_t n) {
+// From the numbers that an op is given.
+inline Options unpack(const double* x) {
   Options o;
-  const double* const end = x + n;
-  const auto read = [&](auto& option) {
-    if (x != end) option = static_cast<std::remove_reference_t<decltype(option)>>(*x++);
-  };
+  const auto read = [&](auto& option) { option = static_cast<std::remove_reference_t<decltype(option)>>(*x++); };
   read(o.loss), read(o.delta), read(o.reduction), read(o.target), read(o.temperature), read(o.alpha), read(o.clip);
   read(o.cql), read(o.cql_alpha), read(o.value_transform);
   return o;

@@ -21,7 +21,7 @@ from dqn_fused import arguments, autograd, row_loss
 from dqn_fused._backends.boxed import shaped_forward, shaped_values, unpack_backward, unpack_rows
 from dqn_fused.arguments import UNCHECKED, Batch, LossSpec
 from dqn_fused.categorical_arguments import CategoricalSpec
-from dqn_fused.options import DEFAULTS, FIELD_CODES, REDUCTIONS
+from dqn_fused.options import FIELD_CODES, REDUCTIONS
 from dqn_fused.quantile_arguments import QuantileSpec
 
 FOLDER = Path(__file__).parent
@@ -47,7 +47,7 @@ def load(folder: Path = FOLDER) -> tuple[ModuleType | None, str]:
     try:
         module = module_from_spec(spec)
         loader.exec_module(module)
-        module.prepare(recorded_backward, FIELD_CODES, DEFAULTS)
+        module.prepare(recorded_backward, FIELD_CODES)
         module.prepare_rows(recorded_rows_backward, REDUCTIONS)
     except (ImportError, AttributeError, TypeError, ValueError) as error:  # all but the first: of another csrc/
         return None, f"{path.name} cannot be loaded: {error}"

@@ -8,8 +8,8 @@
 namespace dqn_fused::autograd {
 namespace {
 
-// What Python hands over at the start: a function, and FIELD_CODES and DEFAULTS of dqn_fused/options.py.
-PyObject *recorded_backward = nullptr, *codes = nullptr, *defaults = nullptr;
+// What Python hands over at the start: a function, and FIELD_CODES of dqn_fused/options.py.
+PyObject *recorded_backward = nullptr, *codes = nullptr;
 
 // A LossSpec in numbers. The last one is kept, since most calls use it again. False for the weighted mean, which Python
 // turns into another reduction.
@@ -26,9 +26,6 @@ bool read(PyObject* spec, Numbers& found) {
       if (x == nullptr) return false;
       fresh.push_back(PyFloat_AsDouble(x));
     }
-    while (!fresh.empty() &&
-           fresh.get(fresh.size() - 1) == PyFloat_AsDouble(PyTuple_GET_ITEM(defaults, fresh.size() - 1)))
-      fresh.pop_back();
     numbers = std::move(fresh);  // another list: a node may hold the one before
     Py_INCREF(spec);
     Py_XDECREF(std::exchange(last, spec));
@@ -98,16 +95,14 @@ PyObject* record_checked(PyObject*, PyObject* const* given, Py_ssize_t) {
   END_HANDLE_TH_ERRORS
 }
 
-// (recorded_backward, FIELD_CODES, DEFAULTS).
+// (recorded_backward, FIELD_CODES).
 PyObject* prepare(PyObject*, PyObject* arguments) {
-  if (!PyArg_ParseTuple(arguments, "OO!O!", &recorded_backward, &PyTuple_Type, &codes, &PyTuple_Type, &defaults))
-    return nullptr;
-  if (PyTuple_GET_SIZE(codes) != static_cast<Py_ssize_t>(OPTIONS) ||
-      PyTuple_GET_SIZE(defaults) != PyTuple_GET_SIZE(codes)) {
+  if (!PyArg_ParseTuple(arguments, "OO!", &recorded_backward, &PyTuple_Type, &codes)) return nullptr;
+  if (PyTuple_GET_SIZE(codes) != static_cast<Py_ssize_t>(OPTIONS)) {
     PyErr_SetString(PyExc_ValueError, "expected the codes of as many options as csrc/td_loss.h has");
     return nullptr;
   }
-  for (PyObject* x : {recorded_backward, codes, defaults}) Py_INCREF(x);  // for good
+  for (PyObject* x : {recorded_backward, codes}) Py_INCREF(x);  // for good
   Py_RETURN_NONE;
 }
 
