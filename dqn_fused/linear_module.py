@@ -71,8 +71,10 @@ class FusedLinearDQNLoss(LossModule):
         weights: Tensor | None = None,
         **unknown: NoReturn,
     ) -> Tensor | tuple[Tensor, ...]:
-        """Loss of a batch; see ``fused_linear_dqn_loss``."""
+        """Loss of a batch; see ``fused_linear_dqn_loss``. A layer may have no bias, such as a tied ``nn.Embedding``."""
         self.refuse(unknown)
+        check_layer("head", head)
+        check_layer("next_head", next_head)
         return fused_linear_dqn_loss(
             hidden,
             head.weight,
@@ -81,8 +83,8 @@ class FusedLinearDQNLoss(LossModule):
             next_hidden,
             next_head.weight,
             terminated,
-            bias=head.bias,
-            next_bias=next_head.bias,
+            bias=getattr(head, "bias", None),
+            next_bias=getattr(next_head, "bias", None),
             next_hidden_online=next_hidden_online,
             next_action_mask=next_action_mask,
             non_final_mask=non_final_mask,
@@ -95,3 +97,12 @@ class FusedLinearDQNLoss(LossModule):
     def shows(self, name: str) -> bool:
         """Show delta, too, where it matters."""
         return super().shows(name) or (name == "delta" and self.loss != "mse")
+
+
+def check_layer(name: str, layer: object) -> None:
+    """Check that a layer has a weight."""
+    if not isinstance(getattr(layer, "weight", None), Tensor):
+        raise TypeError(
+            f"{name}: expected a layer with a weight, such as nn.Linear, got {type(layer).__name__}; for tensors there "
+            "is fused_linear_dqn_loss"
+        )

@@ -426,6 +426,21 @@ def test_module_and_reference(setting: Setting) -> None:
     torch.testing.assert_close(got, expected)
 
 
+def test_layers_of_the_module() -> None:
+    """An nn.Embedding, whose rows are tied to the head, was an AttributeError: it has no bias."""
+    table, a = nn.Embedding(41, 6), make((7, 6))
+    given = (a["hidden"], a["actions"], a["rewards"])
+    loss = FusedLinearDQNLoss()(table, *given, table, a["next_hidden"])  # type: ignore[arg-type]
+    expected = fused_linear_dqn_loss(a["hidden"], table.weight, *given[1:], a["next_hidden"], table.weight)
+    assert torch.equal(loss, expected)  # type: ignore[arg-type]
+    for layers in ((table.weight, table), (table, nn.ReLU())):
+        name = "head" if layers[0] is not table else "next_head"
+        with pytest.raises(
+            TypeError, match=rf"^{name}: expected a layer with a weight, such as nn.Linear, got \w+; for"
+        ):
+            FusedLinearDQNLoss()(layers[0], *given, layers[1], a["next_hidden"])
+
+
 @pytest.mark.parametrize("setting_sparse", [False, True])
 def test_memory(setting: Setting, setting_sparse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """No matrix of n * A; with sparse gradients nothing of size A at all, and what is held does not grow with A."""
