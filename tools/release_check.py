@@ -134,6 +134,11 @@ class Environment:
         return self.run("-m", "pytest", *options, *LEFT_OUT, *files).splitlines()[-1]
 
 
+def interpreter(name: str) -> str:
+    """Absolute path of a Python; not resolved, as an environment's is a link."""
+    return os.path.abspath(shutil.which(name) or name)
+
+
 def numerical_tests() -> list[str]:
     spec = importlib.util.spec_from_file_location("anywhere", ROOT / "tests" / "anywhere.py")
     assert spec is not None
@@ -169,7 +174,7 @@ def main() -> None:
     for archive in (sdist, wheel, pure):
         shutil.copy(archive, dist)
 
-    for number, python in enumerate([sys.executable, *args.python]):
+    for number, python in enumerate([sys.executable, *map(interpreter, args.python)]):
         environment = Environment(out / f"wheel-{number}", python)
         environment.install(wheel)
         facts = environment.facts()
