@@ -4,6 +4,8 @@
 VENV ?= .venv
 PYTHON ?= python3
 PY := $(VENV)/bin/python
+# Python compiles the files that are imported; pip would compile all 12,000.
+PIP := $(PY) -m pip install --quiet --no-compile
 OUT ?= out
 CSRC := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 CPP := $(CSRC) $(wildcard bench/gpu_code/ptx/*/*.h bench/gpu_code/ptx/*/*.cpp)
@@ -22,8 +24,9 @@ PTX_TRITON := 3.6
 .PHONY: test suite interpret test-all test-anywhere ptx demo bench asan lint format pictures docs \
 	release-check environment install clean
 
-# All cores; of GPU code and of graphs a sample, which moves with DQN_FUSED_TEST_SEED (tests/conftest.py).
-PYTEST := $(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal
+# On all cores; of GPU code and of graphs a sample, which moves with DQN_FUSED_TEST_SAMPLE (tests/conftest.py).
+WORKERS := -n auto --maxprocesses 8 --dist worksteal
+PYTEST := $(PY) -m pytest $(WORKERS)
 test: $(READY) $(LINT) suite interpret
 
 suite: $(READY)
@@ -39,8 +42,9 @@ test-all: $(READY)
 
 # The numerical tests with other vector instructions, numbers of threads and seeds: twenty runs.
 SEEDS ?= 20
+FIRST ?= 1
 test-anywhere: $(READY)
-	$(PY) tests/anywhere.py --seeds $(SEEDS)
+	$(PY) tests/anywhere.py --seeds $(SEEDS) --first $(FIRST)
 
 # The suite on the PTX of the Triton kernels and of csrc/cuda, executed without a GPU: every case, on every target.
 PTX := $(PYTEST) --sample 1 -m ptx
@@ -66,10 +70,9 @@ asan: $(READY)
 		$(PY) -m pip install --quiet --no-deps --no-build-isolation --upgrade --target $(OUT)/asan .
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0:max_malloc_fill_size=1000000000 PYTHONPATH=$(OUT)/asan TORCHDYNAMO_DISABLE=1 \
-		$(VENV)/bin/pytest -q -m "not ptx" tests/test_compiled.py tests/test_loss.py tests/test_family.py tests/test_arguments.py \
-		tests/test_quantile.py tests/test_quantile_compiled.py \
-		tests/test_categorical.py tests/test_categorical_autograd.py \
-		tests/test_node.py \
+		$(VENV)/bin/pytest $(WORKERS) -q -m "not ptx" tests/test_compiled.py tests/test_loss.py tests/test_family.py \
+		tests/test_arguments.py tests/test_quantile.py tests/test_quantile_compiled.py tests/test_categorical.py \
+		tests/test_categorical_autograd.py tests/test_node.py \
 		-k "not torch-cpu and not torch_compile and not opcheck"
 
 lint: $(READY)
@@ -108,12 +111,12 @@ PACKAGES ?= torch
 environment:
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	grep -vE "^(torch|triton)[=>]" requirements-dev.txt > $(VENV)/requirements.txt
-	$(PY) -m pip install --quiet $(foreach package,$(PACKAGES),"$(package)") --requirement $(VENV)/requirements.txt
+	$(PIP) $(foreach package,$(PACKAGES),"$(package)") --requirement $(VENV)/requirements.txt
 
 $(VENV)/.ready: requirements-dev.txt requirements-extras.txt pyproject.toml setup.py dqn_fused/__init__.py $(CSRC)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --requirement requirements-dev.txt
-	$(PY) -m pip install --quiet --requirement requirements-extras.txt --constraint requirements-dev.txt \
+	$(PIP) --requirement requirements-dev.txt
+	$(PIP) --requirement requirements-extras.txt --constraint requirements-dev.txt \
 		|| echo "without requirements-extras.txt: tests and providers that need other libraries are left out"
 	$(PY) -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@

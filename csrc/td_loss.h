@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 namespace dqn_fused {
 
@@ -22,8 +23,8 @@ constexpr T INFINITE = std::numeric_limits<T>::infinity();
 template <class T>
 constexpr T NOT_A_NUMBER = std::numeric_limits<T>::quiet_NaN();
 
-// One value a sample, (n,), of any dtype and stride. Which dtype is asked at every element: the branch always goes the
-// same way, and it saves a kernel for each combination of dtypes.
+// One value for each sample, (n,), of any dtype and stride. The dtype is tested at every element: the branch always
+// goes the same way, and no kernel is needed for each combination of dtypes.
 struct Column {
   const void* data = nullptr;
   ScalarType type = ScalarType::Undefined;
@@ -90,7 +91,7 @@ enum Loss : int64_t { MSE = 0, HUBER = 1, SMOOTH_L1 = 2 };
 enum Target : int64_t { MAX = 0, SOFT = 1, MUNCHAUSEN = 2 };
 enum ValueTransform : int64_t { IDENTITY = 0, SIGNED_HYPERBOLIC = 1 };
 
-// What is computed of a batch: LossSpec of dqn_fused/options.py. Every branch on it always goes the same way.
+// What is computed from a batch: LossSpec of dqn_fused/options.py. Every branch on it always goes the same way.
 struct Options {
   int64_t loss = MSE;
   double delta = 1;
@@ -99,17 +100,21 @@ struct Options {
   bool cql = false;
   double cql_alpha = 0;
   int64_t value_transform = IDENTITY;
-
-  bool plain() const { return loss == MSE && target == MAX && !cql && value_transform == IDENTITY; }
 };
 
 // How many there are.
 constexpr size_t OPTIONS = 10;
 
-// Of numbers, as an op is given them.
-inline Options unpack(const double* x) {
-  const auto code = [](double value) { return static_cast<int64_t>(value); };
-  return {code(x[0]), x[1], code(x[2]), code(x[3]), x[4], x[5], x[6], x[7] != 0, x[8], code(x[9])};
+// From the n numbers that an op is given: the last ones are left out where they are the defaults.
+inline Options unpack(const double* x, size_t n) {
+  Options o;
+  const double* const end = x + n;
+  const auto read = [&](auto& option) {
+    if (x != end) option = static_cast<std::remove_reference_t<decltype(option)>>(*x++);
+  };
+  read(o.loss), read(o.delta), read(o.reduction), read(o.target), read(o.temperature), read(o.alpha), read(o.clip);
+  read(o.cql), read(o.cql_alpha), read(o.value_transform);
+  return o;
 }
 
 // A batch of n transitions. final is terminated, or with `compacted` the mask of the rows that are not final
@@ -122,7 +127,7 @@ struct Batch {
   double discount = 0;
   bool compacted = false;
 
-  // Whether anything is bootstrapped.
+  // Whether sample i bootstraps.
   C10_HOST_DEVICE bool live(int64_t i) const { return next_q && (!final || final.at<bool>(i) == compacted); }
 
   template <class T>
@@ -152,10 +157,10 @@ C10_HOST_DEVICE T signed_parabolic(T x) {
   return std::abs(x) == INFINITE<T> ? x : t * (std::abs(t) + 2);
 }
 
-// The Bellman target. Selected, not multiplied: what stands in a terminated row's next_q never reaches it.
+// The Bellman target. It is selected, not multiplied, so that the next_q of a terminated row never reaches it.
 template <class T>
 C10_HOST_DEVICE T bellman_target(T reward, bool live, T gamma, T next_value) {
-  const T bootstrapped = reward + gamma * next_value;  // on both ways, so that a loop over it vectorises
+  const T bootstrapped = reward + gamma * next_value;  // in either case, so that a loop vectorises
   return live ? bootstrapped : reward;
 }
 
@@ -166,27 +171,27 @@ C10_HOST_DEVICE T td_error(const Options& options, T taken, T reward, bool live,
   return taken - signed_hyperbolic(bellman_target(reward, live, gamma, signed_parabolic(next_value)));
 }
 
-// temperature * logsumexp(x / temperature) of a row in two parts, which are not added before a difference is taken: the
-// sum would round away what a row far from zero is about. The largest legal value, NaN where no action is legal, and
-// what the sum adds to it.
+// temperature * logsumexp(x / temperature) of a row in two parts: the largest legal value, NaN where no action is
+// legal, and what the sum adds to it. A difference is taken before they are added, as their sum would round away the
+// differences between actions in a row far from zero.
 template <class T>
 struct SoftValue {
   T largest, rest;
 
   C10_HOST_DEVICE T sum() const { return largest + rest; }
 
-  // Of a value over the sum.
+  // x minus the sum.
   C10_HOST_DEVICE T log_policy(T x) const { return (x - largest) - rest; }
 };
 
-// Of a row whose legal values' maximum is `largest`, and the sum of exp((x - largest) / temperature) `total`.
+// For a row whose largest legal value is `largest`; total is the sum of exp((x - largest) / temperature).
 template <class T>
 C10_HOST_DEVICE SoftValue<T> soft_value(T largest, T total, T temperature, bool masked) {
   if (std::abs(largest) < INFINITE<T>) return {largest, temperature * std::log(total)};
   return {masked && largest == -INFINITE<T> ? NOT_A_NUMBER<T> : largest, 0};
 }
 
-// What Munchausen adds to the reward: alpha * clip(temperature * log(policy of the action), clip, 0). NaN stays NaN.
+// The bonus of the Munchausen target: alpha * clip(temperature * log(policy of the action), clip, 0). NaN stays NaN.
 template <class T>
 C10_HOST_DEVICE T munchausen_bonus(const Options& options, T log_policy) {
   const T clip = static_cast<T>(options.clip);
@@ -202,7 +207,7 @@ C10_HOST_DEVICE T loss_value(const Options& options, T td) {
   return size < delta ? T(0.5) * td * td / delta : size - T(0.5) * delta;
 }
 
-// Its derivative: finite for an infinite TD error, but of the squared error.
+// Its derivative: finite for an infinite TD error, except with the squared error.
 template <class T>
 C10_HOST_DEVICE T loss_slope(const Options& options, T td) {
   if (options.loss == MSE) return 2 * td;
@@ -212,15 +217,15 @@ C10_HOST_DEVICE T loss_slope(const Options& options, T td) {
   return options.loss == HUBER ? td : td / delta;
 }
 
-// The gradient of a sample's loss by one of its Q-values, but for what scaled() multiplies it by. policy is 0 without
-// the conservative term, or where the action is illegal.
+// The gradient of a sample's loss by one of its Q-values, without the factors of scaled(). policy is 0 without the
+// conservative term, and where the action is illegal.
 template <class T>
 C10_HOST_DEVICE T slope_by_q(const Options& options, bool taken, T slope, T policy) {
   const T alpha = static_cast<T>(options.cql_alpha);
   return taken ? slope + alpha * (policy - 1) : alpha * policy;
 }
 
-// A slope times the upstream gradient and the weight of a sample, over what the sum of the losses is divided by.
+// A slope times the upstream gradient and the weight of a sample, over the divisor of the reduction.
 template <class T>
 C10_HOST_DEVICE T scaled(T slope, T upstream, const Column& weights, int64_t i, int64_t divisor) {
   slope *= upstream;

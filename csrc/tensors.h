@@ -1,5 +1,5 @@
-// From tensors of the stable ABI to td_loss.h's view of them. What does not fit is refused without many words: the
-// caller then asks dqn_fused/arguments.py, which finds the argument and names it.
+// From tensors of the stable ABI to the structures of td_loss.h. The errors are short: the caller then asks
+// dqn_fused/arguments.py, which names the argument, what was expected and what came.
 
 #pragma once
 
@@ -38,7 +38,7 @@ inline int32_t device_type(const Tensor& x) {
   return type;
 }
 
-// Sizes and strides; sizes() and strides() would each ask for the number of dimensions.
+// Sizes and strides; sizes() and strides() would each ask for the number of dimensions again.
 struct Layout {
   int64_t dim = 0;
   int64_t *size = nullptr, *stride = nullptr;
@@ -49,7 +49,7 @@ struct Layout {
   }
 };
 
-// Where the tensors must be.
+// The device on which the tensors must be.
 struct Place {
   int32_t type;
   int32_t index;
@@ -78,7 +78,7 @@ inline Matrix matrix(const char* name, const Tensor& x, const Place& place, bool
   return {values, size[0] * size[1], size[2], size[1], stride[0], stride[1], stride[2]};
 }
 
-// One that goes with another, if it is given; `allowed` says whether the options have a use for it.
+// A matrix that goes with another, if it is given; `allowed` says whether the options have a use for it.
 inline Matrix beside(const Matrix& other, const char* name, const std::optional<Tensor>& x, const Place& place,
                      bool flags, bool allowed) {
   if (!x) return {};
@@ -87,7 +87,7 @@ inline Matrix beside(const Matrix& other, const char* name, const std::optional<
   return found;
 }
 
-// What there is one of for each of the b.n samples, but for weights. `next` says whether there are next values.
+// The columns of the b.n samples, without the weights. `next` says whether there are next values.
 inline void columns(Batch& b, const Place& place, bool next, const Tensor& actions, const Tensor& rewards,
                     const std::optional<Tensor>& terminated, const std::optional<Tensor>& non_final_mask,
                     const std::optional<Tensor>& gammas, double gamma) {
@@ -116,26 +116,24 @@ inline void columns(Batch& b, const Place& place, bool next, const Tensor& actio
   }
 }
 
-inline Batch batch(const Tensor& q, const Tensor& actions, const Tensor& rewards, const Tensor* next_q,
-                   const std::optional<Tensor>& terminated, const std::optional<Tensor>& non_final_mask,
-                   const std::optional<Tensor>& gammas, double gamma) {
+// A batch as an op is given it. A matrix for which the options have no use is not ignored but refused, as by
+// check_batch.
+inline Batch batch(const Options& options, const Tensor& q, const Tensor& actions, const Tensor& rewards,
+                   const std::optional<Tensor>& next_q, const std::optional<Tensor>& terminated,
+                   const std::optional<Tensor>& non_final_mask, const std::optional<Tensor>& gammas, double gamma,
+                   const std::optional<Tensor>& next_q_online, const std::optional<Tensor>& next_action_mask,
+                   const std::optional<Tensor>& weights, const std::optional<Tensor>& target_q,
+                   const std::optional<Tensor>& action_mask) {
   const Place place(q);
+  const bool next = next_q.has_value(), munchausen = options.target == MUNCHAUSEN;
   Batch b;
   b.q = matrix("q", q, place);
   b.n = b.q.rows;
-  columns(b, place, next_q != nullptr, actions, rewards, terminated, non_final_mask, gammas, gamma);
-  if (next_q == nullptr) return b;
-  b.next_q = matrix("next_q", *next_q, place);
-  fits(b.next_q.A == b.q.A && (b.compacted ? b.next_q.rows <= b.n : b.next_q.rows == b.n), "next_q");
-  return b;
-}
-
-// What the plain loss has none of. Where a matrix is no use, it is not ignored but refused, as by check_batch.
-inline void extend(Batch& b, const Options& options, const Tensor& q, const std::optional<Tensor>& next_q_online,
-                   const std::optional<Tensor>& next_action_mask, const std::optional<Tensor>& weights,
-                   const std::optional<Tensor>& target_q, const std::optional<Tensor>& action_mask) {
-  const Place place(q);
-  const bool next = static_cast<bool>(b.next_q), munchausen = options.target == MUNCHAUSEN;
+  columns(b, place, next, actions, rewards, terminated, non_final_mask, gammas, gamma);
+  if (next) {
+    b.next_q = matrix("next_q", *next_q, place);
+    fits(b.next_q.A == b.q.A && (b.compacted ? b.next_q.rows <= b.n : b.next_q.rows == b.n), "next_q");
+  }
   b.next_online = beside(b.next_q, "next_q_online", next_q_online, place, false, next && options.target == MAX);
   b.next_legal = beside(b.next_q, "next_action_mask", next_action_mask, place, true, next);
   b.target_q = beside(b.q, "target_q", target_q, place, false, munchausen);
@@ -145,50 +143,48 @@ inline void extend(Batch& b, const Options& options, const Tensor& q, const std:
     b.weights = column("weights", *weights, b.n, place);
     fits(floating(b.weights.type), "weights");
   }
+  return b;
 }
 
-// What a backward is given. With the conservative term q and normaliser, and its mask if there was one.
+// What a backward is given: q, and its mask if there was one, only with the conservative term.
 struct Saved {
   Column actions, weights;
   Matrix q, legal;
   int64_t n = 0, A = 0;
 };
 
-inline Saved saved(const Tensor& grad_loss, const Tensor& td, const Tensor& actions, int64_t A, ScalarType type,
-                   int64_t reduction) {
-  const Place place(td);
+inline Saved saved(const Options& options, const Tensor& grad_loss, const Tensor& td_error, const Tensor& actions,
+                   const std::optional<Tensor>& weights, const std::optional<Tensor>& normaliser,
+                   const std::optional<Tensor>& q, const std::optional<Tensor>& action_mask, int64_t A,
+                   ScalarType dtype) {
+  const Place place(td_error);
   Saved s;
-  s.n = td.numel();
+  s.n = td_error.numel();
   s.A = A;
   s.actions = column("actions", actions, s.n, place);
   fits(integer(s.actions.type), "actions");
-  fits(A > 0 && floating(type) && td.scalar_type() == accumulation_type(type) && td.is_contiguous(), "td_error");
-  fits(place.holds(grad_loss) && grad_loss.scalar_type() == td.scalar_type() && grad_loss.is_contiguous() &&
-           grad_loss.numel() == (reduction == NONE ? s.n : 1),
+  fits(A > 0 && floating(dtype) && td_error.scalar_type() == accumulation_type(dtype) && td_error.is_contiguous(),
+       "td_error");
+  fits(place.holds(grad_loss) && grad_loss.scalar_type() == td_error.scalar_type() && grad_loss.is_contiguous() &&
+           grad_loss.numel() == (options.reduction == NONE ? s.n : 1),
        "grad_loss");
-  return s;
-}
-
-inline void extend(Saved& s, const Options& options, const Tensor& td, ScalarType type,
-                   const std::optional<Tensor>& weights, const std::optional<Tensor>& normaliser,
-                   const std::optional<Tensor>& q, const std::optional<Tensor>& action_mask) {
-  const Place place(td);
   if (weights) {
     s.weights = column("weights", *weights, s.n, place);
     fits(floating(s.weights.type), "weights");
   }
   const bool dense = options.cql_alpha != 0;
   fits(dense == q.has_value() && dense == normaliser.has_value() && (dense || !action_mask), "q");
-  if (!dense) return;
+  if (!dense) return s;
   s.q = matrix("q", *q, place);
-  fits(s.q.rows == s.n && s.q.A == s.A && s.q.values.type == type, "q");
+  fits(s.q.rows == s.n && s.q.A == s.A && s.q.values.type == dtype, "q");
   s.legal = beside(s.q, "action_mask", action_mask, place, true, true);
-  fits(place.holds(*normaliser) && normaliser->scalar_type() == td.scalar_type() && normaliser->is_contiguous() &&
+  fits(place.holds(*normaliser) && normaliser->scalar_type() == td_error.scalar_type() && normaliser->is_contiguous() &&
            normaliser->numel() == 2 * s.n,
        "normaliser");
+  return s;
 }
 
-// The shim itself: torch::stable::empty looks the operator up by name, 1 us a tensor.
+// Calls the shim itself: torch::stable::empty looks the operator up by name, which takes 1 us.
 inline Tensor empty(std::initializer_list<int64_t> size, ScalarType type, const Tensor& like) {
   int64_t stride[3] = {1, 1, 1};
   for (size_t k = size.size(); k-- > 1;) stride[k - 1] = stride[k] * std::max<int64_t>(size.begin()[k], 1);

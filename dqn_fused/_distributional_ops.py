@@ -4,13 +4,10 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
-from dqn_fused._ops import loss_like, on_one_device
-from dqn_fused.arguments import accumulation_dtype
+from dqn_fused._ops import ARGUMENTS, loss_like, on_one_device
+from dqn_fused.arguments import NOT_DISTRIBUTIONAL, accumulation_dtype
 
-DISTRIBUTIONS = (
-    "Tensor q, Tensor actions, Tensor rewards, Tensor? next_q, Tensor? terminated, Tensor? non_final_mask, "
-    "Tensor? gammas, float gamma, Tensor? next_q_online, Tensor? next_action_mask, Tensor? weights"
-)
+DISTRIBUTIONS = ", ".join(ARGUMENTS[: -len(NOT_DISTRIBUTIONAL)])
 CATEGORICAL = "Tensor? support, float v_min, float v_max, float sigma, int reduction, bool check"
 QUANTILE = "Tensor? taus, float kappa, bool mean, int reduction, bool check"
 

@@ -1,116 +1,79 @@
-"""Schemas and fakes of the compiled ops; the libraries built from csrc/ add the kernels.
+"""Schemas and fakes of the ops; the libraries built from csrc/ add the kernels, and triton_ops.py its own.
 
-The plain loss has ops of its own: a boxed call of 10 arguments costs 2.8 us, and one of 22 costs 5.6. The general ops
-take the options as options.packed has them: options: a LossSpec in numbers.
+Their arguments follow from arguments.Batch and autograd.Saved. The options come as options.packed has them.
 """
 
 import torch
 from torch import Tensor
 from torch.library import Library
 
-from dqn_fused.arguments import accumulation_dtype
+from dqn_fused.arguments import Batch, accumulation_dtype
+from dqn_fused.autograd import Saved
 from dqn_fused.options import REDUCTIONS as REDUCTIONS
 from dqn_fused.options import unpacked
 
-BATCH = (
-    "Tensor q, Tensor actions, Tensor rewards, Tensor next_q, Tensor? terminated, Tensor? non_final_mask, "
-    "Tensor? gammas, float gamma"
-)
-GENERAL_BATCH = BATCH.replace("Tensor next_q", "Tensor? next_q") + (
-    ", Tensor? next_q_online, Tensor? next_action_mask, Tensor? weights, Tensor? target_q, Tensor? action_mask"
-)
+KINDS = {Tensor: "Tensor", Tensor | None: "Tensor?", float | Tensor: "float"}
+# The fields of a batch as arguments, in the order of Batch.flat.
+ARGUMENTS = [
+    declared or "Tensor? gammas"
+    for declared in Batch(*(f"{KINDS.get(kind)} {name}" for name, kind in Batch.__annotations__.items())).flat()  # type: ignore[arg-type]
+]
+SAVED = [f"{KINDS[kind]} {name}" for name, kind in Saved.__annotations__.items() if kind in KINDS]
+
 _library = Library("dqn_fused", "DEF")
-_library.define(f"td_loss({BATCH}, int reduction, bool check) -> (Tensor loss, Tensor td_error)")
-_library.define(
-    f"td_loss_and_grad({BATCH}, int reduction, bool check) -> (Tensor loss, Tensor grad_q, Tensor td_error)"
-)
-_library.define(
-    "td_loss_backward(Tensor grad_loss, Tensor td_error, Tensor actions, int A, ScalarType dtype, int reduction) "
-    "-> Tensor grad_q"
-)
-# normaliser is (2, n), and empty, (0,), without the conservative term. The Triton ops are for torch.compile, which
-# calls a launch from its graph without a look into it, and check no values.
-for _kind, _check in (("general", ", bool check"), ("triton", "")):
+# normaliser is (2, n), and None without the conservative term. check: whether an op on the CPU looks at the values. The
+# Triton ops are for torch.compile, whose graph calls a launch as a whole, and never look.
+for _kind in ("", "triton_"):
+    _given = f"{', '.join(ARGUMENTS)}, float[] options, bool check"
+    _library.define(f"{_kind}td_loss({_given}) -> (Tensor loss, Tensor td_error, Tensor? normaliser)")
     _library.define(
-        f"{_kind}_td_loss({GENERAL_BATCH}, float[] options{_check}) "
-        "-> (Tensor loss, Tensor td_error, Tensor normaliser)"
+        f"{_kind}td_loss_and_grad({_given}) -> (Tensor loss, Tensor grad_q, Tensor td_error, Tensor? normaliser)"
     )
     _library.define(
-        f"{_kind}_td_loss_and_grad({GENERAL_BATCH}, float[] options{_check}) "
-        "-> (Tensor loss, Tensor grad_q, Tensor td_error, Tensor normaliser)"
+        f"{_kind}td_loss_backward(Tensor grad_loss, {', '.join(SAVED)}, int A, ScalarType dtype, float[] options) "
+        "-> Tensor grad_q"
     )
-    _library.define(
-        f"{_kind}_td_loss_backward(Tensor grad_loss, Tensor td_error, Tensor actions, Tensor? weights, "
-        "Tensor? normaliser, Tensor? q, Tensor? action_mask, int A, ScalarType dtype, "
-        "float[] options) -> Tensor grad_q"
-    )
-# first is empty, (0,), but for "argmax", and total but for "soft".
+# first is empty, (0,), except with "argmax", total except with "soft", and taken except with actions.
 for _kind, _more in (("", ""), ("triton_", ", bool auto")):
     _library.define(
-        f"{_kind}sweep(Tensor hidden, Tensor weight, Tensor? bias, Tensor? mask, str kind, float temperature{_more}) "
-        "-> (Tensor largest, Tensor first, Tensor total)"
+        f"{_kind}sweep(Tensor hidden, Tensor weight, Tensor? bias, Tensor? mask, str kind, float temperature{_more}, "
+        "Tensor? actions=None) -> (Tensor largest, Tensor first, Tensor total, Tensor taken)"
     )
-# taken and policy are coefficients; a gradient that needs says no of is empty, (0,).
+# taken and policy are coefficients; a gradient that is not needed is empty, (0,).
 for _kind, _more in (("", ""), ("triton_", ", bool auto")):
     _library.define(
         f"{_kind}sweep_backward(Tensor hidden, Tensor weight, Tensor? bias, Tensor? mask, Tensor largest, "
         f"Tensor policy, Tensor actions, Tensor taken, bool[] needs{_more}) "
         "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
     )
-# Of torch.compile alone, whose own code for a sum by index adds by atomics on a GPU.
+# Only for torch.compile, whose own code for a sum by index uses atomics on a GPU.
 _library.define("add_rows(Tensor values, Tensor index, int A, ScalarType dtype) -> Tensor")
-NAMES = tuple(f"{kind}td_loss{what}" for kind in ("", "general_", "triton_") for what in ("", "_and_grad", "_backward"))
+NAMES = tuple(f"{kind}td_loss{what}" for kind in ("", "triton_") for what in ("", "_and_grad", "_backward"))
 for _name in (*NAMES, "sweep", "triton_sweep", "sweep_backward", "triton_sweep_backward", "add_rows"):
     # Autograd stops here: TDLoss has the derivative, and loss_and_grad gives it.
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 
 @torch.library.register_fake("dqn_fused::td_loss", lib=_library)
-def _td_loss(q: Tensor, actions: Tensor, rewards: Tensor, next_q: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-    *others, _, reduction, _ = rest
-    on_one_device(q, actions, rewards, next_q, *others)
-    return loss_like(q, actions, reduction), _per_sample(q, actions)
-
-
-@torch.library.register_fake("dqn_fused::td_loss_and_grad", lib=_library)
-def _td_loss_and_grad(
-    q: Tensor, actions: Tensor, rewards: Tensor, next_q: Tensor, *rest: object
-) -> tuple[Tensor, Tensor, Tensor]:
-    loss, td_error = _td_loss(q, actions, rewards, next_q, *rest)
-    return loss, q.new_empty((actions.shape[0], q.shape[-1])), td_error
-
-
-@torch.library.register_fake("dqn_fused::td_loss_backward", lib=_library)
-def _td_loss_backward(
-    grad_loss: Tensor, td_error: Tensor, actions: Tensor, A: int, dtype: torch.dtype, reduction: int
-) -> Tensor:
-    return td_error.new_empty((actions.shape[0], A), dtype=dtype)
-
-
 @torch.library.register_fake("dqn_fused::triton_td_loss", lib=_library)
-def _general_td_loss(q: Tensor, actions: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
-    *others, options = rest
+def _td_loss(q: Tensor, actions: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor | None]:
+    *others, options, _ = rest
     on_one_device(q, actions, *others)
     spec = unpacked(options)  # type: ignore[arg-type]
-    normaliser = q.new_empty((2, actions.shape[0]) if spec.cql else (0,), dtype=accumulation_dtype(q))
+    normaliser = q.new_empty((2, actions.shape[0]), dtype=accumulation_dtype(q)) if spec.cql else None
     return loss_like(q, actions, REDUCTIONS[spec.reduction]), _per_sample(q, actions), normaliser
 
 
+@torch.library.register_fake("dqn_fused::td_loss_and_grad", lib=_library)
 @torch.library.register_fake("dqn_fused::triton_td_loss_and_grad", lib=_library)
-def _general_td_loss_and_grad(q: Tensor, actions: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    loss, td_error, normaliser = _general_td_loss(q, actions, *rest)
+def _td_loss_and_grad(q: Tensor, actions: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    loss, td_error, normaliser = _td_loss(q, actions, *rest)
     return loss, q.new_empty((actions.shape[0], q.shape[-1])), td_error, normaliser
 
 
-for _name, _fake in (("td_loss", _general_td_loss), ("td_loss_and_grad", _general_td_loss_and_grad)):
-    torch.library.register_fake(
-        f"dqn_fused::general_{_name}", lambda *given, fake=_fake: fake(*given[:-1]), lib=_library
-    )
-
-
-@torch.library.register_fake("dqn_fused::general_td_loss_backward", lib=_library)
+@torch.library.register_fake("dqn_fused::td_loss_backward", lib=_library)
 @torch.library.register_fake("dqn_fused::triton_td_loss_backward", lib=_library)
-def _general_td_loss_backward(grad_loss: Tensor, td_error: Tensor, actions: Tensor, *rest: object) -> Tensor:
+def _td_loss_backward(grad_loss: Tensor, td_error: Tensor, actions: Tensor, *rest: object) -> Tensor:
     *_, A, dtype, _ = rest
     return td_error.new_empty((actions.shape[0], A), dtype=dtype)  # type: ignore[call-overload]
 
@@ -118,14 +81,23 @@ def _general_td_loss_backward(grad_loss: Tensor, td_error: Tensor, actions: Tens
 @torch.library.register_fake("dqn_fused::sweep", lib=_library)
 @torch.library.register_fake("dqn_fused::triton_sweep", lib=_library)
 def _sweep(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, kind: str, *rest: object
-) -> tuple[Tensor, Tensor, Tensor]:
-    on_one_device(hidden, weight, bias, mask)
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    kind: str,
+    temperature: float,
+    *rest: object,
+    actions: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    actions = next((x for x in rest if isinstance(x, Tensor)), actions)  # behind auto, if there is one
+    on_one_device(hidden, weight, bias, mask, actions)
     m, dtype = hidden.shape[0], accumulation_dtype(hidden)
     return (
         hidden.new_empty((m,), dtype=dtype),
         hidden.new_empty((m if kind == "argmax" else 0,), dtype=torch.int64),
         hidden.new_empty((m if kind == "soft" else 0,), dtype=dtype),
+        hidden.new_empty((0 if actions is None else m,), dtype=dtype),
     )
 
 
@@ -158,7 +130,7 @@ def _add_rows(values: Tensor, index: Tensor, A: int, dtype: torch.dtype) -> Tens
 
 
 def on_one_device(q: Tensor, *others: object) -> None:
-    """Check that no other tensor is elsewhere than q."""
+    """Check that all tensors are on the device of q."""
     for x in others:
         if isinstance(x, Tensor) and x.device != q.device:
             raise RuntimeError(f"expected all tensors on {q.device}, as q, got {x.device}")
@@ -169,16 +141,13 @@ def _per_sample(q: Tensor, actions: Tensor) -> Tensor:
 
 
 def loss_like(q: Tensor, actions: Tensor, reduction: object) -> Tensor:
-    """Fake of a loss, () or (n,)."""
+    """The fake of a loss, () or (n,)."""
     return _per_sample(q, actions) if reduction == REDUCTIONS["none"] else q.new_empty((), dtype=accumulation_dtype(q))
 
 
 td_loss = torch.ops.dqn_fused.td_loss.default
 td_loss_and_grad = torch.ops.dqn_fused.td_loss_and_grad.default
 td_loss_backward = torch.ops.dqn_fused.td_loss_backward.default
-general_td_loss = torch.ops.dqn_fused.general_td_loss.default
-general_td_loss_and_grad = torch.ops.dqn_fused.general_td_loss_and_grad.default
-general_td_loss_backward = torch.ops.dqn_fused.general_td_loss_backward.default
 triton_td_loss = torch.ops.dqn_fused.triton_td_loss.default
 triton_td_loss_and_grad = torch.ops.dqn_fused.triton_td_loss_and_grad.default
 triton_td_loss_backward = torch.ops.dqn_fused.triton_td_loss_backward.default

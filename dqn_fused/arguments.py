@@ -1,4 +1,4 @@
-"""The one place that checks arguments: user's tensors in, a flat and immutable description of the batch out."""
+"""The one place that checks arguments: it makes a flat, immutable description of the batch from the user's tensors."""
 
 import os
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -32,15 +32,15 @@ UNCHECKED = torch.Size((-1,))  # shape of a batch before the checks: one dimensi
 
 
 class Batch(NamedTuple):
-    """A batch of n = prod(N) transitions, as the user gave it and, checked and flattened, as a backend takes it.
+    """A batch of n = prod(N) transitions, first as the user gave it, then checked and flattened, as a backend takes it.
 
-    The shapes are those of a checked one, whose per-sample tensors are contiguous and one-dimensional. It has methods
-    and no properties: those of a named tuple Dynamo does not trace in torch 2.10.
+    The shapes below are those of a checked batch, whose per-sample tensors are contiguous and one-dimensional. It has
+    methods and no properties, because Dynamo does not trace properties of a named tuple in torch 2.10.
     """
 
     q: Tensor  # (n, A), or (outer, inner, A) where the leading dimensions do not merge
     actions: Tensor  # (n,)
-    rewards: Tensor  # (n,); the target itself where there is no next_q
+    rewards: Tensor  # (n,); without next_q the target itself
     next_q: Tensor | None  # as q, or (m, A) with non_final_mask
     terminated: Tensor | None = None  # (n,)
     gamma: float | Tensor = 0.0  # number, () or (n,)
@@ -51,23 +51,32 @@ class Batch(NamedTuple):
     target_q: Tensor | None = None  # as q
     action_mask: Tensor | None = None  # as q
     shape: torch.Size = UNCHECKED  # N
-    checked: Tensor | None = None  # (n,), to be filled with the actions, -1 if non_final_mask has not m true entries
+    checked: Tensor | None = None  # (n,), filled with the actions, or with -1 if non_final_mask does not fit next_q
+
+    def flat(self) -> tuple[Any, ...]:
+        """The fields as an op takes them, without shape and checked. gamma is two: a tensor or None, and a number."""
+        q, actions, rewards, next_q, terminated, gamma, non_final_mask, *rest = self
+        gammas, number = (gamma, 0.0) if isinstance(gamma, Tensor) else (None, gamma)
+        return (q, actions, rewards, next_q, terminated, non_final_mask, gammas, number, *rest[:-2])
 
     def action_count(self) -> int:
         """Number of actions."""
         return self.q.shape[-1]
 
     def saved_actions(self) -> Tensor:
-        """What the backward takes for actions once the forward has run."""
+        """The actions that the backward uses once the forward has run."""
         return self.actions if self.checked is None else self.checked
 
     def next_count(self) -> int:
-        """Number of next states, where non_final_mask leaves some out."""
+        """Number of rows of next_q."""
         return 0 if self.next_q is None else self.next_q.shape[0]
 
 
+NOT_DISTRIBUTIONAL = ("target_q", "action_mask")  # the last fields that an op takes: of the scalar losses only
+
+
 class Reduced(Protocol):
-    """What is computed from a batch, of any family: one of its options is the reduction."""
+    """What is computed from a batch, for any family of losses: one of its options is the reduction."""
 
     @property
     def reduction(self) -> str:
@@ -123,13 +132,13 @@ def check_batch(batch: Batch, spec: LossSpec) -> Batch:
 
 
 def constants(batch: Batch) -> Batch:
-    """The batch with everything but q detached: no_grad would not stop a tangent of forward mode."""
+    """The batch with everything except q detached: no_grad would not stop a tangent of forward mode."""
     detached: dict[str, Any] = {name: x.detach() for name, x in batch._asdict().items() if isinstance(x, Tensor)}
     return batch._replace(**detached | {"q": batch.q})
 
 
 def check_double(name: str, spec: LossSpec) -> None:
-    """Check that the target has one action to choose."""
+    """Check that the target chooses one action."""
     if spec.target != "max":
         raise ValueError(
             f"{name}: expected None with target {spec.target!r}: double DQN chooses one action, the soft value "
@@ -138,7 +147,7 @@ def check_double(name: str, spec: LossSpec) -> None:
 
 
 def check_action_mask(spec: LossSpec) -> None:
-    """Check that the loss sums over the actions of the state itself."""
+    """Check that the loss has a sum over the actions of the state itself."""
     if spec.target != "munchausen" and not spec.cql:
         raise ValueError(
             "action_mask: expected None: without target='munchausen' or cql_alpha no sum over the actions of s is "
@@ -149,7 +158,7 @@ def check_action_mask(spec: LossSpec) -> None:
 def check_samples(
     batch: Batch, shape: torch.Size, device: torch.device, like: str
 ) -> tuple[Tensor, Tensor, Tensor | None, float | Tensor, Tensor | None, Tensor | None]:
-    """Check and flatten what there is one of for each sample: actions, rewards, terminated, gamma, mask, weights."""
+    """Check and flatten the per-sample arguments: actions, rewards, terminated, gamma, mask, weights."""
     _, actions, rewards, next_q, terminated, gamma, mask, _, _, weights, *_ = batch
     actions = per_sample("actions", actions, INTEGERS, shape, device, like)
     if actions.dtype in WIDE_UNSIGNED:
@@ -199,12 +208,12 @@ def check_group(process_group: "dist.ProcessGroup", spec: Reduced) -> None:
 def normalise_weights(
     batch: Batch, spec: SpecT, process_group: "dist.ProcessGroup | None" = None
 ) -> tuple[Batch, SpecT]:
-    """Turn the weighted mean into a sum with weights that add up to one, so that no backend need know of it.
+    """Turn the weighted mean into a sum with weights that add up to one, so that no backend needs to know of it.
 
-    In a process group they add up to one on average over its ranks, as gradients are averaged over them.
+    In a process group they add up to one on average over its ranks, because gradients are averaged over the ranks.
     """
     weights, dtype = batch.weights, accumulation_dtype(batch.q)
-    if process_group is not None:  # even a rank without a sample must take part
+    if process_group is not None:  # a rank without a sample takes part, too
         weights = batch.q.new_ones(batch.actions.shape, dtype=dtype) if weights is None else weights.to(dtype)
         total = weights.detach().sum()
         dist.all_reduce(total, group=process_group)
@@ -217,12 +226,12 @@ def normalise_weights(
 
 
 def check_values(batch: Batch, A: int | None, m: int, next_name: str = "next_q", counts_mask: bool = False) -> Batch:
-    """Check what only the values tell: actions inside [0, A), if A is known, and m true entries in non_final_mask.
+    """Check what only the values show: actions inside [0, A), if A is known, and m true entries in non_final_mask.
 
-    On the CPU, and on any device under ``DQN_FUSED_CHECK=1``, a violation is an IndexError. Elsewhere looking would
-    cost a synchronisation: an illegal action is left to the backend (td is NaN, the gradient row zero), and a wrong
-    mask makes every action illegal, if need be in the backend, which then counts_mask. Inside torch.compile nothing is
-    looked at: a raise would break the graph.
+    On the CPU, and on any device with ``DQN_FUSED_CHECK=1``, a violation is an IndexError. Elsewhere reading the values
+    would cost a synchronisation: an illegal action is left to the backend (td is NaN, the gradient row zero), and a
+    wrong mask makes every action illegal, either here or, with counts_mask, in the backend. Inside torch.compile no
+    value is read: a raise would break the graph.
     """
     mask = batch.non_final_mask
     if not looks_at_values(batch.actions.device):
@@ -241,17 +250,17 @@ def check_values(batch: Batch, A: int | None, m: int, next_name: str = "next_q",
 
 
 def check_actions(batch: Batch, A: int) -> None:
-    """Check that the actions, looked at, are inside [0, A)."""
+    """Check that the values of the actions are inside [0, A)."""
     low, high = action_range(batch)
     if low < 0 or high >= A:
-        actions = batch.actions.to(torch.int64)  # A need not fit the actions' own dtype
+        actions = batch.actions.to(torch.int64)  # A may not fit the dtype of the actions
         row = int(((actions < 0) | (actions >= A)).int().argmax())
         where = row_index(row, batch.shape)
         raise IndexError(f"actions: expected values in [0, {A}), got {int(batch.actions[row])} in row {where}")
 
 
 def action_range(batch: Batch) -> tuple[int, int]:
-    """Lowest and highest of the actions, of none (0, 0)."""
+    """Lowest and highest action; (0, 0) if there is none."""
     if not batch.actions.numel():
         return 0, 0
     low, high = torch.aminmax(batch.actions)
@@ -259,9 +268,14 @@ def action_range(batch: Batch) -> tuple[int, int]:
 
 
 def looks_at_values(device: torch.device) -> bool:
-    """Whether check_values looks, so that everything behind it may rely on legal actions."""
-    if torch.compiler.is_compiling():
+    """Whether check_values looks at the values, so that everything after it may rely on legal actions."""
+    if torch.compiler.is_compiling() or torch._C._get_dispatch_mode(_FAKE) is not None:
         return False
-    if device.type == "meta" or torch._C._get_dispatch_mode(_FAKE) is not None:  # shapes without values
-        return False
-    return device == CPU or os.environ.get("DQN_FUSED_CHECK", "0") not in ("", "0")
+    if device == CPU:  # device.type makes a string, which takes as long as all the rest
+        return True
+    return device.type != "meta" and asked_to_check()
+
+
+def asked_to_check() -> bool:
+    """Whether ``DQN_FUSED_CHECK`` asks for the checks that take time."""
+    return os.environ.get("DQN_FUSED_CHECK", "0") not in ("", "0")

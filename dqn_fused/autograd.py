@@ -12,18 +12,18 @@ from dqn_fused.checks import rows
 from dqn_fused.kernels.launch import NARROW
 from dqn_fused.reference import legal_actions, legal_values
 
-# What torch.autograd.Function.apply itself asks.
+# The test that torch.autograd.Function.apply makes.
 inside_transform = torch._C._are_functorch_transforms_active
 
 
 class Saved(NamedTuple):
-    """What a backward needs: (n,) values, and with the conservative term q itself, which is not copied."""
+    """What a backward needs: (n,) values, and with the conservative term q itself, without a copy."""
 
     td_error: Tensor  # N
     actions: Tensor  # (n,)
     weights: Tensor | None  # (n,)
-    # With the conservative term only, as the two below: (2, N), the largest of the legal q and the log of the sum of
-    # exp(q - largest). Their sum, logsumexp(q), would round exp(q - sum) by |q| eps.
+    # Only with the conservative term, as the two below: (2, N), the largest legal q and the log of the sum of
+    # exp(q - largest). Their sum, logsumexp(q), would give exp(q - sum) a rounding error of |q| eps.
     normaliser: Tensor | None
     q: Tensor | None  # (n, A) or (outer, inner, A)
     action_mask: Tensor | None  # as q
@@ -40,8 +40,8 @@ class Saved(NamedTuple):
 
 
 def td_loss(batch: Batch, spec: LossSpec, backend: ModuleType, q: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Run a backend's forward: through TDLoss where q, whose rows batch.q holds, asks for a gradient."""
-    # Forward-mode too: TDLoss has no rule for it and says so, where a backend would drop the tangent in silence.
+    """Run a backend's forward, through TDLoss where q, whose rows batch.q holds, requires a gradient."""
+    # In forward mode, too: TDLoss has no rule for it and says so, whereas a backend would silently drop the tangent.
     forward_mode = forward_ad._current_level >= 0
     if forward_mode and torch.compiler.is_compiling():
         refuse_forward_mode()
@@ -55,28 +55,29 @@ def td_loss(batch: Batch, spec: LossSpec, backend: ModuleType, q: Tensor) -> tup
 def apart(td_error: Tensor) -> Tensor:
     """TD errors for the user, without gradient.
 
-    In a graph of torch.compile a copy: there autograd does not see that what the backward needs is changed in place.
+    In a graph of torch.compile they are a copy: there autograd does not notice when what a backward needs is changed in
+    place.
     """
     return td_error.detach().clone() if torch.compiler.is_compiling() else td_error.detach()
 
 
 def refuse_tangent(x: Tensor) -> None:
-    """Raise where forward mode differentiates by x, and no rule of autograd would see it."""
+    """Raise where forward mode differentiates by x, which no rule of autograd would notice."""
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
         refuse_forward_mode()
 
 
 def refuse_forward_mode() -> NoReturn:
-    """Raise where a tangent would be dropped in silence."""
+    """Raise where a tangent would be silently dropped."""
     raise NotImplementedError("forward mode (jvp) is not implemented; reverse mode is: backward, torch.func.grad")
 
 
 class TDLoss(torch.autograd.Function):
     """(loss, td_error) of a batch, and the normaliser if it is asked for; only q receives a gradient.
 
-    loss and td_error are differentiable inside the graph. A plain backward runs the backend's kernel; a backward that
-    is itself recorded (create_graph) is written in differentiable operations on the saved td_error, whose own
-    derivative leads back here. So the second order is right, and q need not be saved but for the conservative term.
+    loss and td_error are differentiable inside the graph. An ordinary backward runs the backend's kernel. A backward
+    that is itself recorded (create_graph) consists of differentiable operations on the saved td_error, whose own
+    derivative leads back here. So the second order is right, and only the conservative term needs q to be saved.
     """
 
     @staticmethod
@@ -88,7 +89,7 @@ class TDLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:
-        """Dense gradient of q: zero but for the action taken in each row, and the softmax of the conservative term."""
+        """Dense gradient of q: zero except at the action taken in each row, plus that of the conservative term."""
         grad_loss, grad_td_error, *_ = grads
         q_shape, q_dtype, spec, backend = ctx.about
         normaliser = q = mask = None
@@ -98,7 +99,7 @@ class TDLoss(torch.autograd.Function):
             td_error, actions, *given = ctx.saved_tensors
             weights = given[0] if given else None
         saved = Saved(td_error, actions, weights, normaliser, q, mask, q_shape, q_dtype)
-        # Traced by torch.compile, grad mode is on and grad_td_error zeros; PyTorch refuses a second order there.
+        # While torch.compile traces, grad mode is on and grad_td_error is zeros; PyTorch refuses a second order there.
         recorded = torch.is_grad_enabled() or grad_td_error is not None or inside_transform()
         if recorded and not torch.compiler.is_compiling():
             return differentiable_backward(grad_loss, grad_td_error, saved, spec), None, None, None
@@ -128,7 +129,7 @@ def save(
 def differentiable_backward(
     grad_loss: Tensor | None, grad_td_error: Tensor | None, saved: Saved, spec: LossSpec
 ) -> Tensor | None:
-    """Gradient of q by what comes upstream of loss and TD errors, in operations that can be differentiated."""
+    """Gradient of q for the upstream gradients of the loss and the TD errors, in differentiable operations."""
     terms = [] if grad_td_error is None else [scatter_taken(grad_td_error, saved)]
     if grad_loss is not None:
         terms.append(loss_gradient(grad_loss, saved, spec))
@@ -138,7 +139,7 @@ def differentiable_backward(
 
 
 def loss_gradient(grad_loss: Tensor, saved: Saved, spec: LossSpec) -> Tensor:
-    """Gradient of the reduced loss by q, of q's shape, in operations that can be differentiated once more."""
+    """Gradient of the reduced loss by q, of q's shape, in differentiable operations."""
     td = saved.td_error
     scale = _scale(grad_loss, saved, spec)
     coefficient = td_loss_slope(td, spec) * scale
@@ -158,7 +159,7 @@ def loss_gradient(grad_loss: Tensor, saved: Saved, spec: LossSpec) -> Tensor:
 
 
 def td_loss_slope(td: Tensor, spec: LossSpec) -> Tensor:
-    """Derivative of the loss of a sample by its TD error."""
+    """Derivative of a sample's loss by its TD error."""
     if spec.loss == "mse":
         return 2 * td
     if spec.loss == "huber":
@@ -169,16 +170,16 @@ def td_loss_slope(td: Tensor, spec: LossSpec) -> Tensor:
 
 
 def _scale(grad_loss: Tensor, saved: Saved, spec: LossSpec) -> Tensor:
-    """What the reduction and the weights make of the upstream gradient, N or ()."""
+    """The upstream gradient times the factors of the reduction and the weights, N or ()."""
     td = saved.td_error
     scale = grad_loss / max(td.numel(), 1) if spec.reduction == "mean" else grad_loss
     return scale if saved.weights is None else scale * saved.weights.to(td.dtype).view(td.shape)
 
 
 def _stores_densely(saved: Saved) -> bool:
-    """Whether a graph writes the gradient in one pass: a scatter is one of zeros and another one.
+    """Whether a graph writes the gradient in one pass: a scatter takes a second one, after that of the zeros.
 
-    Comparing each action takes longer than writing zeros where a row is long and a core does it.
+    On a CPU, comparing each action of a long row takes longer than writing zeros.
     """
     return saved.q_shape[-1] <= NARROW or saved.td_error.device.type != "cpu"
 
@@ -195,5 +196,5 @@ def scatter_taken(coefficient: Tensor, saved: Saved, dtype: torch.dtype | None =
     index = index.view(*q_shape[:-1], 1)
     value = coefficient.to(dtype or saved.q_dtype).view(index.shape)
     zeros = value.new_zeros(q_shape)
-    # In place nothing is copied, but vmap has no rule for it.
+    # In place nothing is copied, but vmap has no rule for that.
     return zeros.scatter(-1, index, value) if inside_transform() else zeros.scatter_(-1, index, value)

@@ -2,32 +2,24 @@
 
 from typing import TYPE_CHECKING, NoReturn
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from dqn_fused import hints
 from dqn_fused.categorical import fused_categorical_loss, fused_categorical_td_loss
 from dqn_fused.categorical_arguments import Support, check_categorical_options, check_even
+from dqn_fused.loss_module import LossModule
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class _OnSupport(nn.Module):
-    """Keeps a support: two numbers, or a tensor, which becomes a buffer and moves with the module."""
+class _OnSupport(LossModule):
+    """Keeps a support: two numbers, or a tensor, which must be evenly spaced."""
 
-    support: Support
-
-    def _keep(self, support: Support) -> None:
-        if isinstance(support, Tensor):
-            check_even(support)
-            self.register_buffer("support", support)
-        else:
-            self.support = support
-
-    def _support(self) -> str:
-        if isinstance(self.support, Tensor):
-            return f"support={len(self.support)} atoms from {self.support[0]:g} to {self.support[-1]:g}"
-        return f"support={tuple(self.support)}"
+    def show(self, name: str) -> str:
+        """Write a support in few words."""
+        if name == "support" and isinstance(self.support, Tensor):
+            return f"{len(self.support)} atoms from {self.support[0]:g} to {self.support[-1]:g}"
+        return super().show(name)
 
 
 class FusedCategoricalLoss(_OnSupport):
@@ -43,7 +35,8 @@ class FusedCategoricalLoss(_OnSupport):
     tensor(2.)
     """
 
-    gamma: float | Tensor
+    FUNCTION = staticmethod(fused_categorical_loss)
+    SHOWN = ("support", "gamma", "reduction")
 
     def __init__(
         self,
@@ -56,17 +49,10 @@ class FusedCategoricalLoss(_OnSupport):
         backend: str = "auto",
         **unknown: NoReturn,
     ) -> None:
-        if unknown:
-            hints.unexpected("FusedCategoricalLoss", unknown)
-        super().__init__()
+        super().__init__(locals())
         check_categorical_options(support, reduction)
-        self._keep(support)
-        if isinstance(gamma, Tensor):
-            self.register_buffer("gamma", gamma)
-        else:
-            self.gamma = gamma
-        self.reduction, self.return_td_error = reduction, return_td_error
-        self.process_group, self.backend = process_group, backend
+        if isinstance(support, Tensor):
+            check_even(support)
 
     def forward(
         self,
@@ -84,29 +70,19 @@ class FusedCategoricalLoss(_OnSupport):
         **unknown: NoReturn,
     ) -> Tensor | tuple[Tensor, ...]:
         """Loss of a batch; see ``fused_categorical_loss``."""
-        if unknown:
-            hints.unexpected("FusedCategoricalLoss", unknown)
+        self.refuse(unknown)
         return fused_categorical_loss(
             logits,
             actions,
             rewards,
             next_logits,
             terminated,
-            self.gamma if gamma is None else gamma,
-            support=self.support,
             next_logits_online=next_logits_online,
             next_action_mask=next_action_mask,
             non_final_mask=non_final_mask,
             weights=weights,
-            reduction=self.reduction,
-            return_td_error=self.return_td_error,
-            process_group=self.process_group,
-            backend=self.backend,
+            **self.options(gamma=gamma),
         )
-
-    def extra_repr(self) -> str:
-        """Options, for repr."""
-        return f"{self._support()}, gamma={self.gamma}, reduction={self.reduction!r}"
 
 
 class FusedCategoricalTDLoss(_OnSupport):
@@ -119,6 +95,9 @@ class FusedCategoricalTDLoss(_OnSupport):
     >>> criterion(torch.zeros(1, 1, 3), torch.tensor([0]), torch.tensor([1.0])).exp()
     tensor(3.)
     """
+
+    FUNCTION = staticmethod(fused_categorical_td_loss)
+    SHOWN = ("support", "projection", "reduction")
 
     def __init__(
         self,
@@ -133,14 +112,10 @@ class FusedCategoricalTDLoss(_OnSupport):
         backend: str = "auto",
         **unknown: NoReturn,
     ) -> None:
-        if unknown:
-            hints.unexpected("FusedCategoricalTDLoss", unknown)
-        super().__init__()
+        super().__init__(locals())
         check_categorical_options(support, reduction, projection, sigma)
-        self._keep(support)
-        self.projection, self.sigma, self.reduction = projection, sigma, reduction
-        self.return_td_error, self.return_expectation = return_td_error, return_expectation
-        self.process_group, self.backend = process_group, backend
+        if isinstance(support, Tensor):
+            check_even(support)
 
     def forward(
         self,
@@ -152,26 +127,15 @@ class FusedCategoricalTDLoss(_OnSupport):
         **unknown: NoReturn,
     ) -> Tensor | tuple[Tensor, ...]:
         """Loss of a batch; see ``fused_categorical_td_loss``."""
-        if unknown:
-            hints.unexpected("FusedCategoricalTDLoss", unknown)
+        self.refuse(unknown)
         return fused_categorical_td_loss(
             logits,
             actions,
             target,
-            support=self.support,
-            projection=self.projection,
-            sigma=self.sigma,
             weights=weights,
-            reduction=self.reduction,
-            return_td_error=self.return_td_error,
-            return_expectation=self.return_expectation,
-            process_group=self.process_group,
-            backend=self.backend,
+            **self.options(),
         )
 
-    def extra_repr(self) -> str:
-        """Options, for repr: those that have a say."""
-        options = [self._support(), f"projection={self.projection!r}"]
-        if self.projection == "hl_gauss":
-            options.append(f"sigma={self.sigma}")
-        return ", ".join([*options, f"reduction={self.reduction!r}"])
+    def shows(self, name: str) -> bool:
+        """Show sigma, too, where it matters."""
+        return super().shows(name) or (name == "sigma" and self.projection == "hl_gauss")

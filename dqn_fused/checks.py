@@ -9,7 +9,7 @@ from torch import Tensor
 from dqn_fused import hints
 
 FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float64})
-WIDE_UNSIGNED = frozenset({torch.uint16, torch.uint32, torch.uint64})  # few PyTorch operations know these
+WIDE_UNSIGNED = frozenset({torch.uint16, torch.uint32, torch.uint64})  # few PyTorch operations support these
 INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}) | WIDE_UNSIGNED
 NUMBERS = FLOATS | INTEGERS
 FLAGS = NUMBERS | {torch.bool}
@@ -25,7 +25,7 @@ def dense(name: str, x: Tensor, dtypes: frozenset[torch.dtype]) -> None:
 def per_sample(
     name: str, x: Tensor, dtypes: frozenset[torch.dtype], shape: torch.Size, device: torch.device, like: str = "q"
 ) -> Tensor:
-    """Check one value a sample, (*N) or (*N, 1), and flatten it to a contiguous (n,)."""
+    """Check a tensor with one value for each sample, (*N) or (*N, 1), and flatten it to a contiguous (n,)."""
     dense(name, x, dtypes)
     if x.device != device:
         wrong_device(name, x, device, like)
@@ -41,7 +41,7 @@ def per_sample(
 def matrix(
     name: str, x: Tensor, dtypes: frozenset[torch.dtype], shape: torch.Size, like: str, device: torch.device
 ) -> Tensor:
-    """Check one value a sample and action, (*N, A), and flatten its leading dimensions."""
+    """Check a tensor with one value for each sample and action, (*N, A), and flatten its leading dimensions."""
     dense(name, x, dtypes)
     if x.device != device:
         wrong_device(name, x, device, like)
@@ -69,15 +69,15 @@ def wrong_device(name: str, x: Tensor, device: torch.device, like: str) -> NoRet
 
 
 def rows(x: Tensor) -> Tensor:
-    """View (*N, A) as (n, A), or as (outer, inner, A) where a slice of a longer sequence forbids one row stride.
+    """View (*N, A) as (n, A), or as (outer, inner, A) where the rows of a slice do not have one stride.
 
-    Leading dimensions that merge into neither, such as three that are permuted, are copied.
+    A tensor whose leading dimensions merge into neither, such as three that are permuted, is copied.
     """
     if x.dim() == 2:
         return x
     if x.dim() == 1:
         return x.unsqueeze(0)
-    if torch.compiler.is_compiling():  # which catches no error of a view
+    if torch.compiler.is_compiling():  # Dynamo catches no error of a view
         return x.reshape(-1, x.shape[-1])
     for outer in range(x.dim() - 1):
         try:
@@ -87,13 +87,19 @@ def rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+def check_choice(name: str, got: object, choices: tuple[str, ...]) -> None:
+    """Check that a name is one of the choices."""
+    if not isinstance(got, str) or got not in choices:
+        wrong_choice(name, got, choices)
+
+
 def wrong_choice(name: str, got: object, choices: tuple[str, ...]) -> NoReturn:
     """Raise for a name that is not one of the choices."""
     raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {got!r}")
 
 
 def row_index(row: int, shape: torch.Size) -> str:
-    """Write a flat row as the index the user knows: 5, or (1, 2) with two leading dimensions."""
+    """Write a flat row as an index into the user's tensor: 5, or (1, 2) with two leading dimensions."""
     if len(shape) < 2:
         return str(row)
     return show(int(i) for i in torch.unravel_index(torch.tensor(row), shape))

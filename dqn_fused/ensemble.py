@@ -12,9 +12,9 @@ ENSEMBLES = ("min", "mean")
 
 
 def one_next_q(q: Tensor, next_q: Tensor | Sequence[Tensor], ensemble: str) -> Tensor:
-    """The one matrix that is taken for the target network's: next_q itself where it is a tensor.
+    """The one matrix that stands for all target networks: next_q itself where it is a tensor.
 
-    The minimum is exact, and NaN of any network wins, as in torch.minimum. The mean is computed in the accumulation
+    The minimum is exact, and a NaN of any network wins, as in torch.minimum. The mean is computed in the accumulation
     dtype.
     """
     if ensemble == "min" and isinstance(next_q, Tensor):
@@ -27,7 +27,7 @@ def one_next_q(q: Tensor, next_q: Tensor | Sequence[Tensor], ensemble: str) -> T
             raise ValueError(
                 "ensemble: expected 'min' with one next_q, got 'mean'; several target networks are given as a list"
             )
-        return next_q  # type: ignore[return-value]  # what is wrong with it is said where arguments are checked
+        return next_q  # type: ignore[return-value]  # check_batch says what is wrong with it
     if not next_q:
         raise ValueError("next_q: expected the Q-values of at least one target network, got none")
     _check(next_q)

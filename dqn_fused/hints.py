@@ -1,4 +1,4 @@
-"""What to write instead: messages about mistakes that people make, or the ends of such."""
+"""Messages, or ends of messages, about common mistakes: what to write instead."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -23,33 +23,38 @@ _ELSEWHERE = {
     "loss": ("loss_fn", "loss_function", "td_error_loss_fn"),
     "cql_alpha": ("alpha", "cql_scale"),
 }
-# Of these arguments every loss has one of the same name.
+# Arguments that every loss has under the same name.
 SHARED = {"actions", "rewards", "terminated", "~terminated", "gamma", "weights"}
 CALLED_HERE = {elsewhere: here for here, names in _ELSEWHERE.items() for elsewhere in names}
 
+ONE_TARGET_NETWORK = (
+    "only fused_dqn_loss takes several target networks: the least value of each action is found before the maximum "
+    "over actions, and a linear head sweeps one layer; give fused_dqn_loss the Q matrices, or fused_linear_td_loss a "
+    "target"
+)
 ALL_ACTIONS = "; give the values of all actions: the choice among them is made here"
 
 
 def of_type(name: str, x: object) -> str:
-    """Of what is no tensor."""
+    """For what is not a tensor."""
     if isinstance(x, nn.Module):
         return f"; {name} is the network's output, such as network(states)"
     if type(x).__module__ == "numpy":
         return f"; torch.from_numpy({name}) is one"
     if isinstance(x, (list, tuple)):
-        if name.startswith("next_hidden"):
-            return "; only fused_dqn_loss takes several target networks"
+        if name.startswith(("next_hidden", "next_weight", "next_bias")):
+            return f"; {ONE_TARGET_NETWORK}"
         return f"; torch.tensor({name}) is one, torch.stack({name}) of tensors"
     return ""
 
 
 def of_dtype(name: str, integers: bool) -> str:
-    """Of a tensor of another dtype."""
+    """For a tensor of another dtype."""
     return f"; {name}.long() is one" if integers else ""
 
 
 def of_actions(like: str) -> str:
-    """Of actions that have one dimension too many."""
+    """For actions that have one dimension too many."""
     return f"; {like} is of all actions, not gathered, and one-hot actions are given as their argmax(-1)"
 
 
@@ -60,13 +65,15 @@ def unexpected(function: str, given: Mapping[str, object]) -> NoReturn:
     if here not in SHARED and any(family in function.lower() for family in ("linear", "quantile", "categorical")):
         here = None
     more = "" if here is None else f"; it is called {here} here"
+    if name == "ensemble" and "linear" in function.lower():
+        more = f"; {ONE_TARGET_NETWORK}"
     raise TypeError(f"{function}: unexpected argument {name!r}{more}")
 
 
 def warn_if_swapped(q: Tensor, networks: Sequence[Tensor | None]) -> None:
-    """Warn where a loss is not recorded, though it would be with q and next_q exchanged.
+    """Warn where a loss is not recorded, although it would be with q and next_q exchanged.
 
-    For what a public function calls, outside graphs and transforms; before any check.
+    For a function that a public one calls, before any check. Inside graphs and transforms there is no warning.
     """
     if not isinstance(q, Tensor) or q.requires_grad:
         return
@@ -74,8 +81,8 @@ def warn_if_swapped(q: Tensor, networks: Sequence[Tensor | None]) -> None:
         return
     if not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
         warnings.warn(
-            "q does not require a gradient and next_q does: are they swapped? q is of the online network, which is "
-            "trained, and next_q is a constant",
+            "q does not require a gradient and next_q does: are they swapped? q comes from the online network, which "
+            "is trained, and next_q is a constant",
             UserWarning,
             stacklevel=4,
         )

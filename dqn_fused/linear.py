@@ -12,7 +12,7 @@ from dqn_fused.autograd import apart, inside_transform
 from dqn_fused.checks import wrong_choice
 from dqn_fused.head.agreement import Agreement, check_member
 from dqn_fused.head.arguments import Head, autocast, check_head
-from dqn_fused.head.dtensor import is_dtensor, local_layers, refuse_dtensors
+from dqn_fused.head.dtensor import has_dtensor, local_layers, refuse_dtensors
 from dqn_fused.head.loss import Options, head_loss
 from dqn_fused.head.ranks import HIDDEN_GRADS
 from dqn_fused.targets import Munchausen, Soft
@@ -55,18 +55,18 @@ def fused_linear_dqn_loss(
     backend: str = "auto",
     **unknown: NoReturn,
 ) -> Tensor | tuple[Tensor, ...]:
-    """DQN loss of a linear head, whose Q matrix is never built.
+    """DQN loss of a linear head with many actions, such as a vocabulary or a catalogue, without its Q matrix.
 
-    The same as ``fused_dqn_loss`` of ``linear(hidden, weight, bias)`` and ``linear(next_hidden, next_weight,
-    next_bias)``, but the online network costs a dot product a sample, and a row of the weight's gradient, and of the
-    next state only the maximum is kept. For a vocabulary or a catalogue: many actions. The conservative term and
-    Munchausen sum over all actions of the state itself, tile by tile, and the backward of the former multiplies the
-    tiles again: at no time is anything of the size of a Q matrix held.
+    It is ``fused_dqn_loss`` of ``linear(hidden, weight, bias)`` and ``linear(next_hidden, next_weight, next_bias)``.
+    The online network costs one dot product per sample, and one row of the weight's gradient; of the next state only
+    the maximum is kept. The conservative term and Munchausen sum over all actions of the state itself, tile by tile,
+    and the backward of the conservative term multiplies the tiles again. Nothing of the size of a Q matrix is held at
+    any time.
 
     Args:
         hidden: (\\*N, D) output of the online network below its head; floating. Receives a gradient.
-        weight: (A, D) of the head, as ``nn.Linear`` holds it. Receives a gradient, in the rows of the actions taken;
-            with the conservative term in all of them.
+        weight: (A, D) of the head, as ``nn.Linear`` holds it. Receives a gradient in the rows of the actions taken,
+            and with the conservative term in all rows.
         actions: (\\*N) or (\\*N, 1), any integer dtype, in [0, A).
         rewards: (\\*N) or (\\*N, 1), floating or integer.
         next_hidden: (\\*N, D) of the target network in the next state. With ``non_final_mask``: (M, D).
@@ -75,39 +75,39 @@ def fused_linear_dqn_loss(
         gamma: discount.
         bias: (A,) of the head. Receives a gradient.
         next_bias: (A,) of the target network's head.
-        next_hidden_online: as next_hidden, of the online network: double DQN. ``weight`` and ``bias`` choose the first
-            of the actions that are equal as the product computes them: equal rows of the weight may differ by a
-            rounding, since a library computes the columns at the edge of a matrix by another kernel.
+        next_hidden_online: as next_hidden, of the online network: double DQN. The action is chosen by ``weight`` and
+            ``bias``; of equal Q-values the first. Q-values of equal rows of the weight may differ by a rounding, since
+            a library may compute the columns at the edge of a matrix by another kernel.
         next_action_mask: (\\*N, A) bool, true for the actions that are legal in the next state; (M, A) with
             ``non_final_mask``.
         non_final_mask: instead of ``terminated``: true for the M samples whose next states ``next_hidden`` holds.
         target_hidden: (\\*N, D) of the target network in the state itself, for Munchausen.
-        action_mask: (\\*N, A) bool, true for the actions that are legal in the state itself: the policy of Munchausen
-            and the sum of CQL are taken over them.
+        action_mask: (\\*N, A) bool, true for the actions that are legal in the state itself, over which Munchausen's
+            policy and CQL's sum are taken.
         weights: importance weights.
         loss: ``"mse"``, ``"huber"`` or ``"smooth_l1"``.
         delta: of huber and smooth_l1.
         reduction: ``"mean"``, ``"weighted_mean"``, ``"sum"`` or ``"none"``.
         target: ``"max"``, ``"soft"``, ``"munchausen"``, ``Soft`` or ``Munchausen``.
-        cql_alpha: weight of the conservative term of CQL(H) (Kumar et al., 2020). Its second derivative is
-            right, a third one raises.
+        cql_alpha: weight of the conservative term of CQL(H) (Kumar et al., 2020). It has a second derivative; a third
+            one raises.
         value_transform: ``"identity"`` or ``"signed_hyperbolic"``, as in ``fused_dqn_loss``.
         return_td_error: also return the signed TD errors, (\\*N), without gradient.
         return_cql: also return the conservative term of each sample, (\\*N), unweighted and without gradient.
         sparse_grad: give weight and bias row-sparse gradients, as ``nn.Embedding(sparse=True)`` does, for
-            ``torch.optim.SGD`` and ``SparseAdam``: nothing of size A is then allocated at all. torch.compile does not
-            trace it. Not with ``cql_alpha``, whose gradient has no zero rows.
+            ``torch.optim.SGD`` and ``SparseAdam``: nothing of size A is then allocated. torch.compile does not trace
+            it. Not with ``cql_alpha``, whose gradient has no zero rows.
         process_group: with ``"weighted_mean"``, the ranks over which weights are summed.
-        tensor_parallel_group: ranks that share the rows of the weights out. Each gives its own rows, in the order of
-            the ranks, as many as it has, maybe none: weight, bias, next_weight and next_bias. Masks have its columns.
-            All else is the same on every rank, actions are those of all rows, and so are the results. Weights that are
-            DTensors, ``Shard(0)`` on a mesh of one dimension, say so themselves.
+        tensor_parallel_group: ranks that share the weights. Each gives its own rows of weight, bias, next_weight and
+            next_bias, in the order of the ranks, any number of them, and its columns of the masks. Everything else is
+            the same on every rank, including the actions, which count all rows, and the results. If the weights are
+            DTensors, ``Shard(0)`` on a mesh of one dimension, the group is that of the mesh.
         hidden_grad: on ranks, ``"sum"``: the gradient of hidden is summed over them, as behind a copy-to region; or
-            ``"partial"``: what the rows of this rank make of it, where the layer below sums.
+            ``"partial"``: it is that of the rows of this rank, for a layer below that sums.
         backend: ``"auto"``, or by name as in ``dqn_fused.backends``.
 
     Returns:
-        The loss, or a tuple of it and what else is asked for, in that order: loss, td_error, cql. In float32, or in
+        The loss; or a tuple of loss, td_error and cql, as far as they are asked for, in this order. In float32, or in
         float64 if hidden is float64.
 
     Raises:
@@ -159,26 +159,26 @@ def fused_linear_td_loss(
     backend: str = "auto",
     **unknown: NoReturn,
 ) -> Tensor | tuple[Tensor, ...]:
-    """``fused_linear_dqn_loss`` for a target that is already there: returns, or the V(s') of ILQL.
+    """``fused_linear_dqn_loss`` for a target that is already computed: returns, or the V(s') of ILQL.
 
     Args:
         hidden: (\\*N, D), and all other arguments, as in ``fused_linear_dqn_loss``.
         weight: (A, D).
         actions: (\\*N) or (\\*N, 1).
-        target: (\\*N) or (\\*N, 1), floating or integer: what ``q[a]`` is compared with; a constant.
+        target: (\\*N) or (\\*N, 1), floating or integer; a constant, with which ``q[a]`` is compared.
         bias: (A,).
         action_mask: (\\*N, A), for the conservative term.
         weights: (\\*N) or (\\*N, 1).
-        loss: as the options below in ``fused_linear_dqn_loss``.
+        loss: ``"mse"``, ``"huber"`` or ``"smooth_l1"``.
         delta: of huber and smooth_l1.
         reduction: over the samples.
-        cql_alpha: weight of the conservative term. With it the loss is that of the Q-values of ILQL (Snell et al.,
-            2023), its logits of all tokens never built.
+        cql_alpha: weight of the conservative term. With it this is the Q loss of ILQL (Snell et al., 2023), without
+            the Q-values of all tokens.
         return_td_error: also return the TD errors.
         return_cql: also return the conservative term.
         sparse_grad: row-sparse gradients, without ``cql_alpha``.
         process_group: of ``"weighted_mean"``.
-        tensor_parallel_group: ranks that share the rows of the weight out.
+        tensor_parallel_group: ranks that share the weight.
         hidden_grad: ``"sum"`` or ``"partial"`` over those ranks.
         backend: by name, or ``"auto"``.
 
@@ -217,7 +217,7 @@ def _run(
     if inside_transform():
         instead = name.replace("_linear", "")
         refuse(name, f"call {instead} with the Q matrices, or this once for each network")
-    if tensor_parallel_group is not None or is_dtensor(head.weight):
+    if tensor_parallel_group is not None or has_dtensor(head):
         return _run_on_ranks(head, samples, chosen, tensor_parallel_group, hidden_grad, name, *rest)
     if hidden_grad != "sum":
         raise ValueError(f"hidden_grad: expected 'sum' without tensor_parallel_group, got {hidden_grad!r}")
@@ -235,10 +235,10 @@ def _run_eagerly(
     sparse_grad: bool,
     process_group: "ProcessGroup | None",
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The loss of a weight whose rows are those of a rank. What is before the agreement is the same on every rank."""
+    """The loss of a sharded weight. What is checked before the agreement must be the same on every rank."""
     if group is not None:
         check_member(group)
-    row_sparse = sparse_grad and is_dtensor(head.weight)
+    row_sparse = sparse_grad and has_dtensor(head)
     head, group = local_layers(head, group)
     assert group is not None
     with Agreement(group, process_group) as agreement:
@@ -257,8 +257,8 @@ def _run_eagerly(
     return head_loss(head, samples, spec, options._replace(shards=ranks))
 
 
-# torch.compile leaves it to Python, and says so with fullgraph=True. Decorated by torch.compiler.disable, this module
-# would import Dynamo, which takes a second.
+# torch.compile breaks the graph here, and raises with fullgraph=True. torch.compiler.disable as a decorator would
+# import Dynamo with this module, which takes a second.
 _run_on_ranks = torch._disable_dynamo(_run_eagerly)
 
 

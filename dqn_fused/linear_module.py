@@ -4,16 +4,16 @@ from typing import TYPE_CHECKING, NoReturn
 
 from torch import Tensor, nn
 
-from dqn_fused import hints
 from dqn_fused.arguments import check_loss
 from dqn_fused.linear import fused_linear_dqn_loss
+from dqn_fused.loss_module import LossModule
 from dqn_fused.targets import Munchausen, Soft
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class FusedLinearDQNLoss(nn.Module):
+class FusedLinearDQNLoss(LossModule):
     """``fused_linear_dqn_loss`` as a module, for heads that are ``nn.Linear`` layers.
 
     The layers are arguments of the call, not children of the module: their parameters stay where they are.
@@ -27,7 +27,8 @@ class FusedLinearDQNLoss(nn.Module):
     tensor([  7, 900])
     """
 
-    gamma: float | Tensor
+    FUNCTION = staticmethod(fused_linear_dqn_loss)
+    SHOWN = ("gamma", "loss", "reduction")
 
     def __init__(
         self,
@@ -48,19 +49,8 @@ class FusedLinearDQNLoss(nn.Module):
         backend: str = "auto",
         **unknown: NoReturn,
     ) -> None:
-        if unknown:
-            hints.unexpected("FusedLinearDQNLoss", unknown)
-        super().__init__()
+        super().__init__(locals())
         check_loss(loss, delta, reduction, target, cql_alpha, return_cql, value_transform)
-        if isinstance(gamma, Tensor):
-            self.register_buffer("gamma", gamma)
-        else:
-            self.gamma = gamma
-        self.loss, self.delta, self.reduction = loss, delta, reduction
-        self.target, self.cql_alpha, self.value_transform = target, cql_alpha, value_transform
-        self.return_td_error, self.return_cql, self.sparse_grad = return_td_error, return_cql, sparse_grad
-        self.process_group, self.backend = process_group, backend
-        self.tensor_parallel_group, self.hidden_grad = tensor_parallel_group, hidden_grad
 
     def forward(
         self,
@@ -82,8 +72,7 @@ class FusedLinearDQNLoss(nn.Module):
         **unknown: NoReturn,
     ) -> Tensor | tuple[Tensor, ...]:
         """Loss of a batch; see ``fused_linear_dqn_loss``."""
-        if unknown:
-            hints.unexpected("FusedLinearDQNLoss", unknown)
+        self.refuse(unknown)
         return fused_linear_dqn_loss(
             hidden,
             head.weight,
@@ -92,7 +81,6 @@ class FusedLinearDQNLoss(nn.Module):
             next_hidden,
             next_head.weight,
             terminated,
-            self.gamma if gamma is None else gamma,
             bias=head.bias,
             next_bias=next_head.bias,
             next_hidden_online=next_hidden_online,
@@ -101,21 +89,9 @@ class FusedLinearDQNLoss(nn.Module):
             target_hidden=target_hidden,
             action_mask=action_mask,
             weights=weights,
-            loss=self.loss,
-            delta=self.delta,
-            reduction=self.reduction,
-            target=self.target,
-            cql_alpha=self.cql_alpha,
-            value_transform=self.value_transform,
-            return_td_error=self.return_td_error,
-            return_cql=self.return_cql,
-            sparse_grad=self.sparse_grad,
-            process_group=self.process_group,
-            tensor_parallel_group=self.tensor_parallel_group,
-            hidden_grad=self.hidden_grad,
-            backend=self.backend,
+            **self.options(gamma=gamma),
         )
 
-    def extra_repr(self) -> str:
-        """Options, for repr."""
-        return f"gamma={self.gamma}, loss={self.loss!r}, reduction={self.reduction!r}"
+    def shows(self, name: str) -> bool:
+        """Show delta, too, where it matters."""
+        return super().shows(name) or (name == "delta" and self.loss != "mse")

@@ -1,4 +1,4 @@
-"""The public loss: a function, the same for a ready target, and the same with its gradient."""
+"""The public loss as a function, the same for a ready target, and the same with its gradient."""
 
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -58,15 +58,15 @@ def fused_dqn_loss(
     """DQN loss (Mnih et al., 2015): the TD error of the action taken against the Bellman target.
 
     For each transition ``td = q[a] - y`` with ``y = rewards + gamma * max(next_q)``, or ``y = rewards`` if terminated;
-    its loss is ``td**2``. Only ``q`` receives a gradient, and in it only the node of the action taken; everything else
-    is a constant. The options change one thing each and go together.
+    its loss is ``td**2``. Only ``q`` receives a gradient, and only at the action taken; everything else is a constant.
+    Each option changes one thing, and options can be combined.
 
     Args:
         q: (\\*N, A) Q-values of the online network; float16, bfloat16, float32 or float64. Any leading dimensions.
         actions: (\\*N) or (\\*N, 1), any integer dtype, in [0, A): the action taken.
         rewards: (\\*N) or (\\*N, 1), floating or integer.
         next_q: (\\*N, A) Q-values of the target network in the next state, floating. With ``non_final_mask``: (M, A).
-            Or a list of those of several target networks: see ``ensemble``.
+            Or a list of such tensors, one for each of several target networks: see ``ensemble``.
         terminated: (\\*N) or (\\*N, 1), bool, integer or floating, nonzero where the episode ended in the next
             state: nothing is bootstrapped, that row of ``next_q`` is not used. A truncated episode is not terminated.
         gamma: discount: a number, a 0-d tensor, or (\\*N) / (\\*N, 1) floating, for n-step returns.
@@ -75,16 +75,17 @@ def fused_dqn_loss(
         next_q_online: as next_q: Q-values of the online network in the next state. Double DQN (van Hasselt et al.,
             2016): the action is chosen here, the first one of equals, and valued in ``next_q``.
         next_action_mask: as next_q, bool, true for the actions that are legal in the next state: no other is chosen
-            or read into the result. A row without one is NaN, unless terminated; -inf counts as illegal, too.
+            or has an effect on the result. A row without a legal action is NaN, unless terminated. With a mask, -inf
+            counts as illegal, too.
         weights: (\\*N) or (\\*N, 1), floating: the loss of each sample is multiplied by its weight, the importance
             weight of prioritised replay (Schaul et al., 2016), after ``loss`` and the conservative term.
         loss: ``"mse"``: td squared, without a factor 1/2; ``"huber"``: ``torch.nn.functional.huber_loss`` of td;
             ``"smooth_l1"``: ``torch.nn.functional.smooth_l1_loss``, which is huber divided by ``delta``.
-        delta: where huber turns from a parabola into a line; the beta of smooth_l1, for which 0 means l1.
+        delta: where huber changes from a parabola to a line; the beta of smooth_l1, where 0 means l1.
         reduction: ``"mean"``, which divides by the number of samples whatever their weights, ``"weighted_mean"``, which
             divides by the sum of the weights, ``"sum"``, or ``"none"`` for the loss of each sample, (\\*N).
-        target: ``"max"``, ``"soft"``, ``"munchausen"``, or ``Soft`` and ``Munchausen`` with constants other
-            than the papers'. They are classes, so that a temperature cannot be given to a target that has none.
+        target: ``"max"``, ``"soft"``, ``"munchausen"``, or an instance of ``Soft`` or ``Munchausen`` for constants
+            other than those of the papers. They are classes, so that only a target that has a temperature takes one.
         target_q: (\\*N, A), floating: Q-values of the target network in the state itself, for Munchausen.
         cql_alpha: weight of the conservative term of CQL(H) (Kumar et al., 2020), which is added to the loss of each
             sample: ``logsumexp(q) - q[a]``. Every action then receives a gradient.
@@ -93,22 +94,22 @@ def fused_dqn_loss(
         value_transform: ``"identity"``, or ``"signed_hyperbolic"``: the networks learn h of the value, of R2D2
             (Kapturowski et al., 2019), ``y = h(rewards + gamma * h_inverse(max(next_q)))``, and ``y = h(rewards)`` if
             terminated, with ``h(x) = sign(x) * (sqrt(abs(x) + 1) - 1) + 0.001 * x``. Rewards need then not be clipped.
-        ensemble: what counts of several target networks: ``"min"``, for each action the least of their values, as in
-            clipped double Q-learning (Fujimoto et al., 2018), Maxmin Q-learning (Lan et al., 2020) and REDQ (Chen et
-            al., 2021), or their ``"mean"`` (Anschel et al., 2017).
+        ensemble: how several target networks are combined: ``"min"``, for each action the least of their values, as
+            in clipped double Q-learning (Fujimoto et al., 2018), Maxmin Q-learning (Lan et al., 2020) and REDQ (Chen
+            et al., 2021), or ``"mean"``, the mean of their values (Anschel et al., 2017).
         return_td_error: also return the signed, unweighted TD errors, (\\*N), without gradient: priorities of replay.
         return_cql: also return the conservative term of each sample, (\\*N), unweighted and without gradient.
         process_group: with ``"weighted_mean"``, sum the weights over the ranks of the group,
             ``torch.distributed.group.WORLD`` for all of them. The mean of the ranks' losses, and of their gradients,
-            which DistributedDataParallel takes, is then the weighted mean over all samples, however they are shared
-            out. Every rank must call. Without ``weights`` each sample weighs one.
+            which DistributedDataParallel computes, is then the weighted mean over all samples, however they are
+            distributed. Every rank must make the call. Without ``weights`` each sample has the weight one.
         backend: ``"auto"``, or by name as in ``dqn_fused.backends``. Inside ``torch.compile`` ``"auto"`` takes
             ``"torch"``, whose operations Inductor fuses, up to 64 actions.
 
     Returns:
-        The loss, or a tuple of it and what else is asked for, in that order: loss, td_error, cql. All in float32, or in
-        float64 if q is float64. The same call gives the same bits: the same values in the same layout on the same
-        machine, at any number of threads. In another layout they may be added up in another order.
+        The loss, or a tuple of it and what else is asked for, in this order: loss, td_error, cql. All are float32, or
+        float64 if q is float64. The same call gives the same bits, with the same values in the same layout on the same
+        machine, at any number of threads. In another layout the order of a sum may be another one.
 
     Raises:
         ValueError: a shape, a device or an option does not fit. Nothing is broadcast, no argument is ignored.
@@ -162,11 +163,11 @@ def fused_td_loss(
     backend: str = "auto",
     **unknown: NoReturn,
 ) -> Tensor | tuple[Tensor, ...]:
-    """``fused_dqn_loss`` for a target that is already there: n-step returns, Q(lambda), the V(s') of ILQL.
+    """``fused_dqn_loss`` for a target that is already known: n-step returns, Q(lambda), the V(s') of ILQL.
 
     Args:
         q: (\\*N, A), and all other arguments, as in ``fused_dqn_loss``.
-        target: (\\*N) or (\\*N, 1), floating or integer: what ``q[a]`` is compared with; a constant.
+        target: (\\*N) or (\\*N, 1), floating or integer: the target of ``q[a]``; a constant.
 
     Returns:
         The loss, or a tuple, as ``fused_dqn_loss``.
@@ -215,16 +216,16 @@ def fused_dqn_loss_and_grad(
 ) -> tuple[Tensor, ...]:
     """DQN loss and its gradient by q in one pass, without autograd: the fastest implementation.
 
-    ``q.backward(grad_q)`` then goes on through the network. JAX users know the form as ``value_and_grad``.
+    ``q.backward(grad_q)`` then continues through the network. In JAX this form is ``value_and_grad``.
 
     Args:
         q: (\\*N, A), and all other arguments, as in ``fused_dqn_loss``. No graph is recorded, whether or not ``q``
             requires a gradient.
 
     Returns:
-        ``(loss, grad_q)``, and then td_error and cql, if asked for. ``grad_q`` has q's shape and dtype, is contiguous,
-        and without a conservative term zero but for the action taken in each row. With ``reduction="none"`` it is the
-        gradient of the sum of the losses.
+        ``(loss, grad_q)``, then td_error and cql, if asked for. ``grad_q`` has q's shape and dtype and is contiguous.
+        Without a conservative term it is zero except at the action taken in each row. With ``reduction="none"`` it is
+        the gradient of the sum of the losses.
 
     Raises:
         ValueError, TypeError, IndexError, BackendUnavailableError: as ``fused_dqn_loss``.
@@ -282,8 +283,8 @@ def _run(
 ) -> tuple[Batch, tuple[Tensor, ...]]:
     """Check the arguments and run a backend; return the checked batch and the results.
 
-    A compiled op on the CPU checks everything itself as it reads it, where check_batch and check_values take 4 us each,
-    so matrices go to it as they are. If it refuses, the checks are made after all, and say what is wrong, if anything.
+    check_batch and check_values take 4 us each. A compiled op on the CPU checks everything itself as it reads it, so
+    matrices go to it unchecked. If it refuses them, the checks are made after all and say what is wrong, if anything.
     """
     if backend in node.serves and process_group is None and not torch.compiler.is_compiling():
         found = node.calls[what is td_loss](spec, given)

@@ -3,19 +3,19 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from dqn_fused import hints
 from dqn_fused.arguments import check_loss
 from dqn_fused.ensemble import check_ensemble
 from dqn_fused.loss import fused_dqn_loss
+from dqn_fused.loss_module import LossModule
 from dqn_fused.targets import Munchausen, Soft
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class FusedDQNLoss(nn.Module):
+class FusedDQNLoss(LossModule):
     """``fused_dqn_loss`` as a module that keeps the discount and the options, like ``torch.nn.MSELoss``.
 
     ``gamma`` is a number or a tensor, which becomes a buffer and moves with the module; a call may bring its own.
@@ -28,7 +28,8 @@ class FusedDQNLoss(nn.Module):
     tensor(0.2050)
     """
 
-    gamma: float | Tensor
+    FUNCTION = staticmethod(fused_dqn_loss)
+    SHOWN = ("gamma", "loss", "reduction")
 
     def __init__(
         self,
@@ -47,20 +48,9 @@ class FusedDQNLoss(nn.Module):
         backend: str = "auto",
         **unknown: NoReturn,
     ) -> None:
-        if unknown:
-            hints.unexpected("FusedDQNLoss", unknown)
-        super().__init__()
+        super().__init__(locals())
         check_ensemble(ensemble)
         check_loss(loss, delta, reduction, target, cql_alpha, return_cql, value_transform)
-        if isinstance(gamma, Tensor):
-            self.register_buffer("gamma", gamma)
-        else:
-            self.gamma = gamma
-        self.loss, self.delta, self.reduction = loss, delta, reduction
-        self.target, self.cql_alpha, self.value_transform = target, cql_alpha, value_transform
-        self.ensemble = ensemble
-        self.return_td_error, self.return_cql = return_td_error, return_cql
-        self.process_group, self.backend = process_group, backend
 
     def forward(
         self,
@@ -80,46 +70,22 @@ class FusedDQNLoss(nn.Module):
         **unknown: NoReturn,
     ) -> Tensor | tuple[Tensor, ...]:
         """Loss of a batch; see ``fused_dqn_loss``."""
-        if unknown:
-            hints.unexpected("FusedDQNLoss", unknown)
+        self.refuse(unknown)
         return fused_dqn_loss(
             q,
             actions,
             rewards,
             next_q,
             terminated,
-            self.gamma if gamma is None else gamma,
             non_final_mask=non_final_mask,
             next_q_online=next_q_online,
             next_action_mask=next_action_mask,
             weights=weights,
-            loss=self.loss,
-            delta=self.delta,
-            reduction=self.reduction,
-            target=self.target,
             target_q=target_q,
-            cql_alpha=self.cql_alpha,
             action_mask=action_mask,
-            value_transform=self.value_transform,
-            ensemble=self.ensemble,
-            return_td_error=self.return_td_error,
-            return_cql=self.return_cql,
-            process_group=self.process_group,
-            backend=self.backend,
+            **self.options(gamma=gamma),
         )
 
-    def extra_repr(self) -> str:
-        """Options, for repr: those that have a say."""
-        options = [f"gamma={self.gamma}", f"loss={self.loss!r}"]
-        if self.loss != "mse":
-            options.append(f"delta={self.delta}")
-        options.append(f"reduction={self.reduction!r}")
-        if self.target != "max":
-            options.append(f"target={self.target!r}")
-        if self.cql_alpha != 0:
-            options.append(f"cql_alpha={self.cql_alpha}")
-        if self.value_transform != "identity":
-            options.append(f"value_transform={self.value_transform!r}")
-        if self.ensemble != "min":
-            options.append(f"ensemble={self.ensemble!r}")
-        return ", ".join(options)
+    def shows(self, name: str) -> bool:
+        """Show delta, too, where it matters."""
+        return super().shows(name) or (name == "delta" and self.loss != "mse")

@@ -1,8 +1,8 @@
-"""The node of a recorded loss in C++, where csrc/autograd is built for this torch and this Python.
+"""The autograd node of a recorded loss in C++, where csrc/autograd is built for this torch and this Python.
 
-It does what ``autograd.TDLoss`` does, which serves without it, for the compiled ops on the CPU: of a loss of 32 samples
-most of the time is Python. It knows torch's own C++, which changes from version to version, so the file's name says
-which torch and which Python it is for.
+It does for the compiled ops on the CPU what ``autograd.TDLoss`` does, which serves everywhere else: most of the time
+that a loss of 32 samples takes is Python's. The library uses torch's own C++ interface, which changes from version to
+version, so its file name says for which torch and which Python it is built.
 """
 
 import sys
@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from dqn_fused import arguments, autograd
 from dqn_fused._backends.boxed import shaped_forward, unpack_backward
 from dqn_fused.arguments import UNCHECKED, Batch, LossSpec
-from dqn_fused.options import FIELD_CODES
+from dqn_fused.options import DEFAULTS, FIELD_CODES
 
 FOLDER = Path(__file__).parent
 Result = TypeVar("Result")
@@ -33,7 +33,7 @@ def file_name() -> str:
 
 
 def load(folder: Path = FOLDER) -> tuple[ModuleType | None, str]:
-    """Load the library; or say why it cannot be."""
+    """Load the library, or say why it cannot be loaded."""
     path = folder / file_name()
     if not path.exists():
         others = ", ".join(sorted(other.name for other in folder.glob("_C_autograd.*.so")))
@@ -45,19 +45,19 @@ def load(folder: Path = FOLDER) -> tuple[ModuleType | None, str]:
     try:
         module = module_from_spec(spec)
         loader.exec_module(module)
-        module.prepare(recorded_backward, FIELD_CODES)
-    except (ImportError, TypeError, ValueError) as error:  # the last two: it was built with other options
+        module.prepare(recorded_backward, FIELD_CODES, DEFAULTS)
+    except (ImportError, TypeError, ValueError) as error:  # the last two: it was built for other options
         return None, f"{path.name} cannot be loaded: {error}"
     return module, ""
 
 
 def recorded_backward(grad_loss: Tensor | None, grad_td_error: Tensor | None, *saved: Any) -> Tensor | None:
-    """Gradient of q, (n, A), in operations that can be differentiated; ``saved`` is as a general backward op has it."""
+    """Gradient of q, (n, A), in differentiable operations; ``saved``: arguments of a backward op, without grad_loss."""
     return autograd.differentiable_backward(grad_loss, grad_td_error, *unpack_backward(*saved))
 
 
 def td_loss(batch: Batch, spec: LossSpec, backend: ModuleType, q: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """autograd.td_loss, recorded in C++ where that serves and the batch is checked."""
+    """autograd.td_loss, recorded in C++ where the node serves and the batch is checked."""
     elsewhere = torch.compiler.is_compiling() or forward_ad._current_level >= 0 or batch.shape is UNCHECKED
     if elsewhere or not (backend.NODE and serves):
         return autograd.td_loss(batch, spec, backend, q)
@@ -67,13 +67,13 @@ def td_loss(batch: Batch, spec: LossSpec, backend: ModuleType, q: Tensor) -> tup
 
 
 def start() -> None:
-    """Serve, from now on: the ops are loaded."""
+    """Serve from now on, because the ops are loaded."""
     if MODULE is not None:
         serves.update(("auto", "compiled"))
 
 
 def without(call: Callable[[], Result]) -> Callable[[], Result]:
-    """The call as it is where the node is not built: for tests and measurements."""
+    """The call as if the node were not built, for tests and measurements."""
 
     def run() -> Result:
         global serves
@@ -87,8 +87,8 @@ def without(call: Callable[[], Result]) -> Callable[[], Result]:
 
 
 MODULE, MISSING = load()
-# Names of the backends that mean the compiled ops on the CPU: none before those are loaded.
+# Names of the backends that stand for the compiled ops on the CPU; none before these are loaded.
 serves: set[str] = set()
-# By whether the loss is recorded: (spec, batch) -> what a backend's forward, or its loss_and_grad, returns. None where
-# the arguments are not the ordinary ones, or wrong, and Python must look at them.
+# True: (spec, batch) -> what a backend's forward returns; False: what its loss_and_grad returns. Both return None where
+# the arguments are unusual or wrong, and Python must look at them.
 calls: dict[bool, Call] = {} if MODULE is None else {True: MODULE.td_loss, False: MODULE.td_loss_and_grad}

@@ -4,12 +4,13 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from dqn_fused import hints
 from dqn_fused.arguments import Batch
 from dqn_fused.autograd import refuse_tangent
 from dqn_fused.distributional_call import backend_that_checks, check_call, prepare
+from dqn_fused.loss_module import LossModule
 from dqn_fused.quantile_arguments import QuantileSpec, check_quantile_options, check_quantiles
 from dqn_fused.row_loss import row_loss
 
@@ -200,7 +201,7 @@ def _run(
     return what(given.q, batch, taus, spec, implementation)
 
 
-class FusedQuantileLoss(nn.Module):
+class FusedQuantileLoss(LossModule):
     """``fused_quantile_loss`` as a module that keeps the discount and the options.
 
     ``gamma`` is a number or a tensor, which becomes a buffer and moves with the module; a call may bring its own.
@@ -213,7 +214,8 @@ class FusedQuantileLoss(nn.Module):
     tensor(2.)
     """
 
-    gamma: float | Tensor
+    FUNCTION = staticmethod(fused_quantile_loss)
+    SHOWN = ("gamma", "kappa", "quantile_reduction", "reduction")
 
     def __init__(
         self,
@@ -227,16 +229,8 @@ class FusedQuantileLoss(nn.Module):
         backend: str = "auto",
         **unknown: NoReturn,
     ) -> None:
-        if unknown:
-            hints.unexpected("FusedQuantileLoss", unknown)
-        super().__init__()
+        super().__init__(locals())
         check_quantile_options(kappa, quantile_reduction, reduction)
-        if isinstance(gamma, Tensor):
-            self.register_buffer("gamma", gamma)
-        else:
-            self.gamma = gamma
-        self.kappa, self.quantile_reduction, self.reduction = kappa, quantile_reduction, reduction
-        self.return_td_error, self.process_group, self.backend = return_td_error, process_group, backend
 
     def forward(
         self,
@@ -255,31 +249,17 @@ class FusedQuantileLoss(nn.Module):
         **unknown: NoReturn,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Loss of a batch; see ``fused_quantile_loss``."""
-        if unknown:
-            hints.unexpected("FusedQuantileLoss", unknown)
+        self.refuse(unknown)
         return fused_quantile_loss(
             quantiles,
             actions,
             rewards,
             next_quantiles,
             terminated,
-            self.gamma if gamma is None else gamma,
             taus=taus,
             next_quantiles_online=next_quantiles_online,
             next_action_mask=next_action_mask,
             non_final_mask=non_final_mask,
             weights=weights,
-            kappa=self.kappa,
-            quantile_reduction=self.quantile_reduction,
-            reduction=self.reduction,
-            return_td_error=self.return_td_error,
-            process_group=self.process_group,
-            backend=self.backend,
-        )
-
-    def extra_repr(self) -> str:
-        """Options, for repr."""
-        return (
-            f"gamma={self.gamma}, kappa={self.kappa}, quantile_reduction={self.quantile_reduction!r}, "
-            f"reduction={self.reduction!r}"
+            **self.options(gamma=gamma),
         )

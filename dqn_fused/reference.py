@@ -1,6 +1,6 @@
-"""The DQN loss in plain PyTorch: ground truth for the kernels, fallback where none of them runs.
+"""The DQN loss in plain PyTorch: ground truth for the kernels, and fallback where none of them runs.
 
-``dqn_loss`` keeps the promises of ``dqn_fused.fused_dqn_loss`` and leaves the gradient to autograd.
+``dqn_loss`` gives the guarantees of ``dqn_fused.fused_dqn_loss`` and leaves the gradient to autograd.
 ``naive_dqn_loss`` and ``simple_dqn_loss`` are the loss as it is written by hand: a loop over the samples, and a
 gather.
 """
@@ -65,8 +65,8 @@ def dqn_loss(
 ) -> Tensor | tuple[Tensor, ...]:
     """DQN loss (Mnih et al., 2015) by PyTorch operations, differentiated by autograd, on any device.
 
-    Arguments, result and errors are those of ``dqn_fused.fused_dqn_loss``; ``backend`` is there for the sake of the
-    same signature and must be ``"auto"`` or ``"torch"``.
+    Arguments, result and errors are those of ``dqn_fused.fused_dqn_loss``; ``backend`` only makes the signature the
+    same, and must be ``"auto"`` or ``"torch"``.
 
     >>> import torch
     >>> q = torch.tensor([[0.2, 1.2, 1.3]])
@@ -119,7 +119,7 @@ def td_error(batch: Batch, spec: LossSpec) -> Tensor:
 
 
 def loss_of_td_error(td: Tensor, normaliser: Tensor | None, batch: Batch, spec: LossSpec) -> Tensor:
-    """Reduced loss of TD errors, N, and of the normaliser of CQL, (2, N), if it is asked for."""
+    """Reduced loss of TD errors, N, and of the normaliser of the conservative term, (2, N), if that is asked for."""
     if spec.loss == "mse":
         per_sample = td.square()
     elif spec.loss == "huber":
@@ -132,9 +132,9 @@ def loss_of_td_error(td: Tensor, normaliser: Tensor | None, batch: Batch, spec: 
 
 
 def reduced(per_sample: Tensor, batch: Batch, reduction: str) -> Tensor:
-    """Loss of a batch, N or (), from that of each sample, N or (n,); of every family."""
+    """Loss of a batch, N or (), from that of each sample, N or (n,), for every family of losses."""
     if batch.weights is not None:
-        per_sample = per_sample * _cast(batch.weights, per_sample.dtype).view(per_sample.shape)
+        per_sample = per_sample * _cast(batch.weights.detach(), per_sample.dtype).view(per_sample.shape)
     if reduction == "none":
         return per_sample if per_sample.shape == batch.shape else per_sample.view(batch.shape)
     return per_sample.mean() if reduction == "mean" else per_sample.sum()
@@ -144,7 +144,7 @@ def normaliser_of(batch: Batch) -> Tensor:
     """logsumexp_a q[i, a] over the legal actions in two parts, (2, N): the largest, NaN where no action is legal, and
     the log of the sum of exp(q - largest).
 
-    By q the second one is differentiable, and the first a constant: on it their sum does not depend.
+    Only the second is differentiable by q. The first is a constant, on which the sum of both does not depend.
     """
     q = _cast(batch.q, accumulation_dtype(batch.q))
     return torch.stack(_soft_value(q, batch.action_mask)).view(2, *batch.shape)
@@ -159,7 +159,7 @@ def conservative_term(normaliser: Tensor, batch: Batch) -> Tensor:
 
 
 def legal_values(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Select the legal actions; the others are -inf, which neither a maximum nor a sum of exponentials sees."""
+    """Select the legal actions; the others are -inf, which adds nothing to a maximum or a sum of exponentials."""
     return x if mask is None else torch.where(mask if mask.dim() == x.dim() else mask.reshape(x.shape), x, -torch.inf)
 
 

@@ -1,4 +1,4 @@
-"""The loss under torch.func: an ensemble of networks, vmapped, is one larger batch and one launch."""
+"""The loss inside torch.func's transforms: an ensemble of networks under vmap is one larger batch and one launch."""
 
 from types import ModuleType
 from typing import Any, NoReturn
@@ -18,14 +18,14 @@ MATRICES_OF_S = ("target_q", "action_mask")
 
 
 def refuse(name: str, instead: str) -> NoReturn:
-    """Raise for what has no rule, and would fail in a place that says nothing."""
+    """Raise for what has no rule, and would otherwise fail elsewhere with an unclear error."""
     raise RuntimeError(f"{name}: not inside torch.func's transforms; there, {instead}")
 
 
 def backend_inside(name: str) -> str:
-    """Name of the backend inside a transform: traced by torch.compile, PyTorch's own operations.
+    """Name of the backend inside a transform; while torch.compile traces it is "torch", with PyTorch's own operations.
 
-    There an autograd.Function loses its backward where an op has no derivative of its own, without a word.
+    There an autograd.Function silently loses its backward where an op has no derivative of its own.
     """
     if not torch.compiler.is_compiling():
         return name
@@ -39,7 +39,7 @@ def backend_inside(name: str) -> str:
 def transformed_td_loss(
     batch: Batch, spec: LossSpec, backend: ModuleType, q: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """autograd.td_loss inside torch.func.grad, vjp, jacrev or vmap; the values are looked at once they can be."""
+    """autograd.td_loss inside torch.func.grad, vjp, jacrev or vmap; the values are checked as soon as they can be."""
     if torch.compiler.is_compiling():
         if forward_ad._current_level >= 0:
             refuse_forward_mode()
@@ -51,7 +51,7 @@ def transformed_td_loss(
 
 
 class TransformedTDLoss(torch.autograd.Function):
-    """TDLoss in the form that torch.func asks for, with a rule for vmap. Its backward is written in operations."""
+    """TDLoss in the form that torch.func requires, with a rule for vmap. Its backward is in PyTorch's operations."""
 
     @staticmethod
     def forward(q: Tensor, batch: Batch, spec: LossSpec, backend: ModuleType) -> tuple[Tensor, ...]:
@@ -71,7 +71,7 @@ class TransformedTDLoss(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        """Make the members of the ensemble a leading dimension, and reduce for each of them."""
+        """Make the members of the ensemble a leading dimension, and reduce each of them."""
         q, batch, spec, backend = inputs
         q, batch = fold(q, batch, in_dims[0], in_dims[1], info.batch_size)
         each = spec._replace(reduction="none")
@@ -93,12 +93,12 @@ def _checked_td_loss(
 
 
 def fold(q: Tensor, batch: Batch, q_dim: int | None, dims: Batch, members: int) -> tuple[Tensor, Batch]:
-    """Q-values and a checked batch whose tensors have a dimension of members, or None: a batch of (members, *N)."""
+    """Fold Q-values and a checked batch, whose tensors may have a dimension of members, to a batch of (members, *N)."""
 
     def lead(x: Tensor, dim: int | None) -> Tensor:  # (members, ...)
         return x.expand(members, *x.shape) if dim is None else x.movedim(dim, 0)
 
-    def flat(x: Tensor) -> Tensor:  # of one member or of one sample, an expanded tensor is flattened without a copy
+    def flat(x: Tensor) -> Tensor:  # with one member or one sample, reshape alone would return an expanded view
         return x.reshape(-1).contiguous()
 
     if dims.non_final_mask is not None:

@@ -35,7 +35,7 @@ def joined_batch(size: int, step: int) -> dict[str, Tensor]:
 
 
 def share(size: int, rank: int, ranks: int, equal: bool) -> slice:
-    """Rows of a rank: as many for each, or ever more of them."""
+    """Rows of a rank: the same number on each, or more on each than on the one before."""
     if equal:
         if size % ranks:
             raise ValueError(f"--batch-size: expected a multiple of {ranks}, the number of processes, got {size}")
@@ -85,8 +85,8 @@ def main() -> None:
         if rank == 0 and (step % 20 == 0 or step == args.steps - 1):
             print(f"step {step}: loss {loss.item():.6f} of the share of rank 0")
 
-    # A collective of one's own tensors, such as the mean of the losses, must not come last: it returns when the result
-    # is there, and a thread of gloo has then still to release the tensors, which aborts a process that is leaving.
+    # The last collective must not be one of the script's own tensors, such as the mean of the losses. It returns before
+    # a thread of gloo has released them, and that aborts a process that is exiting.
     if args.save:
         weights = torch.cat([p.detach().flatten() for p in layers.parameters()])
         torch.save(weights.cpu(), Path(args.save, f"{rank}.pt"))

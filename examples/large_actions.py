@@ -5,11 +5,12 @@
 
 The catalogue is synthetic. An item is a point on a sphere, in one of many genres; a user is another such point, and
 likes what is near. In a session of three recommendations each reward is how well the item fits, and the user drifts
-towards what was recommended. The log was written by a policy that recommends one of the user's favourite genre half of
-the time and a popular item else. A Q-network of two layers learns from that log alone by double DQN, with no knowledge
-of items or genres; then its greedy recommendations to new users are compared with those of the log and with the best.
+towards what was recommended. The log was written by a policy that half of the time recommends an item of the user's
+favourite genre, and otherwise a popular item. A Q-network of two layers learns only from that log, by double DQN, and
+knows nothing of items or genres; then its greedy recommendations to new users are compared with the logged and with the
+best possible ones.
 
-Needs matplotlib, numpy and tqdm beside dqn_fused.
+Needs matplotlib, numpy and tqdm besides dqn_fused.
 """
 
 import argparse
@@ -130,7 +131,7 @@ def fused_loss(network: QNetwork, target: QNetwork, batch: Batch, gamma: float) 
 
 
 class Run(NamedTuple):
-    """What came of training with one of the losses."""
+    """Results of training with one of the losses."""
 
     losses: list[float]
     seconds: float  # of losses, forward and backward

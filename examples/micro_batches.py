@@ -80,7 +80,7 @@ def accumulate(
     pieces = {name: x.tensor_split(parts) for name, x in data.items()}
     mean = torch.zeros_like(normaliser)
     for i in range(parts):
-        # Ranks meet in the backward of the last part alone, which sends what all of them have added up.
+        # Only the backward of the last part communicates: it sends the gradients of all parts.
         apart = model.no_sync() if isinstance(model, DistributedDataParallel) and i < parts - 1 else nullcontext()
         with apart:
             with torch.autocast(mean.device.type, dtype=amp, enabled=amp is not None):

@@ -4,17 +4,18 @@
     python examples/token_q_learning.py --vocabulary 100000 --steps 300
 
 The task is synthetic. A sequence begins with a token that sets its topic; each token after it earns 1 if it is on
-topic, and nothing else. The log was written by a policy that is on topic three times out of ten, and has favourite
-words. A GRU reads the tokens, and a head of one row a token gives the Q-values: Q is fitted to r + gamma V(s') with the
-conservative term, logsumexp Q - Q[a], and V to an upper expectile of the target network's Q (Snell et al., 2023,
+topic, otherwise 0. The log was written by a policy that is on topic three times out of ten, and has favourite words. A
+GRU reads the tokens, and a linear head with one row per token gives the Q-values: Q is fitted to r + gamma V(s') with
+the conservative term, logsumexp Q - Q[a], and V to an upper expectile of the target network's Q (Snell et al., 2023,
 "Offline RL for Natural Language Generation with Implicit Language Q Learning", without its second Q). Then the greedy
 tokens of the network are compared with those of the log.
 
-Needs matplotlib and tqdm beside dqn_fused.
+Needs matplotlib and tqdm besides dqn_fused.
 """
 
 import argparse
 import copy
+import statistics
 import time
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -37,7 +38,7 @@ class Args:
     features: int = 128
     length: int = 16
     batch_size: int = 16
-    steps: int = 150
+    steps: int = 100
     learning_rate: float = 3e-3
     gamma: float = 0.8
     cql_alpha: float = 0.1
@@ -112,11 +113,11 @@ def value_loss(value: Tensor, target: Network, hidden: Tensor, actions: Tensor, 
 
 
 class Run(NamedTuple):
-    """What came of training with one of the losses."""
+    """Results of training with one of the losses."""
 
     losses: list[float]  # of Q
-    seconds: float  # of them, forward and backward
-    peak_bytes: int  # held by one of them, gradients included
+    milliseconds: float  # of one of them, the median, forward and backward
+    peak_bytes: int  # held during one of them, gradients included
     mean_reward: float  # of the greedy tokens
 
 
@@ -125,7 +126,7 @@ def train(q_loss: Any, args: Args, name: str) -> Run:
     log, network = Log(args), Network(args)
     target = copy.deepcopy(network)
     optimizer = torch.optim.Adam(network.parameters(), lr=args.learning_rate)
-    losses, seconds = [], 0.0
+    losses, seconds = [], []
     for _ in tqdm(range(args.steps), desc=name, leave=False):
         tokens, rewards = log.sample()
         actions, hidden = tokens[:, 1:], network.hidden(tokens)
@@ -139,7 +140,7 @@ def train(q_loss: Any, args: Args, name: str) -> Run:
         start = time.perf_counter()
         loss = q_loss(network.head, state, actions, y, args)
         loss.backward()
-        seconds += time.perf_counter() - start
+        seconds.append(time.perf_counter() - start)
         of_value = value_loss(value[:, :-1], target, of_target, actions, args)
         torch.autograd.backward([hidden[:, :-1], of_value], [state.grad, None])
         optimizer.step()
@@ -148,11 +149,11 @@ def train(q_loss: Any, args: Args, name: str) -> Run:
         losses.append(loss.item())
     optimizer.zero_grad()
     peak = peak_bytes(lambda: q_loss(network.head, state, actions, y, args).backward())
-    return Run(losses, seconds, peak, mean_reward(network, args))
+    return Run(losses, 1e3 * statistics.median(seconds), peak, mean_reward(network, args))
 
 
 def mean_reward(network: Network, args: Args, sequences: int = 4) -> float:
-    """Of the tokens that the network writes itself, for each topic."""
+    """Mean reward of the tokens that the network writes, over all topics."""
     topic = torch.arange(TOPICS).repeat(sequences)
     tokens, length = topic.unsqueeze(1), min(args.length, 8)
     for _ in range(length):
@@ -172,14 +173,15 @@ def peak_bytes(call: Any) -> int:
     return peak
 
 
-def plot(runs: dict[str, Run], args: Args) -> None:
+def plot(runs: dict[str, Run], logged: float, args: Args) -> None:
     figure = Figure(figsize=(10, 3.6), layout="constrained")  # without pyplot, so no display is needed
     curves, times, memory = figure.subplots(1, 3, width_ratios=(2.2, 1, 1))
     for (name, run), style in zip(runs.items(), ("-", "--"), strict=True):
         curves.plot(range(1, args.steps + 1), run.losses, style, label=name, linewidth=2)
-    curves.set(xlabel="update", ylabel="loss of Q", title="the same curve")
+    reward = f"reward a token {runs['fused'].mean_reward:.2f}, in the log {logged:.2f}"
+    curves.set(xlabel="update", ylabel="loss of Q", title=f"the same curve; {reward}")
     curves.legend(frameon=False)
-    milliseconds = [1e3 * run.seconds / args.steps for run in runs.values()]
+    milliseconds = [run.milliseconds for run in runs.values()]
     megabytes = [run.peak_bytes / 1e6 for run in runs.values()]
     for axes, values, title in (
         (times, milliseconds, "ms a loss, with backward"),
@@ -187,10 +189,11 @@ def plot(runs: dict[str, Run], args: Args) -> None:
     ):
         bars = axes.bar(list(runs), values, color=["tab:blue", "tab:orange"])
         axes.bar_label(bars, fmt="%.1f")
+        axes.margins(y=0.1)
         axes.set_title(title)
     for axes in (curves, times, memory):
         axes.spines[["top", "right"]].set_visible(False)
-    shape = f"{args.batch_size} x {args.length} tokens, {args.features} features"
+    shape = f"{args.batch_size} x {args.length} tokens, {args.features} features, threads: {torch.get_num_threads()}"
     figure.suptitle(f"Q-learning over {args.vocabulary:,} tokens with the conservative term, {shape}")
     figure.savefig(args.plot, dpi=150)
 
@@ -212,12 +215,12 @@ def main() -> None:
     for name, run in runs.items():
         last, peak = sum(run.losses[-10:]) / len(run.losses[-10:]), run.peak_bytes / 1e6
         print(
-            f"| {name} | {1e3 * run.seconds / args.steps:.1f} | {peak:.1f} | {peak - gradient:.1f} | {last:.5f} "
+            f"| {name} | {run.milliseconds:.1f} | {peak:.1f} | {peak - gradient:.1f} | {last:.5f} "
             f"| {run.mean_reward:.3f} |"
         )
     apart = max(abs(x - y) / abs(y) for x, y in zip(*(run.losses for run in runs.values()), strict=True))
     print(f"\nfurthest apart: {apart:.1e} of a loss; reward a token of the log: {logged:.3f}")
-    plot(runs, args)
+    plot(runs, logged, args)
     print(f"learning curves: {args.plot}")
 
 

@@ -1,4 +1,4 @@
-"""Triton helpers of distributions on evenly spaced atoms, the support. Where it says position, atom j is at j."""
+"""Triton helpers for distributions on evenly spaced atoms, the support. Positions count atoms: atom j is at j."""
 
 import triton
 import triton.language as tl
@@ -14,7 +14,7 @@ def quotient(a, b, ACC: tl.constexpr):
 
 @triton.jit
 def atom_values(atom, support, stride, v_min, v_max, step, K, ACC: tl.constexpr):
-    """Atoms of a support, 0 for those behind the last: as given, (K,), or from end to end, both of which are exact."""
+    """The atoms, 0 behind the last one: those of a tensor, (K,), or from v_min to v_max, where both ends are exact."""
     if support is not None:
         z = tl.load(support + atom.to(tl.int64) * stride, mask=atom < K, other=0.0).to(ACC)
     else:
@@ -27,7 +27,7 @@ def atom_values(atom, support, stride, v_min, v_max, step, K, ACC: tl.constexpr)
 
 @triton.jit
 def ends_of(support, stride, v_min, v_max, K, ACC: tl.constexpr):
-    """First and last atom, and positions in a unit of their values."""
+    """The first and the last atom, and how many positions a value of 1 spans."""
     if support is not None:
         low = tl.load(support).to(ACC)
         high = tl.load(support + (K - 1).to(tl.int64) * stride).to(ACC)
@@ -39,9 +39,9 @@ def ends_of(support, stride, v_min, v_max, K, ACC: tl.constexpr):
 
 @triton.jit
 def softmax_parts(x):
-    """Of logits, [rows, atoms]: less the row's largest, the exponentials of that, and their sums.
+    """For logits, [rows, atoms]: their distances from the row's largest, the exponentials of these, and their sums.
 
-    A sum is NaN, and so all that is made of it, where a logit is NaN or inf, or where all of them are -inf.
+    A sum is NaN, and so is everything computed from it, if a logit of the row is NaN or inf, or if all are -inf.
     """
     gap = x - tl.max(x, 1)[:, None]
     power = tl.exp(gap)
@@ -50,7 +50,7 @@ def softmax_parts(x):
 
 @triton.jit
 def expectation_of_rows(x, offset, stride, inside, z, K, VEC: tl.constexpr, ACC: tl.constexpr):
-    """Expectations of the softmax of rows of K logits, which begin at the offsets [rows, actions]."""
+    """Expectations of the softmax of rows of K logits, which begin at the offsets, [rows, actions]."""
     atom = tl.arange(0, z.shape[0])
     # Compared by vector, not by element: a mask that is constant over 16 bytes keeps the load whole.
     here = inside[:, :, None] & (atom // VEC < K // VEC)[None, None, :]
@@ -62,16 +62,16 @@ def expectation_of_rows(x, offset, stride, inside, z, K, VEC: tl.constexpr, ACC:
 
 @triton.jit
 def position_of(value, low, high, per_unit, last):
-    """Position of values; those beyond an end are moved to it, and the ends are exact. NaN stays NaN."""
+    """Positions of values. Those beyond an end are moved to it; the ends are exact. NaN stays NaN."""
     position = (tl.where(value < low, low, value) - low) * per_unit
     return tl.where((value >= high) | (position > last), last, position)
 
 
 @triton.jit
 def shares(position, last):
-    """The atom below positions, at most the last but one, and the share of a probability there that the next one has.
+    """The atom below each position, at most the last but one, and the share of the probability that the next atom gets.
 
-    So a position on an atom, also on the last one, gives it everything. NaN reaches the share.
+    A position on an atom, the last one included, gives that atom everything. NaN reaches the share.
     """
     lower = tl.floor(position)
     lower = tl.where(lower < last, lower, last - 1)
@@ -80,16 +80,16 @@ def shares(position, last):
 
 @triton.jit
 def two_hot(position, atom, last):
-    """Positions, [rows], shared between the two atoms beside each, [rows, atoms]; atom is of the positions' dtype."""
+    """Probabilities, [rows, atoms], of positions, [rows], split between two atoms; atom has the positions' dtype."""
     lower, share = shares(position[:, None], last)
     return tl.where(atom[None, :] == lower, 1 - share, tl.where(atom[None, :] == lower + 1, share, 0.0))
 
 
 @triton.jit
 def gauss(position, atom, scale, last):
-    """Normal distributions around positions, [rows], cut into bins around the atoms, [rows, atoms].
+    """Normal distributions around positions, [rows], integrated over the bins around the atoms, [rows, atoms].
 
-    scale is 1 / (sqrt(2) sigma). What falls outside of all bins is shared out among them.
+    scale is 1 / (sqrt(2) sigma). What lies outside all bins is distributed over them in proportion.
     """
     inside = tl.erf((atom[None, :] + 0.5 - position[:, None]) * scale)
     inside -= tl.erf((atom[None, :] - 0.5 - position[:, None]) * scale)

@@ -1,4 +1,4 @@
-"""Triton kernel: categorical losses forward, in which no pair of atoms leaves the registers.
+"""Triton kernel: forward of the categorical losses. Pairs of atoms never leave the registers.
 
 Shapes in the comments: n samples, m next states, A actions, K atoms.
 """
@@ -7,10 +7,9 @@ import triton
 import triton.language as tl
 
 from .atoms import atom_values, ends_of, gauss, position_of, quotient, shares, softmax_parts, two_hot
-from .distributions import greedy
-from .mask import count_before
+from .distributions import greedy, load_samples
 from .rows import scalar
-from .samples import load_action, load_discount, load_next
+from .samples import load_discount
 
 
 @triton.jit
@@ -19,9 +18,9 @@ def project(
     support, support_stride, v_min, v_max, step, K,
     ATOMS: tl.constexpr, CHUNK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Distributions softmax(x) at reward + discount * z, shared between the atoms beside each place, [rows, atoms].
+    """The distributions softmax(x), moved to reward + discount * z and projected onto the atoms, [rows, atoms].
 
-    Each atom asks a chunk of probabilities after the other how much of them it has: no scatter, no atomics.
+    Each atom adds up its shares of one chunk of probabilities after another: no scatter, no atomics.
     """
     last = (K - 1).to(ACC)
     place = tl.arange(0, ATOMS).to(ACC)[None, None, :]
@@ -49,8 +48,8 @@ def categorical_fwd_kernel(
     q, actions, rewards, weights,  # (n, A, K), (n,), (n,), (n,) or None
     next_q, chooser, next_action_mask,  # (m, A, K); (m, A, K) or, with VALUES, (m, A); (m, A); or None
     final, non_final,  # (n,) or None: true where the episode terminated; where it did not
-    counts, checked,  # as td_loss_fwd_kernel has them
-    support, v_min, v_max, step,  # as atom_values has them
+    counts, checked,  # as in td_loss_fwd_kernel
+    support, v_min, v_max, step,  # as in atom_values
     gamma, gauss_scale,  # number, () or (n,); number or None
     n, m, A, K,
     q_stride_row, q_stride_action, q_stride_column,
@@ -64,19 +63,11 @@ def categorical_fwd_kernel(
     ACC: tl.constexpr, CHOICE_ACC: tl.constexpr,
 ):  # fmt: skip
     """Loss, TD errors, expectations and slopes of ROWS samples."""
-    start = tl.program_id(0) * ROWS
-    row = start + tl.arange(0, ROWS)  # [rows]
-    inside = row < n
-    before = 0
-    fits = True
-    if non_final is not None:
-        true, before = count_before(non_final, counts, start, n, COUNTED, COUNT_BLOCK)
-        fits = true == m
-    action = load_action(actions, non_final, checked, fits, row, inside, A)
-    live, next_row, _ = load_next(final, non_final, row, inside, before)
-    live = live & (next_row < m)  # a mask that does not fit makes every action illegal
-    legal = inside & (action >= 0)
-    reward = tl.load(rewards + row, mask=inside, other=0).to(ACC)
+    row, inside, action, live, next_row, reward = load_samples(
+        tl.program_id(0) * ROWS,
+        actions, rewards, final, non_final, counts, checked, n, m, A, ROWS, COUNTED, COUNT_BLOCK, ACC,
+    )  # fmt: skip
+    legal = inside & (action >= 0)  # [rows]
 
     atom = tl.arange(0, ATOMS)
     place = atom.to(ACC)
@@ -104,14 +95,14 @@ def categorical_fwd_kernel(
             next_q, offset, next_stride_column, live, total, largest, reward, discount, low, high, per_unit,
             support, support_stride, v_min, v_max, step, K, ATOMS, CHUNK, ACC,
         )  # fmt: skip
-        # Selected, not multiplied: what stands in a terminated row never reaches the target.
+        # Selected, not multiplied: the values of a terminated row never reach the target.
         target = tl.where(live[:, None], moved, target)
 
     offset = row.to(tl.int64) * q_stride_row + action.to(tl.int64) * q_stride_action
     here = offset[:, None] + (atom.to(tl.int64) * q_stride_column)[None, :]
     logit = tl.load(q + here, mask=legal[:, None] & (atom < K)[None, :], other=float("-inf")).to(ACC)
     gap, power, total = softmax_parts(logit)
-    # An atom without a target does not count, whatever its logit is.
+    # An atom whose target is 0 does not count, whatever its logit is.
     sample = -tl.sum(tl.where(target == 0, 0.0, target * (gap - tl.log(total)[:, None])), 1)
     mean = quotient(tl.sum(power * z[None, :], 1), total, ACC)
     factor = quotient(tl.sum(target, 1), total, ACC)

@@ -1,4 +1,4 @@
-"""Triton kernels and helpers of the losses of distributions, (n, A, K): the choice of the next action, sums.
+"""Triton kernels and helpers of the distributional losses, (n, A, K): samples, the choice of the next action, sums.
 
 Shapes in the comments: n samples, m next states, A actions.
 """
@@ -7,7 +7,32 @@ import triton
 import triton.language as tl
 
 from .atoms import atom_values, expectation_of_rows
+from .mask import count_before
 from .rows import NO_COLUMN, combine, reduce_columns
+from .samples import load_action, load_next
+
+
+@triton.jit
+def load_samples(
+    start, actions, rewards, final, non_final, counts, checked, n, m, A,
+    ROWS: tl.constexpr, COUNTED: tl.constexpr, COUNT_BLOCK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Load ROWS samples: (row, inside, action, live, next_row, reward), each of them [rows].
+
+    inside says whether the sample exists, live whether it has a next state, which is in next_row of the next states. An
+    illegal action is -1.
+    """
+    row = start + tl.arange(0, ROWS)
+    inside = row < n
+    before = 0
+    fits = True
+    if non_final is not None:
+        true, before = count_before(non_final, counts, start, n, COUNTED, COUNT_BLOCK)
+        fits = true == m
+    action = load_action(actions, non_final, checked, fits, row, inside, A)
+    live, next_row, _ = load_next(final, non_final, row, inside, before)
+    live = live & (next_row < m)  # a mask that does not fit makes every action illegal
+    return row, inside, action, live, next_row, tl.load(rewards + row, mask=inside, other=0).to(ACC)
 
 
 @triton.jit
@@ -28,11 +53,11 @@ def greedy(
     x, strides, mask, mask_strides, row, live, A, K, z,
     VALUES: tl.constexpr, ACTIONS: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """First largest legal action of each row, [rows], and whether it is known.
+    """The first largest legal action of each row, [rows], and whether it is known.
 
-    x: (m, A, K), whose means over K choose, or, where there are atoms z, [columns], the expectations of their softmax;
-    or with VALUES (m, A). It is not known where no action is legal, as which -inf counts beside a mask, or where a
-    legal one is NaN.
+    x is (m, A, K) and is compared by its means over K or, if atoms z, [columns], are given, by the expectations of its
+    softmax; with VALUES it is (m, A). The action is not known if none is legal (beside a mask, -inf counts as illegal)
+    or if a legal one is NaN.
     """
     best = tl.full([row.shape[0]], float("-inf"), ACC)
     index = tl.full([row.shape[0]], NO_COLUMN, tl.int32)
@@ -63,13 +88,13 @@ def greedy(
 @triton.jit(do_not_specialize=["m", "A", "K", "action_tiles"])
 def values_kernel(
     values,  # (m, A)
-    x, final,  # (m, A, K), (m,) or None: rows that are not read
-    support, v_min, v_max, step,  # as atom_values has them, or None for means
+    x, final,  # (m, A, K), (m,) or None: true for rows that are not read
+    support, v_min, v_max, step,  # as in atom_values, or None for means
     m, A, K, action_tiles,
     stride_row, stride_action, stride_column, support_stride,
     ROWS: tl.constexpr, ACTIONS: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Means or expectations: what chooses, where a row is too long for the program of a sample to read all of it."""
+    """Means or expectations, by which actions are chosen where one program a sample would read too long."""
     row = tl.program_id(0) // action_tiles * ROWS + tl.arange(0, ROWS)
     action = tl.program_id(0) % action_tiles * ACTIONS + tl.arange(0, ACTIONS)
     live = row < m

@@ -1,8 +1,9 @@
-"""Triton kernel: backward of a loss of distributions, one dense store of the gradient by (n, A, K) values."""
+"""Triton kernel: backward of the distributional losses, one dense store of the gradient, (n, A, K)."""
 
 import triton
 import triton.language as tl
 
+from .flat import block_of_rows
 from .samples import legal_action, sample_scale
 
 
@@ -11,7 +12,7 @@ def row_taken(
     row, action, grad_loss, actions, weights, n, A, count,
     PER_ROW: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Whether a row of K values is that of the action taken, and what its slopes are multiplied by."""
+    """Whether a row of K values is that of the action taken, and the factor of its slopes."""
     inside = row < n
     taken = inside & (legal_action(tl.load(actions + row, mask=inside, other=-1), A) == action)
     scale = sample_scale(grad_loss, weights, row, taken, count, PER_ROW, ACC)
@@ -25,19 +26,9 @@ def rows_bwd_kernel(
     n, A, K, count,
     PER_ROW: tl.constexpr, FAR: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One dense store over the gradient as a flat array, as td_loss_bwd_kernel: here n * A rows, of K values.
-
-    A block is made of runs of RUN <= K + 1 elements, which touch at most two rows. FAR: n * A * K is beyond int32.
-    """
+    """One dense store over the gradient as a flat array of n * A rows of K elements: every store is aligned."""
     ACC: tl.constexpr = slopes.dtype.element_ty
-    start = tl.program_id(0)
-    if FAR:
-        start = start.to(tl.int64)
-    start = start * BLOCK
-    first = start // K
-    column = (start - first * K).to(tl.int32) + tl.arange(0, BLOCK // RUN) * RUN  # [runs], from the first row's start
-    skipped = column // K if RUN < BLOCK else tl.zeros([BLOCK // RUN], tl.int32)
-    line = first + skipped
+    start, line, column, second, here = block_of_rows(K, FAR, RUN, BLOCK)
     row_a = line // A
     action_a = (line - row_a * A).to(tl.int32)
     last = action_a + 1 == A
@@ -46,18 +37,14 @@ def rows_bwd_kernel(
     taken_a, scale_a = row_taken(row_a, action_a, grad_loss, actions, weights, n, A, count, PER_ROW, ACC)
     taken_b, scale_b = row_taken(row_b, action_b, grad_loss, actions, weights, n, A, count, PER_ROW, ACC)
 
-    column = (column - skipped * K)[:, None] + tl.arange(0, RUN)[None, :]  # [runs, elements]
-    second = column >= K
-    column = tl.where(second, column - K, column)
     taken = tl.where(second, taken_b[:, None], taken_a[:, None])
     row = tl.where(second, row_b[:, None], row_a[:, None])
-    # Of rows behind the last nothing is taken, so nothing is read.
+    # In rows behind the last nothing is taken, so nothing is read.
     slope = tl.load(slopes + row.to(tl.int64) * K + column, mask=taken, other=0.0)
     value = tl.where(taken, slope * tl.where(second, scale_b[:, None], scale_a[:, None]), 0.0)
 
     size = n.to(tl.int64) * A * K
-    here = (start + tl.arange(0, BLOCK // RUN) * RUN)[:, None] + tl.arange(0, RUN)[None, :]
-    # A mask on every element would break its 16 bytes up.
+    # A mask for every element would split the 16-byte store.
     if start + BLOCK <= size:
         tl.store(grad + here, value.to(grad.dtype.element_ty))
     else:

@@ -1,7 +1,7 @@
-"""Launch sizes of the losses of distributions: plain arithmetic on shapes, as launch.py. Reasoned, not yet measured.
+"""Launch sizes of the distributional losses: plain arithmetic on shapes, as launch.py. Reasoned, not yet measured.
 
-A program works on some predicted values of some samples. It chooses the next action of its samples by itself, so where
-several programs share a sample they read the same rows of next values; from the cache, as long as it holds them.
+A program works on some predicted values of some samples and chooses the next action of its samples by itself. So
+programs that share a sample read the same rows of next values, from the cache as long as it holds them.
 """
 
 from typing import NamedTuple
@@ -20,6 +20,7 @@ CHOICE_TILES = 4  # of logits, each of which takes as long as a load and the sof
 LOGITS = 8  # of a thread, of those whose softmax is taken at once, and 4 in float64
 MOST_WARPS = 16  # for a long row
 CHOICE_WARPS = 8  # for many actions
+MOST_ATOMS = 16384  # a program holds a row of logits, 32 a thread of 16 warps: of twice as many most would spill
 SHARED = 16  # pairs of an atom and a probability that a thread has at once: each is added up where it is made
 SUM_ROWS, SUM_SPLITS = 32, 64  # a tile of sum_rows_kernel
 
@@ -81,7 +82,7 @@ def warps(logits: int, itemsize: int, most: int) -> int:
 
 
 def chooses_first(m: int, A: int, K: int, itemsize: int, splits: int, tiles: int) -> bool:
-    """Whether what chooses is worth a launch of its own, where a program would work through so many tiles."""
+    """Whether the choice is worth a launch of its own; a program would work through so many tiles."""
     row = A * K * itemsize
     return row > CHOICE_BYTES or tiles > CHOICE_TILES or (splits - 1) * m * row > CHOICE_AGAIN
 
@@ -97,9 +98,9 @@ class Projection(NamedTuple):
 
 
 def projection(n: int, A: int, K: int, itemsize: int, sms: int) -> Projection:
-    """A sample a program as long as all of them are resident at once; then as many as give each of 128 threads an atom.
+    """One sample a program while all of them are resident at once; then as many as give each of 128 threads an atom.
 
-    Few samples choose among A actions at once, if they can; it takes 0.7 us to load the next ones.
+    Few samples compare all A actions at once, if they can: loading the next ones takes 0.7 us.
     """
     atoms = next_power_of_2(K)
     num_warps = max(warps(atoms, itemsize, MOST_WARPS), warps(next_power_of_2(A) * atoms, itemsize, CHOICE_WARPS))

@@ -64,7 +64,7 @@ def next_power_of_2(n: int) -> int:
 
 
 def rows(rows: int, columns: int, itemsize: int, wide: bool, sms: int) -> Rows:
-    """Several rows a program at a few hundred columns; splits of a row where the rows do not fill the device."""
+    """Several rows a program at a few hundred columns; splits of a row if the rows do not fill the device."""
     enough = PROGRAMS_PER_SM * sms
     if wide:
         tile = min(WIDE_TILE, WIDE_TILE_BYTES // itemsize)
@@ -89,7 +89,7 @@ def modelled(tiles: int, launches: int) -> float:
 
 @lru_cache(1024)  # 2 us otherwise
 def forward(rows: int, columns: int, share: int, summed: bool) -> Forward:
-    """One program for a small problem, else tiles of several rows; a share of the elements where each is dearer.
+    """One program for a small problem, else tiles of several rows; a share of the elements if each costs more.
 
     Where the loss is summed, several programs cost a second launch: as much as 2.3 tiles more of one program, so that
     one of up to 2 tiles is taken, and not 4.
@@ -106,9 +106,9 @@ def forward(rows: int, columns: int, share: int, summed: bool) -> Forward:
 
 
 def counts(rows: int, num_warps: int) -> int:
-    """Programs of count_kernel, or 0 where those of the forward count all entries of non_final_mask themselves.
+    """Programs of count_kernel, or 0 if those of the forward count all entries of non_final_mask themselves.
 
-    That is a load after the other; the launch, and the load of its counts, is as much as four of them.
+    That is one load after another; the launch, and the load of its counts, is as much as four of them.
     """
     loads = cdiv(rows, COUNTED_A_WARP * num_warps)
     return 0 if loads * LOAD <= LAUNCH + LOAD else cdiv(rows, COUNTED)

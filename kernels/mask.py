@@ -4,12 +4,12 @@ import triton
 import triton.language as tl
 
 VEC = tl.constexpr(16)  # entries, of one byte each
-BEFORE = tl.constexpr(1 << 16)  # of the numbers of entries, in the upper half of a counter those before a row
+BEFORE = tl.constexpr(1 << 16)  # a counter has all true entries in its lower half, those before a row in its upper
 
 
 @triton.jit
 def count_range(mask, low, high, row, BLOCK: tl.constexpr):
-    """True entries of mask[low:high], fewer than 2^15, and those of them before a row; low is a multiple of 16."""
+    """Numbers of the true entries of mask[low:high] and of those before a row, below 2^15; 16 divides low."""
     body = high // VEC * VEC
     counters = tl.zeros([BLOCK], tl.int32)
     for first in range(low, body, BLOCK):
@@ -25,9 +25,9 @@ def count_range(mask, low, high, row, BLOCK: tl.constexpr):
 
 @triton.jit
 def count_before(mask, counts, row, n, COUNTED: tl.constexpr, BLOCK: tl.constexpr):
-    """True entries of a mask, (n,), and those before a row.
+    """Numbers of the true entries of a mask, (n,), and of those before a row.
 
-    counts: None, or of each COUNTED entries how many are true, so that not all of the mask has to be read.
+    counts: None, or how many of each COUNTED entries are true, so that not all of the mask has to be read.
     """
     if counts is None:
         total, before = count_range(mask, 0, n, row, BLOCK)
@@ -48,7 +48,7 @@ def count_before(mask, counts, row, n, COUNTED: tl.constexpr, BLOCK: tl.constexp
 
 @triton.jit(do_not_specialize=["n"])
 def count_kernel(counts, mask, n, COUNTED: tl.constexpr, BLOCK: tl.constexpr):
-    """True entries of each COUNTED entries of a mask, (n,)."""
+    """How many of each COUNTED entries of a mask, (n,), are true."""
     low = tl.program_id(0) * COUNTED
     total, _ = count_range(mask, low, tl.minimum(low + COUNTED, n), 0, BLOCK)
     tl.store(counts + tl.program_id(0), total)

@@ -1,4 +1,4 @@
-"""Triton kernel: quantile loss forward, whose pairs of predicted and target quantiles live in registers only.
+"""Triton kernel: forward of the quantile loss. Pairs of predicted and target quantiles never leave the registers.
 
 Shapes in the comments: n samples, m next states, A actions, K predicted quantiles, K' target quantiles.
 """
@@ -7,17 +7,16 @@ import triton
 import triton.language as tl
 
 from .atoms import quotient
-from .distributions import greedy
-from .mask import count_before
+from .distributions import greedy, load_samples
 from .rows import scalar
-from .samples import load_action, load_discount, load_next
+from .samples import load_discount
 
 
 @triton.jit
 def load_targets(next_q, offset, index, stride, inside, live, reward, discount, ACC: tl.constexpr):
     """Target quantiles, [targets, rows]; the reward where there is no next state. The index is [targets, 1]."""
     value = tl.load(next_q + offset + index.to(tl.int64) * stride, mask=inside, other=0.0).to(ACC)
-    # Selected, not multiplied: what stands in a terminated row never reaches the target.
+    # Selected, not multiplied: the values of a terminated row never reach the target.
     return tl.where(live, reward + discount * value, reward)
 
 
@@ -27,8 +26,8 @@ def add_pairs(
 ):  # fmt: skip
     """Add pairs, [targets, rows, predicted], of predicted quantiles, [rows, predicted], and targets, [targets, rows].
 
-    With d = predicted - target, huber(d) / kappa is part * (|d| - kappa / 2 * part), and its derivative by |d| is part,
-    1 with PLAIN, which is for kappa 0. Where inside is None all targets are.
+    With d = predicted - target, huber(d) / kappa is part * (|d| - kappa / 2 * part), and its derivative by |d| is part.
+    PLAIN is for kappa = 0, where part is 1. If inside is None, all targets are inside.
     """
     d = predicted[None, :, :] - target[:, :, None]
     if inside is not None:
@@ -46,7 +45,7 @@ def quantile_fwd_kernel(
     q, actions, rewards, weights,  # (n, A, K), (n,), (n,), (n,) or None
     next_q, chooser, next_action_mask,  # (m, A, K'); (m, A, K'') or, with VALUES, (m, A); (m, A) or None
     final, non_final,  # (n,) or None: true where the episode terminated; where it did not
-    counts, checked,  # as td_loss_fwd_kernel has them
+    counts, checked,  # as in td_loss_fwd_kernel
     taus,  # (K,), (n, K), or None for the midpoints
     gamma, inverse_kappa, half_kappa, share,  # numbers; each pair counts for a share
     n, m, A, K, next_K, choice_K, splits,
@@ -64,20 +63,12 @@ def quantile_fwd_kernel(
     ACC: tl.constexpr, CHOICE_ACC: tl.constexpr,
 ):  # fmt: skip
     """Loss and slopes of BLOCK predicted quantiles of ROWS samples; the splits of a sample make the same choice."""
-    start = tl.program_id(0) // splits * ROWS
     split = tl.program_id(0) % splits
-    row = start + tl.arange(0, ROWS)  # [rows]
-    inside = row < n
-    before = 0
-    fits = True
-    if non_final is not None:
-        true, before = count_before(non_final, counts, start, n, COUNTED, COUNT_BLOCK)
-        fits = true == m
-    action = load_action(actions, non_final, checked, fits, row, inside, A)
-    live, next_row, _ = load_next(final, non_final, row, inside, before)
-    live = live & (next_row < m)  # a mask that does not fit makes every action illegal
-    legal = inside & (action >= 0)
-    reward = tl.load(rewards + row, mask=inside, other=0).to(ACC)
+    row, inside, action, live, next_row, reward = load_samples(
+        tl.program_id(0) // splits * ROWS,
+        actions, rewards, final, non_final, counts, checked, n, m, A, ROWS, COUNTED, COUNT_BLOCK, ACC,
+    )  # fmt: skip
+    legal = inside & (action >= 0)  # [rows]
     discount = tl.zeros([ROWS], ACC) + load_discount(gamma, row, inside, GAMMA, ACC)
 
     choice_strides = (choice_stride_row, choice_stride_action, choice_stride_column)

@@ -21,7 +21,7 @@ def nan_max(a, b):
 
 @triton.jit
 def scalar(x, ACC: tl.constexpr):
-    """A number of the call. As an argument it would be float32, so for float64 arithmetic it comes in memory."""
+    """A number of the call. As an argument it arrives as float32, so for float64 arithmetic it is in memory."""
     return tl.load(x) if tl.float64 == ACC else tl.full([], x, ACC)
 
 
@@ -39,9 +39,9 @@ def row_offset(row, strides):
 
 @triton.jit
 def load_legal(x, mask, offset, mask_offset, inside, ACC: tl.constexpr):
-    """Load elements, -inf for those that are not inside (None: all are) or not legal, and which of them are legal.
+    """Load elements, -inf where they are not inside (None: all are) or not legal, and say which are legal.
 
-    They are selected, whatever stands in an illegal one.
+    The value of an illegal element is never used.
     """
     if inside is None:
         value = tl.load(x + offset).to(ACC)
@@ -66,7 +66,7 @@ def exp_of_gap(a, b, inverse_temperature):
 @triton.jit
 def combine(best, aux, x, x_aux, inverse_temperature, KIND: tl.constexpr):
     """Combine pairs elementwise."""
-    # A sum of -inf, such as of elements masked out, is wrong by nothing: it meets exp(-inf) or stays under -inf.
+    # The sum beside a maximum of -inf, as of masked elements, does not matter: it is scaled by exp(-inf), or unused.
     if KIND == "argmax":
         aux = tl.where((x > best) | ((x == best) & (x_aux < aux)), x_aux, aux)
     elif KIND == "sum_exp":

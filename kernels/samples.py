@@ -1,4 +1,4 @@
-"""What Triton kernels load of samples, [rows], whatever their loss: action, next state, discount, upstream gradient."""
+"""Triton helpers that load what every loss takes of its samples, [rows]: action, next state, discount, gradient."""
 
 import triton
 import triton.language as tl
@@ -8,14 +8,14 @@ from .rows import scalar
 
 @triton.jit
 def legal_action(action, A):
-    """The action, or -1 if it is outside [0, A); int32, since fewer registers hold it once it is known to be small."""
+    """The action, or -1 if it is outside [0, A); int32, which takes fewer registers."""
     action = action.to(tl.int64)
     return tl.where((action >= 0) & (action < A), action, -1).to(tl.int32)
 
 
 @triton.jit
 def load_action(actions, non_final, checked, fits, row, inside, A):
-    """The action, or -1 if it is illegal or non_final does not fit the next states; what backward takes is stored."""
+    """The action, or -1 if it is illegal or non_final does not fit the next states; stored in checked for backward."""
     action = legal_action(tl.load(actions + row, mask=inside, other=0), A)
     if non_final is not None:
         action = tl.where(fits, action, -1)
@@ -26,7 +26,7 @@ def load_action(actions, non_final, checked, fits, row, inside, A):
 
 @triton.jit
 def load_next(final, non_final, row, inside, before):
-    """Whether a sample has a next state, its row, and true entries of non_final before the rows that follow."""
+    """Whether a sample has a next state, its row, and the number of true entries of non_final before the next rows."""
     live = inside
     next_row = row
     if non_final is not None:
@@ -53,7 +53,7 @@ def load_discount(gamma, row, inside, GAMMA: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def sample_scale(grad_loss, weights, row, inside, count, PER_ROW: tl.constexpr, ACC: tl.constexpr):
-    """Derivative of the result by the unweighted loss of each sample; grad_loss is (), (n,) or None for ones."""
+    """Derivative of the result by the unweighted loss of each sample; grad_loss is (), (n,), or None for ones."""
     scale = tl.full([], 1.0, ACC)
     if grad_loss is not None:
         scale = tl.load(grad_loss + row, mask=inside, other=0.0) if PER_ROW else tl.load(grad_loss)

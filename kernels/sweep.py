@@ -1,11 +1,11 @@
 """Triton kernels: a linear layer over many actions, reduced over the actions while it is multiplied.
 
-Shapes in the comments: m rows, D features, A actions. The Q-values of a tile live in registers alone; a number or two
-a row, best and aux, leave the program. By KIND they are
+Shapes in the comments: m rows, D features, A actions. The Q-values of a tile stay in registers. Only one or two numbers
+a row, best and aux, leave the program; by KIND they are
 
 - "max": the maximum, NaN if there is one;
-- "argmax": the maximum and the first action it stands at;
-- "soft": the maximum and the sum of the powers of two of (q - maximum) * scale below it.
+- "argmax": the maximum and the first action that has it;
+- "soft": the maximum and the sum of 2^((q - maximum) * scale).
 """
 
 import triton
@@ -39,7 +39,7 @@ def reduce_tile(best, aux, x, x_aux, scale, KIND: tl.constexpr):
 
 @triton.jit
 def load_features(x, stride, mask, feature, D, EVEN: tl.constexpr, FEATURES: tl.constexpr):
-    """Features of rows that begin at x, [rows, 1], zeros behind the last of them; [rows, features]."""
+    """Features of the rows that begin at x, [rows, 1], and zeros behind the last feature; [rows, features]."""
     k = feature + tl.arange(0, FEATURES)
     if not EVEN:
         mask = mask & (k < D)[None, :]
@@ -78,11 +78,11 @@ def sweep_fwd_kernel(
 ):  # fmt: skip
     """Reduce a tile of rows over the columns of a split.
 
-    The first two strides count VEC elements, as units does: spelt as its multiples, so that the compiler sees that rows
+    The first two strides count units of VEC elements: multiplied by VEC in the kernel, they show the compiler that rows
     are aligned. EVEN: FEATURES divides D. ONCE: it is no less than D, and the tile of hidden is read once for all.
     """
-    # What runs at once is a group of row tiles, the fastest, by all splits: it reads a column of the weight from memory
-    # once, and its rows of hidden stay in the cache.
+    # The programs that run at once are a group of row tiles, the fastest index, by all splits: they read a row of the
+    # weight from memory once, and their rows of hidden stay in the cache.
     splits = tl.num_programs(0) // row_tiles
     first_of_group = tl.program_id(0) // (group * splits) * group
     among_group = tl.program_id(0) - first_of_group * splits
@@ -102,8 +102,8 @@ def sweep_fwd_kernel(
     if ONCE:
         h = load_features(hidden_row, 1, inside[:, None], 0, D, EVEN, FEATURES).to(OPERAND)
     words = tl.zeros([ROWS, COLUMNS // 32], tl.int32)
-    # One loop over actions and features: the next tile is being loaded while this one is reduced. Hoisted out of it,
-    # the addresses within a tile of the mask would spill.
+    # One loop over actions and features, so that the next tile is being loaded while this one is reduced. If they were
+    # hoisted out of it, the addresses within a tile of the mask would spill.
     steps = 1 if ONCE else tl.cdiv(D, FEATURES)
     for i in tl.range(0, tl.cdiv(stop - start, COLUMNS) * steps, disable_licm=True):
         first = start + i // steps * COLUMNS
@@ -112,8 +112,8 @@ def sweep_fwd_kernel(
         column = first + tl.arange(0, COLUMNS)  # [columns]
         exists = column < A
         if mask is not None:
-            # Before the product and as bits: of layouts that want it the first decides in which one q is reduced, and q
-            # itself would go through shared memory to get into that of the mask.
+            # Before the product, and as bits: loaded behind it, the mask would decide in which layout q is reduced, and
+            # q would go through shared memory to get there.
             corner = mask + (first_row.to(tl.int64) * mask_stride_row + first.to(tl.int64) * mask_stride_action)
             if last:
                 words = load_legal(corner, mask_stride_row, mask_stride_action, m - first_row, A - first, ROWS, COLUMNS)

@@ -1,6 +1,6 @@
 """Triton kernel: the gradient of a tile of a linear layer's Q-values, which are multiplied once more and not stored.
 
-What is left of a backward are two products of that tile, which the library has.
+The rest of the backward, two products with that tile, is left to the library.
 """
 
 import triton
@@ -22,7 +22,7 @@ def sweep_bwd_kernel(
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, VEC: tl.constexpr, EVEN: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
-    """policy * exp(q - largest), and taken more at the action; and its sums over the rows of a tile.
+    """The gradient policy * exp(q - largest), plus taken at the action, and its sums over the rows of each tile.
 
     Strides are as in sweep_fwd_kernel.
     """

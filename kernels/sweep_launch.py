@@ -27,7 +27,7 @@ MASKED_COLUMNS = 64  # rows of a mask begin at any byte and are read by the byte
 # Rows that a tile is rounded up to, and the programs that a multiprocessor holds at once. Up to 16 rows the weight is
 # read at the rate of the memory whatever multiplies, and its 16 KiB a stage are what is in flight.
 RESIDENT = {16: 4, 32: 4, 64: 3, 128: 1}
-# What a program takes beside its tiles, in tiles: until its first operands are there, and to reduce the last product.
+# What a program costs beside its tiles, in tiles: to wait for its first operands, and to reduce the last product.
 FILL = 1
 # Row tiles that run at once: each reads its rows of hidden again for every tile of columns. 32 of 128 rows of 1,024
 # halves are 8 MiB, which stay in the 20 MB of one side of an A100's second-level cache; all of 17,000 rows, 35 MB.
@@ -50,7 +50,7 @@ class Sweep(NamedTuple):
 
 
 def sweep(rows: int, columns: int, features: int, itemsize: int, masked: bool, units: str, sms: int) -> Sweep:
-    """Tiles by what multiplies them, dealt out so that the device is left idle least."""
+    """Tiles for the units that multiply them, distributed so that the device idles least."""
     tile_rows, tile_columns, tile_features = _tile(rows, features, itemsize, masked, units)
     row_tiles, tiles, at_once = cdiv(rows, tile_rows), cdiv(columns, tile_columns), RESIDENT[tile_rows] * sms
     splits = best_splits(row_tiles, tiles, at_once)
@@ -68,7 +68,7 @@ def sweep(rows: int, columns: int, features: int, itemsize: int, masked: bool, u
 
 
 class Backward(NamedTuple):
-    """Launch of ``sweep_bwd_kernel``: a program a tile."""
+    """Launch of ``sweep_bwd_kernel``: one program for each tile."""
 
     rows: int
     columns: int
@@ -78,7 +78,7 @@ class Backward(NamedTuple):
 
 
 def backward(rows: int, features: int, itemsize: int, masked: bool, units: str) -> Backward:
-    """The tiles of the sweep, which is what is multiplied again."""
+    """The tiles of the sweep, which are multiplied again."""
     tile = _tile(rows, features, itemsize, masked, units)
     return Backward(*tile, _warps(tile[0]), _stages(units))
 
@@ -97,13 +97,13 @@ def _warps(rows: int) -> int:
 
 
 def _stages(units: str) -> int:
-    """What the AMD compiler counts as two is one tile in shared memory, of 64 KiB, and the next in registers."""
+    """For the AMD compiler two stages are one tile in shared memory, of 64 KiB, and the next in registers."""
     return 2 if units in ("mfma", "wmma", "valu") else 3
 
 
 @lru_cache(1024)  # 15 to 30 us otherwise
 def best_splits(row_tiles: int, tiles: int, at_once: int) -> int:
-    """Into how many parts the tiles of columns are split, none of them empty: the least of waves times their length."""
+    """The number of parts, none empty, into which tiles of columns are split: the least of waves times their length."""
     fewest = 1 if row_tiles <= ROW_TILES_AT_ONCE else min(cdiv(at_once, ROW_TILES_AT_ONCE), tiles)
     most = min(tiles, max(MAX_SPLITS, cdiv(2 * at_once, max(row_tiles, 1))))
     candidates = dict.fromkeys(cdiv(tiles, cdiv(tiles, parts)) for parts in range(fewest, most + 1))
@@ -111,7 +111,7 @@ def best_splits(row_tiles: int, tiles: int, at_once: int) -> int:
 
 
 def share(plan: Sweep, columns: int, sms: int) -> float:
-    """Of the tiles that the device could take while the launch runs, those that it does."""
+    """The share of the tiles that the device could take while the launch runs."""
     at_once, tiles = RESIDENT[plan.rows] * sms, cdiv(columns, plan.columns)
     waves = cdiv(plan.row_tiles * plan.splits, at_once)
     return plan.row_tiles * tiles / (at_once * waves * (plan.chunk // plan.columns))

@@ -1,7 +1,7 @@
 """Triton kernels: TD loss forward, and a fixed-order sum.
 
-Shapes in the comments: n samples, m rows of the next states, A actions. What the loss of a sample is stands in
-td_loss and td_loss_grad, what a row of actions is worth in rows.py; here they meet.
+Shapes in the comments: n samples, m rows of the next states, A actions. The loss of a sample is computed by td_loss
+and td_loss_grad, the value of a row of actions by rows.py.
 """
 
 import triton
@@ -42,7 +42,7 @@ def td_loss_grad(td, delta, LOSS: tl.constexpr):
 def soft_value(best, total, temperature, MASKED: tl.constexpr):
     """Soft value of a row in two parts: the maximum, NaN where no action is legal, and what the sum adds to it.
 
-    They are not added before a difference is taken: the sum would round away what a row far from zero is about.
+    They are added only once a difference is taken: far from zero, their sum would round it away.
     """
     if MASKED:
         best = tl.where(best == float("-inf"), float("nan"), best)
@@ -75,7 +75,7 @@ def td_loss_fwd_kernel(
     policy_best, policy_aux,  # of target_q, (splits, n)
     q_best, q_aux,  # (splits, n)
     gamma,  # number, () or (n,)
-    delta, cql_alpha, temperature, inverse_temperature, alpha, clip,  # numbers; None where they mean nothing
+    delta, cql_alpha, temperature, inverse_temperature, alpha, clip,  # numbers; None where they are not used
     n, m, A, next_splits, policy_splits, q_splits,
     q_inner, q_stride_outer, q_stride_inner, q_stride_action,
     next_inner, next_stride_outer, next_stride_inner, next_stride_action,
@@ -119,7 +119,7 @@ def td_loss_fwd_kernel(
         true, before = count_before(non_final, counts, tl.program_id(0) * TILES * ROWS, n, COUNTED, COUNT_BLOCK)
         fits = true == m
     total = tl.zeros([ROWS], ACC)
-    # Hoisted out of the loop, its many small invariants would spill.
+    # If they were hoisted out of the loop, its many small invariants would spill.
     for tile in tl.range(0, TILES, disable_licm=True):
         start = (tl.program_id(0) * TILES + tile) * ROWS
         row = start + tl.arange(0, ROWS)  # [rows]
@@ -188,7 +188,7 @@ def td_loss_fwd_kernel(
             discount = load_discount(gamma, row, inside, GAMMA, ACC)
             if TRANSFORM == "signed_hyperbolic":
                 value = signed_parabolic(value)
-            # Selected, not multiplied: what stands in a terminated row's next_q never reaches the target.
+            # Selected, not multiplied: a terminated row's next_q never reaches the target.
             target = tl.where(live, target + discount * value, target)
 
         if TRANSFORM == "signed_hyperbolic":
@@ -241,9 +241,9 @@ def td_loss_fwd_kernel(
 def sum_kernel(loss, partial, n, BLOCK: tl.constexpr, ACC: tl.constexpr):
     """Sum of (n,) partial sums in a fixed order: one program, in a launch of its own.
 
-    A ticket, whose last program would add up, saves that launch, but its counter has to be zero before every launch. It
-    would live in a buffer beside the tensors: by stream it is not safe, since a graph captured on one is replayed on
-    another, beside eager calls; one a call has to be zeroed, which is a launch again.
+    With an atomic ticket the last program could add up the sums and save this launch, but the ticket must be zero
+    before every launch. One ticket a stream is not safe: a graph captured on one stream may be replayed on another,
+    beside eager calls. One ticket a call must be zeroed, which is a launch again.
     """
     total = tl.zeros([BLOCK], ACC)
     for start in range(0, n, BLOCK):

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .flat import block_of_rows
 from .rows import load_legal, row_offset, scalar
 from .samples import legal_action, sample_scale
 from .td_loss import policy_gradient, td_loss_grad
@@ -38,11 +39,7 @@ def td_loss_bwd_kernel(
     mask_inner, mask_stride_outer, mask_stride_inner, mask_stride_action,
     LOSS: tl.constexpr, PER_ROW: tl.constexpr, FAR: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One dense store over grad_q as a flat array: every store is aligned.
-
-    A block is made of runs of RUN <= A + 1 elements, which touch at most two rows: a division and the values of two
-    rows for each run, not for each element. FAR: n * A is beyond int32, whose division is the cheaper one.
-    """
+    """One dense store over grad_q as a flat array of rows of A elements: every store is aligned."""
     ACC: tl.constexpr = td_error.dtype.element_ty
     margin = 0.0
     if LOSS != "mse":
@@ -50,28 +47,17 @@ def td_loss_bwd_kernel(
     pull = 0.0
     if cql_alpha is not None:
         pull = scalar(cql_alpha, ACC)
-    start = tl.program_id(0)
-    if FAR:
-        start = start.to(tl.int64)
-    start = start * BLOCK
-    first = start // A
-    column = (start - first * A).to(tl.int32) + tl.arange(0, BLOCK // RUN) * RUN  # [runs], from the first row's start
-    skipped = column // A if RUN < BLOCK else tl.zeros([BLOCK // RUN], tl.int32)
-    row = first + skipped
+    start, row, column, second, here = block_of_rows(A, FAR, RUN, BLOCK)
     a, taken_a, scale_a, largest_a, rest_a = row_gradient(
         row, grad_loss, td_error, actions, weights, normaliser, margin, pull, n, A, count, LOSS, PER_ROW, ACC
     )
     b, taken_b, scale_b, largest_b, rest_b = row_gradient(
         row + 1, grad_loss, td_error, actions, weights, normaliser, margin, pull, n, A, count, LOSS, PER_ROW, ACC
     )
-    column = (column - skipped * A)[:, None] + tl.arange(0, RUN)[None, :]  # [runs, elements]
-    second = column >= A
-    column = tl.where(second, column - A, column)
     action = tl.where(second, b[:, None], a[:, None])
     value = tl.where(column == action, tl.where(second, taken_b[:, None], taken_a[:, None]), 0.0)
 
     size = n.to(tl.int64) * A
-    here = (start + tl.arange(0, BLOCK // RUN) * RUN)[:, None] + tl.arange(0, RUN)[None, :]
     q_offset = here
     mask_offset = here
     if cql_alpha is not None:
@@ -85,7 +71,7 @@ def td_loss_bwd_kernel(
         if mask_stride_action is not None:
             mask_offset = row_offset(row, (mask_inner, mask_stride_outer, mask_stride_inner, mask_stride_action))
             mask_offset += column.to(tl.int64) * mask_stride_action
-    # A mask on every element would break its 16 bytes up.
+    # A mask for every element would split the 16-byte store.
     if start + BLOCK <= size:
         if cql_alpha is not None:
             x, allowed = load_legal(q, action_mask, q_offset, mask_offset, None, ACC)

@@ -1,9 +1,9 @@
 """Running error analysis: a number in float64, and how far floating-point arithmetic may be from it.
 
 Each operation adds the rounding of its own result, |result| times the unit roundoff, to what its operands carry
-(Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.3). A sum is so measured by the absolute values
-of its terms and not by what is left of them when they cancel. The order of a sum is nobody's promise: up to 36 terms
-the bound holds for every order; beyond, where the worst case is far from anything seen, with a probability of
+(Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.3). A sum is thus measured by the absolute
+values of its terms, not by what is left when they cancel. No order of summation is promised: up to 36 terms the bound
+holds for every order; beyond, where the worst case is far from anything seen, it holds with a probability of
 1 - 2 n exp(-18) for n terms (Higham and Mary, A New Approach to Probabilistic Rounding Error Analysis, 2019).
 """
 
@@ -25,7 +25,7 @@ ARGUMENT = 5  # of an exponential: a difference, a temperature inverted and mult
 
 
 class Number(NamedTuple):
-    """A number that arithmetic may miss by an absolute error."""
+    """A number, and the absolute error that arithmetic may make in it."""
 
     value: float
     error: float = 0.0
@@ -85,7 +85,7 @@ class Arithmetic:
         return self.rounded(a.value * b.value, error)
 
     def divide(self, a: Number, b: Number) -> Number:
-        """a / b, for a b that is known well."""
+        """a / b, where the relative error of b is small."""
         if b.value == 0:
             return Number(math.nan)
         value = a.value / b.value
@@ -171,7 +171,7 @@ def assert_close(name: str, got: Tensor, expected: Values, yardstick: Tensor | N
     if own.bits < 32:
         bound = bound + own.eps / (1 if TRUNCATES and got.dtype is torch.bfloat16 else 2) * np.abs(exact)
     elif own.bits == 64:
-        bound = 2 * bound  # what is expected was computed in float64, too
+        bound = 2 * bound  # the expected value was computed in float64, too
     # Of what underflows: powers flushed to zero, and half a step of the subnormal numbers of half precision.
     bound = np.where(bound > 0, bound + 8 * wide.tiny + own.tiny * own.eps / 2, 0)
     error = np.abs(values - exact)
@@ -183,7 +183,7 @@ def assert_close(name: str, got: Tensor, expected: Values, yardstick: Tensor | N
     if yardstick is None:
         return
     eager = np.abs(yardstick.detach().cpu().double().numpy().reshape(finite.shape)[finite] - exact)
-    known = (bound > 0) & np.isfinite(eager)  # where eager is not even finite: no excuse
+    known = (bound > 0) & np.isfinite(eager)  # what is not finite in eager code is no yardstick
     if known.any():
         ours, theirs = (np.sqrt(np.mean(np.square(x[known] / bound[known]))) for x in (error, eager))
         limit = 2 * theirs + 0.5 + 0.5 / math.sqrt(known.sum())

@@ -1,4 +1,4 @@
-"""Which settings run here, and torch.empty poisoned with NaN so that an element nobody wrote shows."""
+"""The settings that can run here; torch.empty filled with NaN, so that an element that is never written shows."""
 
 import importlib
 import importlib.util
@@ -29,11 +29,12 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 EXECUTED = not INTERPRETED and shutil.which("g++") is not None
 CUDA_SOURCES = shutil.which("nvcc") is not None and (Path(__file__).parents[1] / "csrc/cuda").is_dir()
 PTX_TARGETS = ("sm_75", "sm_80", "sm_90", "sm_120")
-# About torch, its graphs and its memory, more than about kernels; the executor itself holds memory.
+# Tests of torch's graphs and memory rather than of kernels; the executor itself allocates memory.
 NOT_ON_PTX = ("memory", "compile", "graph", "batched")
-# What takes long, GPU code and graphs of torch.compile: one of so many cases is taken by default, another one with
-# another seed; --sample=1 takes all.
+# Of the slow cases (GPU code, graphs of torch.compile) one in so many is run by default; --sample=1 runs all of them.
 SAMPLE = {"ptx": 36, "interpret": 8, "aot": 12, "graph": 6}
+# Which one: .ci/run takes it from the commit, so that the commits together run every case.
+SAMPLED = int(os.environ.get("DQN_FUSED_TEST_SAMPLE", SEED))
 
 # Where the tests of Triton's kernels themselves run: in the interpreter, on a GPU, or on executed PTX.
 _GPU = torch.cuda.is_available() and not INTERPRETED
@@ -55,7 +56,7 @@ def _settings() -> list[object]:
             settings.append(pytest.param(Setting(name, "cpu"), id="triton-interpreter", marks=pytest.mark.interpret))
         else:
             settings.append(pytest.param(Setting(name, "cpu"), id=f"{name}-cpu"))
-    if node.MODULE is not None:  # and as it is where the node in C++ is not built
+    if node.MODULE is not None:  # the same without the node in C++
         settings.append(
             pytest.param(Setting("compiled", "cpu"), id="compiled-cpu-python", marks=pytest.mark.without_node)
         )
@@ -70,7 +71,7 @@ def _settings() -> list[object]:
 
 
 def distributional_settings(family: str) -> list[Any]:
-    """What serves a family of losses of distributions."""
+    """The settings that serve a family of distributional losses."""
     settings = [
         pytest.param(Setting(name, "cpu"), id=f"{name}-cpu")
         for name in serving(torch.device("cpu"), family)
@@ -116,17 +117,24 @@ def _taken(item: pytest.Item, every: int) -> bool:
     marks = {mark.name for mark in item.iter_markers()} & SAMPLE.keys()
     if "ptx" in marks and any(word in item.name for word in NOT_ON_PTX):
         return False
-    return all(_number(item) % (every or SAMPLE[mark]) == SEED % (every or SAMPLE[mark]) for mark in marks)
+    return all((_number(item) - SAMPLED) % (every or SAMPLE[mark]) == 0 for mark in marks)
 
 
 def _number(item: pytest.Item) -> int:
-    """The same for a case in every run: what samples it, and chooses its target and schedule."""
+    """A number of the case, the same in every run: it decides when the case is sampled, its target and its schedule."""
     return zlib.crc32(item.nodeid.encode())
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of a run share, for what takes long to make: see build.filled."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """What a test draws without a generator of its own."""
+    """Seed what a test draws without a generator of its own."""
     torch.manual_seed(SEED)
 
 
@@ -148,9 +156,18 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
 
 
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Forget what was compiled before, and count the graphs from zero."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.fixture(autouse=True)
 def without_node(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Record by autograd.TDLoss in the cases that say so."""
+    """Record losses by autograd.TDLoss, not by the node in C++, in the cases that are marked so."""
     if request.node.get_closest_marker("without_node") is not None:
         monkeypatch.setattr(node, "serves", set())
 
@@ -175,8 +192,11 @@ def fast_interpreter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
 
 
 @pytest.fixture(autouse=True)
-def execute_ptx(request: pytest.FixtureRequest, poison: None) -> Iterator[None]:
-    """Serve CPU tensors, in the cases marked ptx, by executing what is compiled for a GPU: Triton's, or csrc/cuda."""
+def execute_ptx(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, poison: None) -> Iterator[None]:
+    """Serve CPU tensors, in the cases marked ptx, by executing what is compiled for a GPU: Triton's, or csrc/cuda.
+
+    What the test has patched is restored first: pytest does it last, and would bring back what is patched here.
+    """
     marker = request.node.get_closest_marker("ptx")
     if marker is None:
         yield
@@ -186,14 +206,16 @@ def execute_ptx(request: pytest.FixtureRequest, poison: None) -> Iterator[None]:
     if marker.args == ("cuda",):
         from bench.gpu_code.ptx import cuda
 
-        target = request.config.getoption("--ptx-target") or "sm_90"  # 20 s of nvcc for each
+        target = request.config.getoption("--ptx-target") or "sm_90"  # nvcc takes 20 s a target
         with cuda.executing(target, seed=number):
             yield
+            monkeypatch.undo()
     else:
         from bench.gpu_code.ptx import triton
 
         with triton.executing(target, seed=number, keep=False):
             yield
+            monkeypatch.undo()
 
 
 @pytest.hookimpl(wrapper=True)

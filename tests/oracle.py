@@ -1,6 +1,6 @@
-"""The loss in float64 as a loop over the samples, each number with a bound on what arithmetic may make of it.
+"""The loss in float64 as a loop over the samples, each number with a bound on the error of the arithmetic.
 
-It shares no code and no operation with the package. ``eager`` is the loss as users write it, the second yardstick.
+It shares no code and no operation with the package. ``eager.py`` has the loss as users write it, the second yardstick.
 """
 
 import itertools
@@ -11,12 +11,39 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from bounds import ARGUMENT, EXP, LOG, QUOTIENT, SQRT, Arithmetic, LogSum, Number, Values, log_sum
 from torch import Tensor
 
 from dqn_fused import Munchausen, Soft
 from dqn_fused.arguments import accumulation_dtype
+
+
+class Arguments(NamedTuple):
+    """The arguments of fused_dqn_loss that decide what is computed, with its defaults."""
+
+    q: Tensor
+    actions: Tensor
+    rewards: Tensor
+    next_q: Tensor | None
+    terminated: Tensor | None = None
+    gamma: float | Tensor = 0.99
+    non_final_mask: Tensor | None = None
+    next_q_online: Tensor | None = None
+    next_action_mask: Tensor | None = None
+    weights: Tensor | None = None
+    loss: str = "mse"
+    delta: float = 1.0
+    reduction: str = "mean"
+    target: str | Soft | Munchausen = "max"
+    target_q: Tensor | None = None
+    cql_alpha: float = 0.0
+    action_mask: Tensor | None = None
+    value_transform: str = "identity"
+
+    def named_target(self) -> str | Soft | Munchausen:
+        """The target, as an object where it has options."""
+        named = {"soft": Soft(), "munchausen": Munchausen()}
+        return named.get(self.target, self.target) if isinstance(self.target, str) else self.target
 
 
 class Expected(NamedTuple):
@@ -50,8 +77,10 @@ def _masks(x: Tensor | None) -> Iterator[Any]:
 
 
 def chosen(chooser: Row, values: Row, legal: np.ndarray | None) -> Number:
-    """Value of the first largest legal action; NaN for NaN, or without one. It may be that of any action that errors
-    of the chooser let pass for the largest."""
+    """Value of the first of the largest legal actions; NaN where one of them is NaN or none is legal.
+
+    Its error covers the values of all actions that the errors of the chooser may make the largest.
+    """
     x, error = chooser
     found = np.arange(len(x)) if legal is None else np.flatnonzero(legal)
     if not found.size or np.isnan(x[found]).any():
@@ -88,8 +117,8 @@ def _rho(arithmetic: Arithmetic, td: Number, loss: str, delta: float) -> tuple[N
     return value, slope
 
 
-# R2D2's h and its inverse as the paper writes them, with digits enough for what cancels. Their bounds are those of the
-# forms x (1 / (sqrt(|x| + 1) + 1) + epsilon) and t (t + 2), t = 2 x / (sqrt(4 epsilon |x| + b^2) + b).
+# R2D2's h and its inverse as the paper writes them, with enough digits for the cancellation. Their bounds are those of
+# the forms x (1 / (sqrt(|x| + 1) + 1) + epsilon) and t (t + 2), t = 2 x / (sqrt(4 epsilon |x| + b^2) + b).
 DIGITS = 60
 H_EPSILON = Decimal("0.001")
 
@@ -136,70 +165,61 @@ def _policy(arithmetic: Arithmetic, sums: LogSum) -> Values:
     return Values(value, value * (sums.errors + share))
 
 
+def _bonus(arithmetic: Arithmetic, target: Munchausen, row: Row, mask: np.ndarray | None, action: int) -> Number:
+    """alpha * clip(temperature * log(policy of the action), clip, 0); the policy of an illegal action is zero."""
+    known = mask is None or mask[action]
+    taken = Number(float(row[0][action]), float(row[1][action])) if known else Number(-math.inf)
+    policy = arithmetic.subtract(taken, log_sum(arithmetic, *row, mask, target.temperature).number)
+    if not math.isnan(policy.value):
+        bonus = min(max(policy.value, target.clip), 0.0)
+        policy = Number(bonus, policy.error if math.isfinite(policy.value) else 0.0)
+    return arithmetic.multiply(arithmetic.given(target.alpha), policy)
+
+
 def oracle(
-    q: Tensor,
-    actions: Tensor,
-    rewards: Tensor,
-    next_q: Tensor | None,
-    terminated: Tensor | None = None,
-    gamma: float | Tensor = 0.99,
-    *,
-    non_final_mask: Tensor | None = None,
-    next_q_online: Tensor | None = None,
-    next_action_mask: Tensor | None = None,
-    weights: Tensor | None = None,
-    loss: str = "mse",
-    delta: float = 1.0,
-    reduction: str = "mean",
-    target: str | Soft | Munchausen = "max",
-    target_q: Tensor | None = None,
-    cql_alpha: float = 0.0,
-    action_mask: Tensor | None = None,
-    value_transform: str = "identity",
+    *positional: Any,
     grad_loss: Tensor | None = None,
     dtype: torch.dtype | None = None,
     errors: dict[str, np.ndarray] | None = None,
+    **named: Any,
 ) -> Expected:
     """Loss, TD errors, dq for an upstream gradient (ones if None) and the conservative terms, by the definition.
 
-    dtype is what the loss is computed in, by default as q's dtype has it; errors are those that matrices come with.
+    The arguments are those of ``Arguments``. dtype is what the loss is computed in, by default q's accumulation dtype;
+    errors are those of the matrices themselves, by name.
     """
-    shape, A = q.shape[:-1], q.shape[-1]
+    a = Arguments(*positional, **named)
+    target = a.named_target()
+    shape, A = a.q.shape[:-1], a.q.shape[-1]
     n = shape.numel()
-    arithmetic = Arithmetic(dtype or accumulation_dtype(q))
+    arithmetic = Arithmetic(dtype or accumulation_dtype(a.q))
     add, multiply, given = arithmetic.add, arithmetic.multiply, arithmetic.given
-    target = {"soft": Soft(), "munchausen": Munchausen()}.get(target, target) if isinstance(target, str) else target
     known = errors or {}
-    rows, target_rows = (_rows(x, known.get(k), arithmetic) for k, x in {"q": q, "target_q": target_q}.items())
-    next_rows = _rows(next_q, known.get("next_q"), arithmetic)
-    online_rows = _rows(next_q_online, known.get("next_q_online"), arithmetic)
-    masks, next_masks = _masks(action_mask), _masks(next_action_mask)
-    acts, rews = _numbers(actions), _numbers(rewards)
-    ends = [False] * n if terminated is None else [x != 0 for x in _numbers(terminated)]
-    if non_final_mask is not None:
-        ends = [not x for x in _numbers(non_final_mask)]
-    gammas = [float(gamma)] * n if not isinstance(gamma, Tensor) or gamma.dim() == 0 else _numbers(gamma)
-    ws = [given(1.0)] * n if weights is None else [given(x) for x in _numbers(weights)]
-    scale = arithmetic.total(ws) if reduction == "weighted_mean" else Number({"mean": max(n, 1)}.get(reduction, 1))
+    rows, target_rows, next_rows, online_rows = (
+        _rows(getattr(a, name), known.get(name), arithmetic) for name in ("q", "target_q", "next_q", "next_q_online")
+    )
+    masks, next_masks = _masks(a.action_mask), _masks(a.next_action_mask)
+    actions, rewards = _numbers(a.actions), _numbers(a.rewards)
+    ends = [False] * n if a.terminated is None else [x != 0 for x in _numbers(a.terminated)]
+    if a.non_final_mask is not None:
+        ends = [not x for x in _numbers(a.non_final_mask)]
+    one_gamma = not isinstance(a.gamma, Tensor) or a.gamma.dim() == 0
+    gammas = [float(a.gamma)] * n if one_gamma else _numbers(a.gamma)
+    ws = [given(1.0)] * n if a.weights is None else [given(x) for x in _numbers(a.weights)]
+    scale = (
+        arithmetic.total(ws) if a.reduction == "weighted_mean" else Number(max(n, 1) if a.reduction == "mean" else 1)
+    )
     upstream = [1.0] * n if grad_loss is None else _numbers(grad_loss.double().expand(shape))
 
     td, losses, cqls, grad, grad_error = [], [], [], np.zeros((n, A)), np.zeros((n, A))
     for i in range(n):
-        row, mask, action = next(rows), next(masks), acts[i]
-        target_row = next(target_rows, None)
+        row, target_row, mask, action = next(rows), next(target_rows, None), next(masks), actions[i]
         legal = 0 <= action < A
         taken = Number(float(row[0][action]), float(row[1][action])) if legal else Number(math.nan)
-        y = given(float(rews[i]))
+        y = given(float(rewards[i]))
         if isinstance(target, Munchausen) and legal and target_row is not None:
-            likely = (
-                Number(*(float(x[action]) for x in target_row)) if mask is None or mask[action] else Number(-math.inf)
-            )
-            policy = arithmetic.subtract(likely, log_sum(arithmetic, *target_row, mask, target.temperature).number)
-            if not math.isnan(policy.value):
-                bonus = min(max(policy.value, target.clip), 0.0)
-                policy = Number(bonus, policy.error if math.isfinite(policy.value) else 0.0)
-            y = add(y, multiply(given(target.alpha), policy))
-        if non_final_mask is None or not ends[i]:
+            y = add(y, _bonus(arithmetic, target, target_row, mask, action))
+        if a.non_final_mask is None or not ends[i]:
             next_row, next_mask = next(next_rows, None), next(next_masks)
             online_row = next(online_rows, next_row)
         if not ends[i] and next_row is not None:
@@ -207,32 +227,33 @@ def oracle(
                 value = log_sum(arithmetic, *next_row, next_mask, target.temperature).number
             else:
                 value = chosen(online_row, next_row, next_mask)
-            if value_transform == "signed_hyperbolic":
+            if a.value_transform == "signed_hyperbolic":
                 value = signed_parabolic(arithmetic, value)
             y = add(y, multiply(given(gammas[i]), value))
-        if value_transform == "signed_hyperbolic":
+        if a.value_transform == "signed_hyperbolic":
             y = signed_hyperbolic(arithmetic, y)
         td.append(arithmetic.subtract(taken, y))
         sums = log_sum(arithmetic, *row, mask)
         cqls.append(arithmetic.subtract(sums.number, taken))
-        value, slope = _rho(arithmetic, td[i], loss, delta)
-        alpha = given(cql_alpha)
-        whole = add(value, multiply(alpha, cqls[i])) if cql_alpha else value
-        losses.append(multiply(ws[i], whole))
-        if legal:
-            factor = arithmetic.divide(multiply(given(upstream[i]), ws[i]), scale)
-            terms = [[slope] if j == action else [] for j in range(A)] if cql_alpha else {action: [slope]}
-            if cql_alpha:
-                policy = _policy(arithmetic, sums)
-                for j in range(A) if mask is None else np.flatnonzero(mask):
-                    terms[j].append(multiply(alpha, Number(float(policy.value[j]), float(policy.error[j]))))
-                terms[action].append(Number(-cql_alpha, alpha.error))
-            for j, found in terms.items() if isinstance(terms, dict) else enumerate(terms):
-                grad[i, j], grad_error[i, j] = multiply(arithmetic.total(found), factor)
+        value, slope = _rho(arithmetic, td[i], a.loss, a.delta)
+        alpha = given(a.cql_alpha)
+        losses.append(multiply(ws[i], add(value, multiply(alpha, cqls[i])) if a.cql_alpha else value))
+        if not legal:
+            continue
+        factor = arithmetic.divide(multiply(given(upstream[i]), ws[i]), scale)
+        terms: dict[int, list[Number]] = {action: [slope]}
+        if a.cql_alpha:
+            policy = _policy(arithmetic, sums)
+            for j in range(A) if mask is None else np.flatnonzero(mask):
+                share = multiply(alpha, Number(float(policy.value[j]), float(policy.error[j])))
+                terms.setdefault(int(j), []).append(share)
+            terms[action].append(Number(-a.cql_alpha, alpha.error))
+        for j, found in terms.items():
+            grad[i, j], grad_error[i, j] = multiply(arithmetic.total(found), factor)
     each = Values.of(losses, (n,))
-    if reduction == "none":
+    if a.reduction == "none":
         result = Values(each.value.reshape(shape), each.error.reshape(shape))
-    elif reduction == "sum":
+    elif a.reduction == "sum":
         result = Values.of([arithmetic.total(losses)], ())
     else:
         result = Values.of([arithmetic.divide(arithmetic.total(losses), scale) if n else Number(math.nan)], ())
@@ -242,78 +263,3 @@ def oracle(
         Values(grad.reshape(*shape, A), grad_error.reshape(*shape, A)),
         Values.of(cqls, shape),
     )
-
-
-def eager(
-    q: Tensor,
-    actions: Tensor,
-    rewards: Tensor,
-    next_q: Tensor | None,
-    terminated: Tensor | None = None,
-    gamma: float | Tensor = 0.99,
-    *,
-    non_final_mask: Tensor | None = None,
-    next_q_online: Tensor | None = None,
-    next_action_mask: Tensor | None = None,
-    weights: Tensor | None = None,
-    loss: str = "mse",
-    delta: float = 1.0,
-    reduction: str = "mean",
-    target: str | Soft | Munchausen = "max",
-    target_q: Tensor | None = None,
-    cql_alpha: float = 0.0,
-    action_mask: Tensor | None = None,
-    value_transform: str = "identity",
-) -> tuple[Tensor, Tensor]:
-    """(loss, td_error) as users write it, in the dtype the tensors have: its error is the yardstick."""
-
-    def flat(x: Tensor, mask: Tensor | None) -> Tensor:
-        x = x.reshape(-1, x.shape[-1])
-        return x if mask is None else x.masked_fill(~mask.reshape(x.shape), -torch.inf)
-
-    n, A = q.shape[:-1].numel(), q.shape[-1]
-    target = {"soft": Soft(), "munchausen": Munchausen()}.get(target, target) if isinstance(target, str) else target
-    index = actions.reshape(-1, 1).long()
-    taken = q.reshape(n, A).gather(1, index).squeeze(1)
-    y = rewards.reshape(-1)
-    if isinstance(target, Munchausen):
-        log_policy = torch.log_softmax(flat(target_q, action_mask) / target.temperature, 1)
-        bonus = target.temperature * log_policy.gather(1, index).squeeze(1)
-        y = y + target.alpha * bonus.clamp(target.clip, 0)
-    if next_q is not None:
-        if target != "max":
-            value = target.temperature * torch.logsumexp(flat(next_q, next_action_mask) / target.temperature, 1)
-        elif next_q_online is not None:
-            best = flat(next_q_online, next_action_mask).argmax(1, keepdim=True)
-            value = flat(next_q, None).gather(1, best).squeeze(1)
-        else:
-            value = flat(next_q, next_action_mask).max(1).values
-        if non_final_mask is not None:
-            values = torch.zeros(n, dtype=value.dtype, device=q.device)
-            values[non_final_mask.reshape(-1)] = value.detach()
-        else:
-            ends = torch.zeros(n, device=q.device) if terminated is None else terminated.reshape(-1)
-            values = torch.where(ends != 0, 0, value)
-        if value_transform == "signed_hyperbolic":
-            root = ((1 + 4e-3 * (values.abs() + 1 + 1e-3)).sqrt() - 1) / 2e-3
-            values = values.sign() * (root.square() - 1)
-        discount = gamma.reshape(-1) if isinstance(gamma, Tensor) else gamma
-        y = y + discount * values
-    if value_transform == "signed_hyperbolic":
-        y = y.sign() * ((y.abs() + 1).sqrt() - 1) + 1e-3 * y
-    td = taken - y.detach()
-    zero = torch.zeros_like(td)
-    if loss == "mse":
-        per_sample = td**2
-    elif loss == "huber":
-        per_sample = F.huber_loss(td, zero, reduction="none", delta=delta)
-    else:
-        per_sample = F.smooth_l1_loss(td, zero, reduction="none", beta=delta)
-    if cql_alpha:
-        per_sample = per_sample + cql_alpha * (torch.logsumexp(flat(q, action_mask), 1) - taken)
-    w = torch.ones_like(td) if weights is None else weights.reshape(-1)
-    per_sample = per_sample * w
-    if reduction == "none":
-        return per_sample.view(q.shape[:-1]), td.detach().view(q.shape[:-1])
-    total = per_sample.mean() if reduction == "mean" else per_sample.sum()
-    return total / w.sum() if reduction == "weighted_mean" else total, td.detach().view(q.shape[:-1])

@@ -1,4 +1,4 @@
-"""What each process of tests/test_ranks.py does: the losses of a sharded head, and what it found on its own rank."""
+"""What each process of tests/test_ranks.py runs: losses of a sharded head, whose results on its rank it saves."""
 
 import datetime
 from collections.abc import Callable, Iterator
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from test_linear import OPTIONS, Arguments, compact, make
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,7 +26,7 @@ COLUMNS = ("next_action_mask", "action_mask")
 
 
 def integers(arguments: Arguments) -> Arguments:
-    """Q-values that are exact in any order: small integers."""
+    """Arguments that are small integers, whose Q-values are exact in any order of the sums."""
     named = ("hidden", "weight", "bias", "next_hidden", "next_weight", "next_bias")
     return arguments | {k: arguments[k].mul(2).round() for k in named}
 
@@ -63,7 +64,7 @@ def nowhere_legal() -> Arguments:
 
 
 def one_nan() -> Arguments:
-    """A Q-value of the state that is NaN, of the last action: so is the gradient of that row on every rank."""
+    """One Q-value of the last action is NaN, and so is the gradient of its sample on every rank."""
     arguments = of("cql", reduction="none", terminated=torch.ones(N, dtype=torch.bool))
     arguments["bias"] = arguments["bias"].clone()
     arguments["bias"][-1] = torch.nan
@@ -76,6 +77,8 @@ CASES: dict[str, Callable[[], Arguments]] = {
         f"{name}-f64": lambda name=name: of(name, torch.float64)
         for name in ("double", "soft-mask", "cql-munchausen-sum")
     },  # type: ignore[misc]
+    "cql-bf16": lambda: of("cql", torch.bfloat16),
+    "cql-double-bf16": lambda: of("cql-double-mask-weights-smooth_l1", torch.bfloat16),
     "double-bf16": lambda: of("double", torch.bfloat16),
     "sequence": lambda: of("double-mask-weights-huber", shape=(3, 3, 4)),
     "one-nan": one_nan,
@@ -88,6 +91,13 @@ CASES: dict[str, Callable[[], Arguments]] = {
     "nowhere-legal": nowhere_legal,
     "large": lambda: of("soft", hidden=3e3 * make((N, 4))["hidden"], next_hidden=3e3 * make((N, 4))["next_hidden"]),
     "cold": lambda: of("plain", target=Soft(1e-4)),
+}
+
+
+SECOND_ORDER: dict[str, Callable[[], Arguments]] = {
+    "double": lambda: of("double", torch.float64),
+    "cql": lambda: of("cql-double-mask-weights-smooth_l1", torch.float64, delta=3.0),
+    "cql-none": lambda: of("cql", torch.float64, reduction="none"),
 }
 
 
@@ -144,15 +154,16 @@ def run(arguments: Arguments, **options: Any) -> dict[str, Any]:
 
 
 def second_order(arguments: Arguments, **options: Any) -> dict[str, Tensor]:
-    """Gradients of a function of the gradients of hidden."""
+    """Gradients of a function of all three gradients, and of what came upstream of the loss."""
     arguments = dict(arguments)
     for k in LEARNED:
         arguments[k] = arguments[k].detach().clone().requires_grad_()
     loss = fused_linear_dqn_loss(**arguments, **options)
     assert isinstance(loss, Tensor)
-    (grad,) = torch.autograd.grad(loss, [arguments["hidden"]], create_graph=True)
-    found = torch.autograd.grad(grad.square().sum(), [arguments[k] for k in LEARNED])
-    return dict(zip(LEARNED, found, strict=True))
+    learned, upstream = [arguments[k] for k in LEARNED], torch.ones_like(loss).requires_grad_()
+    grads = torch.autograd.grad(loss, learned, upstream, create_graph=True)
+    found = torch.autograd.grad(torch.stack([x.square().sum() for x in grads]).sum(), [*learned, upstream])
+    return dict(zip((*LEARNED, "upstream"), found, strict=True))
 
 
 def error_of(call: Callable[[], Any]) -> tuple[str, str]:
@@ -175,6 +186,7 @@ WRONG: dict[str, Callable[[Arguments], Arguments]] = {
     "dtype": lambda a: {"actions": a["actions"].float()},
     "option": lambda a: {"loss": "mes"},
     "another option": lambda a: {"loss": "huber"},
+    "another gamma": lambda a: {"gamma": 0.5},
     "action": lambda a: {"actions": far(a["actions"], A)},
     "negative action": lambda a: {"actions": far(a["actions"], -1)},
     "mask": lambda a: {"next_action_mask": torch.ones(N, A, dtype=torch.bool)},
@@ -200,8 +212,51 @@ def errors(mine: Arguments, group: Any) -> dict[str, tuple[str, str]]:
     return {name: error_of(lambda change=change: calls(change)) for name, change in WRONG.items()}  # type: ignore[misc]
 
 
+# What one rank, the last, has other values of, or another order.
+OTHER_VALUES: dict[str, Callable[[Arguments], Arguments]] = {
+    "nothing": lambda a: {},
+    "hidden": lambda a: {"hidden": a["hidden"].nextafter(a["hidden"] + 1)},
+    "next_hidden": lambda a: {"next_hidden": a["next_hidden"].flip(0)},
+    "next_hidden_online": lambda a: {"next_hidden_online": -a["next_hidden_online"]},
+    "actions": lambda a: {"actions": a["actions"].flip(0)},
+    "rewards": lambda a: {"rewards": a["rewards"] + 1},
+    "terminated": lambda a: {"terminated": ~a["terminated"]},
+    "weights": lambda a: {"weights": a["weights"].flip(0)},
+    "gamma": lambda a: {"gamma": a["gamma"] / 2},
+}
+
+
+def checked_values(rank: int, ranks: int, sizes: list[int]) -> dict[str, tuple[str, str]]:
+    """With DQN_FUSED_CHECK, on all ranks, and under "one rank" on the last only."""
+    arguments, last = of("double-mask-weights-huber", gamma=torch.tensor(0.9)), rank == ranks - 1
+    mine, found = local(arguments, rank, sizes), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DQN_FUSED_CHECK", "1")
+        for name, change in OTHER_VALUES.items():
+            given = mine | (change(mine) if last else {})
+            found[name] = error_of(lambda given=given: run(given, tensor_parallel_group=dist.group.WORLD))  # type: ignore[misc]
+        patch.setenv("DQN_FUSED_CHECK", str(int(last)))
+        found["one rank"] = error_of(lambda: run(given, tensor_parallel_group=dist.group.WORLD))
+    return found
+
+
+def rows_that_are_not_taken(mine: Arguments, group: Any) -> dict[str, Any]:
+    """Gradients with and without infinity in the first row of a rank; and the rows that a sparse gradient has.
+
+    For a sample whose row is on another rank, a rank computes with its own first row.
+    """
+    far_away, first = mine | {"weight": mine["weight"].clone()}, dist.get_rank(group) > 0
+    if first and len(mine["weight"]):
+        far_away["weight"][0] = torch.inf
+    both = [run(x, tensor_parallel_group=group)["grads"] for x in (mine, far_away)]
+    weight = mine["weight"].clone().requires_grad_()
+    loss = fused_linear_dqn_loss(**{**mine, "weight": weight}, sparse_grad=True, tensor_parallel_group=group)
+    rows = torch.autograd.grad(loss, [weight])[0].coalesce().indices().flatten()  # type: ignore[list-item]
+    return {"both": both, "rows": rows}
+
+
 def dtensors(rank: int, ranks: int) -> dict[str, Any]:
-    """Layers that are DTensors, on a mesh; and what is refused."""
+    """Layers that are DTensors on a mesh, and what is refused."""
     arguments, mesh = of("double"), init_device_mesh("cpu", (ranks,))
     # As DTensor shares rows out, by torch.chunk: the last rank has fewer.
     chunks = [len(x) for x in torch.arange(A).chunk(ranks)]
@@ -229,6 +284,7 @@ def dtensors(rank: int, ranks: int) -> dict[str, Any]:
         "replicated": {"weight": whole},
         "two dimensions": {"weight": square},
         "mixed": {"next_weight": plain["next_weight"]},
+        "only of the target": {k: plain[k] for k in ("weight", "bias")},
         "hidden": {"hidden": state},
         "sparse": {"sparse_grad": True},
         "outside": {"tensor_parallel_group": dist.new_group([0])},
@@ -289,8 +345,25 @@ def mesh_of_two_by_two(rank: int) -> dict[str, Any]:
     return {"loss": mean / 2, "error": error, **found}
 
 
+def fully_sharded(rank: int) -> dict[str, Any]:
+    """FSDP of two ranks: the loss in the forward, where weights are whole; and outside, where hidden states differ."""
+    start = sum(SHARES[:rank])
+    samples = (*SAMPLES, "next_action_mask")
+    mine = {k: x[start : start + SHARES[rank]] if k in samples else x for k, x in joined().items()}
+    model = Model(mine)
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    model(mine, process_group=dist.group.WORLD).backward()
+    found = {name: p.grad.full_tensor() for name, p in model.named_parameters()}  # type: ignore[union-attr, operator]
+    hidden = torch.full((5, 4), float(rank), dtype=torch.float64)
+    given = (hidden, model.head.weight, torch.zeros(5, dtype=torch.int64), torch.ones(5))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DQN_FUSED_CHECK", "1")
+        error = error_of(lambda: fused_linear_td_loss(*given, bias=model.head.bias))
+    return {"error": error, **found}
+
+
 def compiled(mine: Arguments, group: Any) -> dict[str, Any]:
-    """In a graph it is left to Python; of one graph alone it is refused."""
+    """torch.compile breaks the graph here, and refuses with fullgraph=True."""
     arguments = {k: x for k, x in mine.items() if k != "hidden"}
 
     def step(hidden: Tensor) -> Tensor:
@@ -325,12 +398,11 @@ def others(mine: Arguments, group: Any) -> dict[str, Any]:
         "module": loss.detach(),
         "partial": states.grad,
         "partial_calls": calls,
-        "second": error_of(lambda: second_order(mine | {"cql_alpha": 1.0}, tensor_parallel_group=group)),
     }
 
 
 def work(rank: int, ranks: int, folder: str) -> None:
-    """Everything, one after the other, and all of it saved."""
+    """Run everything, one after the other, and save the results."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -344,13 +416,18 @@ def work(rank: int, ranks: int, folder: str) -> None:
         name: run(local(case(), rank, sizes), tensor_parallel_group=group) for name, case in CASES.items()
     }
     found["errors"] = errors(local(of("plain"), rank, sizes), group)
-    plain = local(of("double", torch.float64), rank, sizes)
-    found["second order"] = second_order(plain, tensor_parallel_group=group)
+    found["second order"] = {
+        name: second_order(local(SECOND_ORDER[name](), rank, sizes), tensor_parallel_group=group)
+        for name in SECOND_ORDER
+    }
+    found["checked values"] = checked_values(rank, ranks, sizes)
+    found["rows not taken"] = rows_that_are_not_taken(local(of("plain"), rank, sizes), group)
     found["others"] = others(local(of("plain", torch.float64), rank, sizes), group)
     found["dtensors"] = dtensors(rank, ranks)
     if ranks == 4:
         found["two by two"] = mesh_of_two_by_two(rank)
     else:
+        found["fsdp"] = fully_sharded(rank)
         found["compiled"] = compiled(local(of("plain"), rank, sizes), group)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Every error the contract names, with its message, on every setting; and nothing that broadcasts."""
+"""Every error of the contract, with its message, on every setting; nothing broadcasts."""
 
 import math
 from typing import Any
@@ -295,6 +295,13 @@ def test_the_first_illegal_action_is_named() -> None:
         fused_dqn_loss(**arguments)
 
 
+def test_an_illegal_action_is_named_where_the_number_of_actions_does_not_fit_its_dtype() -> None:
+    """300 as an int8 is 44: compared in that dtype, the legal action 50 of row 0 would be the one that is named."""
+    arguments = make((2, 300)) | {"actions": torch.tensor([50, -3], dtype=torch.int8)}
+    with pytest.raises(IndexError, match=r"got -3 in row 1$"):
+        fused_dqn_loss(**arguments)
+
+
 def test_wrong_choices_are_refused_by_the_module() -> None:
     with pytest.raises(ValueError, match="loss: expected one of"):
         FusedDQNLoss(loss="l3")
@@ -306,6 +313,14 @@ def test_wrong_choices_are_refused_by_the_module() -> None:
         FusedDQNLoss(target="double")
     with pytest.raises(TypeError, match="cql_alpha: expected a number"):
         FusedDQNLoss(cql_alpha="1")
+
+
+@pytest.mark.parametrize("name", ["loss", "reduction", "value_transform"])
+@pytest.mark.parametrize("wrong", [["mse"], None, torch.nn.functional.mse_loss], ids=["list", "none", "function"])
+def test_a_choice_that_is_no_name_is_named(name: str, wrong: Any) -> None:
+    """A list cannot be hashed, and was a TypeError that named no argument."""
+    with pytest.raises(ValueError, match=f"{name}: expected one of"):
+        fused_dqn_loss(**make((B, A)), **{name: wrong})
 
 
 @pytest.mark.parametrize("wrong", [0, -1.0, math.inf, math.nan])

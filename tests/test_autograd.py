@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dqn_fused.arguments
 import dqn_fused.reference
 from dqn_fused import FusedDQNLoss, fused_dqn_loss, fused_dqn_loss_and_grad, node
+from dqn_fused._backends import boxed
 from dqn_fused.reference import dqn_loss
 
 
@@ -92,7 +93,7 @@ def test_the_loss_need_not_be_the_last_node(setting: Setting) -> None:
 
 
 def test_an_expanded_upstream_gradient(setting: Setting) -> None:
-    """loss.sum().backward() hands down a tensor of stride 0."""
+    """loss.sum().backward() passes on a tensor of stride 0."""
     arguments = make((7, 5), device=setting.device)
     q = arguments["q"].requires_grad_()
     function = loss_of_q(setting, arguments, "none")
@@ -101,7 +102,7 @@ def test_an_expanded_upstream_gradient(setting: Setting) -> None:
     assert torch.equal(of_sum, of_ones)
 
 
-def test_a_graph_that_only_uses_the_td_error_of_a_detached_loss(setting: Setting) -> None:
+def test_the_td_error_carries_no_graph(setting: Setting) -> None:
     arguments = make((7, 5), device=setting.device)
     arguments["q"].requires_grad_()
     loss, td_error = fused_dqn_loss(**arguments, return_td_error=True, backend=setting.backend)
@@ -113,13 +114,16 @@ def test_a_graph_that_only_uses_the_td_error_of_a_detached_loss(setting: Setting
 def test_no_graph_without_a_gradient_to_give(setting: Setting) -> None:
     arguments = make((7, 5), device=setting.device)
     assert not fused_dqn_loss(**arguments, backend=setting.backend).requires_grad
+    for reduction in ("mean", "weighted_mean"):  # of "torch" the loss was differentiable by the weights
+        weighted = arguments | {"weights": torch.rand_like(arguments["rewards"]).requires_grad_()}
+        assert not fused_dqn_loss(**weighted, reduction=reduction, backend=setting.backend).requires_grad
     arguments["q"].requires_grad_()
     with torch.no_grad():
         assert not fused_dqn_loss(**arguments, backend=setting.backend).requires_grad
 
 
 def test_actions_changed_in_place_before_backward_are_noticed(setting: Setting) -> None:
-    """A replay buffer that reuses its batch would otherwise move the gradient to other actions, without a sound."""
+    """A replay buffer that reuses its batch would otherwise silently move the gradient to other actions."""
     arguments = make((7, 5), device=setting.device)
     q = arguments["q"].requires_grad_()
     loss = loss_of_q(setting, arguments)(q)
@@ -179,7 +183,7 @@ def test_module_equals_function(setting: Setting) -> None:
     assert torch.equal(module(**compact(arguments))[0], expected[0])
 
 
-def test_module_hands_its_backend_on() -> None:
+def test_the_module_passes_its_backend_on() -> None:
     with pytest.raises(ValueError, match="backend: expected one of"):
         FusedDQNLoss(backend="gpu")(**make((7, 5)))
 
@@ -187,7 +191,7 @@ def test_module_hands_its_backend_on() -> None:
 @pytest.fixture
 def blind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing looks at values, as on a GPU, where looking would cost a synchronisation."""
-    for module in (dqn_fused.arguments, dqn_fused.reference):
+    for module in (dqn_fused.arguments, dqn_fused.reference, boxed):
         monkeypatch.setattr(module, "looks_at_values", lambda device: False)
     monkeypatch.setattr(node, "serves", set())  # whose ops look, as those on the CPU always do
 
@@ -273,7 +277,7 @@ def test_a_right_mask_where_nothing_looks(setting: Setting, n: int, A: int) -> N
 
 
 def test_everything_but_q_is_a_constant(setting: Setting) -> None:
-    """Call sites forget no_grad; what is left of their graph must neither be needed nor reached."""
+    """Call sites forget no_grad: no gradient may reach what the other arguments were computed from."""
     for name in ("double-mask-weights-huber", "munchausen-cql-masks-weights-huber"):
         arguments = on(setting, variant(name, (7, 5)))
         floats = [k for k, x in arguments.items() if isinstance(x, Tensor) and x.is_floating_point()]
@@ -282,6 +286,21 @@ def test_everything_but_q_is_a_constant(setting: Setting) -> None:
         loss = fused_dqn_loss(**arguments, backend=setting.backend)
         loss.backward()
         assert [k for k in floats if arguments[k].grad is not None] == ["q"]
+
+
+def test_everything_but_q_is_a_constant_of_the_reference() -> None:
+    """It is differentiated by autograd, where no_grad around the target does not cover the weights, nor a tangent."""
+    arguments = variant("munchausen-cql-masks-weights-huber", (7, 5))
+    floats = [k for k, x in arguments.items() if isinstance(x, Tensor) and x.is_floating_point()]
+    for k in floats:
+        arguments[k].requires_grad_()
+    dqn_loss(**arguments).backward()
+    assert [k for k in floats if arguments[k].grad is not None] == ["q"]
+    constants = {k: x.detach() if isinstance(x, Tensor) else x for k, x in arguments.items()}
+    for k in floats[1:]:
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(constants[k], torch.ones_like(constants[k]))
+            assert forward_ad.unpack_dual(dqn_loss(**{**constants, k: dual})).tangent is None, k
 
 
 def test_a_penalty_on_the_gradient_of_the_conservative_term(setting: Setting) -> None:
@@ -368,7 +387,7 @@ def test_memory(setting: Setting, form: Any) -> None:
 
 @pytest.mark.parametrize("name", ["double-mask-weights-huber", "munchausen-masks-huber", "cql-mask-weights"])
 def test_memory_of_the_family(setting: Setting, name: str) -> None:
-    """Masks, exponentials and a dense gradient, and still no (n, A) matrix but the gradient."""
+    """Masks, exponentials and a dense gradient, and still no (n, A) matrix except the gradient."""
     if setting.backend == "torch":
         pytest.skip("its operations hold what eager code holds")
     n, A = 16, 1000

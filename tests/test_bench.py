@@ -498,6 +498,8 @@ def test_the_table_of_kernels() -> None:
     cases = [kernels.Case("narrow", "dqn", (8, 4), F32), kernels.Case("wide", "masked double", (16, 512), F32)]
     cases.append(kernels.Case("quantiles", "quantile", (8, 3, 16), F32))
     cases.append(kernels.Case("atoms", "categorical", (8, 3, 16), F32))
+    cases.append(kernels.Case("head soft", "sweep", (8, 64, 16), F32))
+    cases.append(kernels.Case("head backward", "sweep", (8, 64, 16), F32))
     rows = list(kernels.of_target(index, cases))
     assert {name for row in rows for name in row} <= set(COLUMNS["kernels"])
     for row in rows:
@@ -513,6 +515,10 @@ def test_the_table_of_kernels() -> None:
     assert found["wide", "forward", "td_loss_fwd_kernel"]["bytes"] == 0
     assert found["wide", "backward", "td_loss_bwd_kernel"]["store_bits"] == 128
     assert found["wide", "backward", "td_loss_bwd_kernel"]["bytes"] == 16 * 512 * 4
+    backward = found["head backward", "sweep", "sweep_bwd_kernel"]
+    assert backward["bytes"] == 4 * (8 * 64 + 8 * 16 + 64 * 16)
+    assert backward["stored_bytes"] == 4 * (8 * 64 + 64), "the gradient, and its sums over the rows"
+    assert found["head soft", "sweep", "sweep_fwd_kernel"]["loaded_bytes"] > 0
     for name, forward in (("quantiles", "quantile_fwd_kernel"), ("atoms", "categorical_fwd_kernel")):
         for call, kernel in (("forward", forward), ("backward", "rows_bwd_kernel")):
             assert found[name, call, kernel]["bytes"] == 8 * 3 * 16 * 4

@@ -1,6 +1,6 @@
-"""What the call sites of well-known libraries hold, with their shapes and dtypes, against the lines they write.
+"""Calls with the shapes and dtypes of well-known libraries, against the lines that they write.
 
-Each test is named after its library; the lines are its loss in the words of PyTorch.
+Each test is named after its library; the lines are its loss, written in PyTorch.
 """
 
 import numpy as np

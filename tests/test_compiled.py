@@ -1,4 +1,4 @@
-"""The compiled ops by themselves, what their inputs may be, and torch.compile over the whole setting."""
+"""The compiled ops called directly, the inputs that they refuse, and torch.compile of network and loss."""
 
 import inspect
 import os
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dqn_fused import backends, fused_dqn_loss, fused_dqn_loss_and_grad
 from dqn_fused.arguments import Batch
+from dqn_fused.autograd import Saved
 from dqn_fused.options import LossSpec, check_loss, packed
 
 built = pytest.mark.skipif(
@@ -27,20 +28,10 @@ built = pytest.mark.skipif(
 
 
 def op_arguments(arguments: dict[str, Any], reduction: str = "mean", check: bool = True) -> tuple[Any, ...]:
-    from dqn_fused._ops import REDUCTIONS as CODES
-
-    a = arguments
-    gamma = a.get("gamma", 0.99)
-    gammas, gamma = (gamma, 0.0) if isinstance(gamma, Tensor) else (None, gamma)
-    columns = (a.get("terminated"), a.get("non_final_mask"), gammas)
-    return (a["q"], a["actions"], a["rewards"], a["next_q"], *columns, gamma, CODES[reduction], check)
-
-
-def general_arguments(arguments: dict[str, Any], reduction: str = "mean", check: bool = True) -> tuple[Any, ...]:
-    """Arguments of the general ops, from those of fused_dqn_loss."""
+    """Arguments of the ops, from those of fused_dqn_loss."""
     from dqn_fused._backends import compiled_backend
 
-    batch, spec = described(arguments, reduction)
+    batch, spec = described({"gamma": 0.99} | arguments, reduction)
     return (*compiled_backend._arguments(batch, spec)[:-1], check)
 
 
@@ -71,52 +62,32 @@ CASES = {
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("case", CASES)
 def test_opcheck(case: str, reduction: str) -> None:
-    from dqn_fused import _ops
-
     if case == "no_rows" and reduction == "mean":
         pytest.skip("the mean of nothing is NaN, and opcheck compares NaN with NaN")
-    arguments = op_arguments(CASES[case](), reduction)
-    torch.library.opcheck(_ops.td_loss, arguments)
-    torch.library.opcheck(_ops.td_loss_and_grad, arguments)
-    q, actions = arguments[:2]
-    loss, td = _ops.td_loss(*arguments)
-    torch.library.opcheck(
-        _ops.td_loss_backward,
-        (torch.ones_like(loss), td, actions, q.shape[-1], q.dtype, _ops.REDUCTIONS[reduction]),
-    )
+    opcheck_all(CASES[case](), reduction)
 
 
 @built
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_opcheck_of_the_family(name: str, reduction: str) -> None:
-    from dqn_fused import _ops
-
     arguments = variant(name, (7, 3))
-    given = general_arguments(arguments, reduction)
-    torch.library.opcheck(_ops.general_td_loss, given)
-    torch.library.opcheck(_ops.general_td_loss, general_arguments(compacted(arguments), reduction))
-    torch.library.opcheck(_ops.general_td_loss_and_grad, given)
-    loss, td, normaliser = _ops.general_td_loss(*given)
-    spec, q = described(arguments, reduction)[1], arguments["q"]
-    dense = (normaliser, q, arguments.get("action_mask")) if spec.cql_alpha else (None, None, None)
-    torch.library.opcheck(
-        _ops.general_td_loss_backward,
-        (torch.ones_like(loss), td, arguments["actions"], arguments.get("weights"), *dense, 3, q.dtype, packed(spec)),
-    )
+    opcheck_all(arguments, reduction)
+    opcheck_all(compacted(arguments), reduction)
 
 
-@built
-def test_the_general_ops_give_the_bits_of_the_plain_ones() -> None:
+def opcheck_all(arguments: dict[str, Any], reduction: str) -> None:
     from dqn_fused import _ops
+    from dqn_fused._backends import boxed
 
-    for arguments in (make((40, 70)), make((3, 5000), torch.float64), compact(make((7, 3), torch.bfloat16))):
-        for reduction in REDUCTIONS:
-            expected = _ops.td_loss_and_grad(*op_arguments(arguments, reduction))
-            *got, normaliser = _ops.general_td_loss_and_grad(*general_arguments({"gamma": 0.99} | arguments, reduction))
-            assert normaliser.shape == (0,)
-            for x, y in zip(got, expected, strict=True):
-                assert torch.equal(x, y)
+    given = op_arguments(arguments, reduction)
+    torch.library.opcheck(_ops.td_loss, given)
+    torch.library.opcheck(_ops.td_loss_and_grad, given)
+    loss, td, normaliser = _ops.td_loss(*given)
+    batch, spec = described(arguments, reduction)
+    assert (normaliser is not None) == spec.cql
+    saved = Saved.of(batch, spec, td, normaliser)
+    torch.library.opcheck(_ops.td_loss_backward, boxed.backward_arguments(torch.ones_like(loss), saved, spec))
 
 
 @built
@@ -207,7 +178,7 @@ def test_error_of_the_exponential() -> None:
         q = torch.cat([x, torch.zeros(1)]).unsqueeze(0)
         one, zero, action = torch.ones(()), torch.zeros(1), torch.tensor([q.shape[1] - 1])
         rest = (None, q.shape[1], q.dtype, packed(LossSpec(reduction="sum", cql=True, cql_alpha=1.0)))
-        return _ops.general_td_loss_backward(one, zero, action, None, zero.expand(2, 1).contiguous(), q, *rest)[0, :-1]
+        return _ops.td_loss_backward(one, zero, action, None, zero.expand(2, 1).contiguous(), q, *rest)[0, :-1]
 
     x = torch.cat([torch.linspace(-87, 0, 1_000_001), -torch.logspace(-30, 0, 1001)])
     exact = x.double().exp()
@@ -230,7 +201,7 @@ def test_a_library_that_is_not_there_or_does_not_load(tmp_path: Path) -> None:
 
 
 def capability(word: str | None) -> list[str]:
-    """(instruction set in use, why there is none) where the environment says so; read once in a process."""
+    """(instruction set in use, why there is none) with this word in the environment, which a process reads once."""
     environment = {key: value for key, value in os.environ.items() if key != "DQN_FUSED_CPU_CAPABILITY"}
     if word is not None:
         environment["DQN_FUSED_CPU_CAPABILITY"] = word
@@ -240,7 +211,7 @@ def capability(word: str | None) -> list[str]:
 
 
 def test_the_environment_forces_a_version_of_the_cpu_functions() -> None:
-    """What it names, or the best that the processor has where that is less; another word is refused."""
+    """The one that it names, or the best of the processor if that is less; any other word is refused."""
     from dqn_fused._backends.compiled_backend import CAPABILITIES
 
     best = CAPABILITIES.index(capability(None)[0])
@@ -330,9 +301,9 @@ def test_broken_inputs_of_the_family_are_refused_by_the_op_too(shape: tuple[int,
 
     whole, change = BROKEN_FAMILY[broken]
     arguments = change({**whole(shape), "terminated": torch.arange(shape[0]) == 1})
-    for op in (_ops.general_td_loss, _ops.general_td_loss_and_grad):
+    for op in (_ops.td_loss, _ops.td_loss_and_grad):
         with pytest.raises(RuntimeError):
-            op(*general_arguments(arguments))
+            op(*op_arguments(arguments))
     for function in (fused_dqn_loss, fused_dqn_loss_and_grad):
         with pytest.raises((ValueError, TypeError, IndexError)) as expected:
             function(**arguments, backend="torch")
@@ -346,7 +317,7 @@ def test_unchecked_values_stay_inside_in_the_family() -> None:
 
     arguments = everything((9, 4)) | {"terminated": torch.zeros(9, dtype=torch.bool)}
     arguments["actions"][2], arguments["actions"][5] = -1, 2**63 - 1
-    loss, grad, td, normaliser = _ops.general_td_loss_and_grad(*general_arguments(arguments, "none", check=False))
+    loss, grad, td, normaliser = _ops.td_loss_and_grad(*op_arguments(arguments, "none", check=False))
     bad = torch.isin(torch.arange(9), torch.tensor([2, 5]))
     assert torch.equal(td.isnan(), bad)
     assert torch.equal(loss.isnan(), bad)
@@ -362,11 +333,11 @@ def test_unchecked_values_stay_inside() -> None:
 
     arguments = make((9, 4))
     arguments["actions"][2], arguments["actions"][5] = -1, 2**63 - 1
-    _, grad, td = _ops.td_loss_and_grad(*op_arguments(arguments, check=False))
+    _, grad, td, _ = _ops.td_loss_and_grad(*op_arguments(arguments, check=False))
     assert td.isnan().tolist() == [i in (2, 5) for i in range(9)]
     assert (grad[[2, 5]] == 0).all()
     mask = {**make((9, 4)), "terminated": None, "non_final_mask": torch.ones(9, dtype=torch.bool)}
-    _, _, td = _ops.td_loss_and_grad(*op_arguments({**mask, "next_q": mask["next_q"][:3]}, check=False))
+    _, _, td, _ = _ops.td_loss_and_grad(*op_arguments({**mask, "next_q": mask["next_q"][:3]}, check=False))
     assert td.isnan().tolist() == [i >= 3 for i in range(9)]
 
 

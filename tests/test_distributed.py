@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from data import SEED
+from processes import run_once
 from test_loss import make
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -40,7 +40,7 @@ pytestmark = pytest.mark.skipif(
 
 RANKS, B, D, A = 2, 8, 4, 3
 SHARES = {"equal": [4, 4], "unequal": [7, 1], "one_rank_has_none": [8, 0]}
-# Which shares of the batch a way of taking the mean is right for: "mean" is each rank's own.
+# Ways of taking the mean, and shares of the batch for which they are right. "mean" is that of each rank.
 CASES = [
     ("mean", "equal"),
     ("weighted", "unequal"),
@@ -69,7 +69,7 @@ CASES = [
     ("categorical_td_loss_and_grad", "unequal"),
     ("categorical_td_reference", "unequal"),
 ]
-# Of each distributional loss its function, that with the gradient, its module, its reference, and its options.
+# For each distributional loss: function, function with gradient, module, reference, and options.
 FAMILIES: dict[str, tuple[Any, Any, Any, Any, dict[str, Any]]] = {
     "quantile": (fused_quantile_loss, fused_quantile_loss_and_grad, FusedQuantileLoss, quantile_loss, {"kappa": 0.5}),
     "categorical_td": (
@@ -172,13 +172,13 @@ def gradients(way: str, model: nn.Module, shard: dict[str, Tensor], group: Any) 
     return {"loss": loss.detach(), **found}
 
 
-def work(rank: int, folder: str) -> None:
+def work(rank: int, ranks: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/rendezvous",
         rank=rank,
-        world_size=RANKS,
+        world_size=ranks,
         timeout=datetime.timedelta(seconds=120),
     )
     whole, results = batch(), {}
@@ -209,15 +209,13 @@ def work(rank: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(work, (str(folder),), RANKS)
-    return torch.load(Path(folder) / "results.pt")
+def results(run_folder: Path) -> dict[str, dict[str, Tensor]]:
+    return torch.load(run_once(work, RANKS, run_folder) / "results.pt")
 
 
 @pytest.mark.parametrize(("way", "share"), CASES, ids=["-".join(case) for case in CASES])
 def test_gradient_of_the_joined_batch(results: dict[str, dict[str, Tensor]], way: str, share: str) -> None:
-    expected = gradients(way, network(), batch(), None)
+    expected = gradients(way.removesuffix("compiled_graph"), network(), batch(), None)  # of a graph: eager's
     got = results[f"{way}-{share}"]
     assert set(got) == set(expected) == {"loss", "weight", "bias"}
     for name, value in expected.items():

@@ -70,7 +70,7 @@ def cql(a: Arguments, g: torch.Generator) -> Arguments:
 
 
 def transform(a: Arguments, g: torch.Generator) -> Arguments:
-    """Rewards as they are where nobody clips them."""
+    """Rewards of the size that they have unclipped."""
     return {"value_transform": "signed_hyperbolic", "rewards": 100 * a["rewards"]}
 
 
@@ -250,6 +250,28 @@ def test_no_legal_action_in_the_state_itself_is_nan(setting: Setting, A: int) ->
         assert losses.isnan().tolist() == [False, False, True, False, False, False]
 
 
+@pytest.mark.parametrize("A", [4, 150])
+def test_the_conservative_gradient_without_a_finite_sum(setting: Setting, A: int) -> None:
+    """NaN in a legal action makes the gradient NaN at the legal actions only; a row without a legal action has no sum.
+
+    The tests above look at losses, which are NaN as a whole.
+    """
+    arguments = variant("cql-mask-weights", (6, A))
+    arguments["actions"][:3] = 0
+    arguments["action_mask"][1, :3] = torch.tensor([True, False, True])
+    arguments["action_mask"][2] = False
+    arguments["q"][1, 2] = torch.nan
+    grad = check(setting, arguments)
+    mask = arguments["action_mask"]
+    assert torch.equal(grad.isnan().cpu()[1], mask[1])
+    assert not grad[2, 1:].any()
+    arguments = on(setting, arguments)
+    q = arguments["q"].requires_grad_()
+    loss = fused_dqn_loss(**arguments, backend=setting.backend)
+    (recorded,) = torch.autograd.grad(loss, q, create_graph=True)
+    torch.testing.assert_close(recorded.detach(), grad, equal_nan=True)
+
+
 @pytest.mark.parametrize("A", [4, 150, 1501])
 @pytest.mark.parametrize("name", ["double", "double-mask", "soft", "munchausen", "cql", "transform"])
 def test_nan_in_a_live_row_is_nan_in_the_loss(setting: Setting, name: str, A: int) -> None:
@@ -287,13 +309,18 @@ def test_infinite_next_values(setting: Setting, name: str, value: float) -> None
         arguments["terminated"] = None
         arguments["next_q"][1, :] = value
         arguments["next_q"][2, 1] = value
+        if "next_q_online" in arguments:
+            arguments["next_q_online"][0, :] = value  # all equal: the first is chosen, though it is -inf
         check(setting, arguments)
 
 
-@pytest.mark.parametrize("temperature", [1e-30, 1e-3, 1.0, 1e6])
+@pytest.mark.parametrize("temperature", [1e-300, 1e-30, 1e-3, 1.0, 1e6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
 def test_any_temperature_is_stable(setting: Setting, dtype: torch.dtype, temperature: float) -> None:
-    """x / temperature overflows where the differences from the maximum do not; values far from 0 cancel."""
+    """x / temperature overflows where the differences from the maximum do not; values far from 0 cancel.
+
+    The inverse of 1e-300 is infinite in float32, and multiplied by the difference 0 it is NaN; that of 1e-30 is not.
+    """
     for A in (5, 300):
         for offset in (0, 1e4):
             arguments = variant("munchausen-masks-huber", (6, A), dtype)
@@ -350,6 +377,7 @@ def test_the_conservative_term_is_returned(setting: Setting) -> None:
         for alpha in (0.0, 0.7):
             family = {**variant("cql-mask-weights", shape), "cql_alpha": alpha}
             arguments = on(setting, family)
+            arguments["q"].requires_grad_()  # to which the term must carry no graph
             loss, td_error, term = fused_dqn_loss(
                 **arguments, return_td_error=True, return_cql=True, backend=setting.backend
             )

@@ -1,4 +1,4 @@
-"""Q-values far from zero, as unscaled rewards make them: what only their differences tell keeps its digits.
+"""Q-values far from zero, as unscaled rewards make them: what depends on their differences keeps its digits.
 
 With logsumexp(q) as one number the policy exp(q - logsumexp(q)) is wrong by |q| eps, 5e-4 at 10,000 in float32.
 """

@@ -1,4 +1,4 @@
-"""What the calls say to mistaken keywords, and to q and next_q exchanged."""
+"""The errors for mistaken keywords, and the warning for q and next_q exchanged."""
 
 import inspect
 import re
@@ -113,7 +113,7 @@ def test_q_and_next_q_exchanged(setting: Setting, function: Callable[..., Any]) 
 
 @pytest.mark.usefixtures("quiet")
 def test_no_warning_where_there_is_no_mistake(setting: Setting) -> None:
-    """Not recorded on purpose, or recorded with a next_q that nobody detached."""
+    """Not recorded on purpose, or recorded with a next_q that is not detached."""
     arguments = swapped(setting)
     for function in (fused_dqn_loss, fused_dqn_loss_and_grad):
         with torch.no_grad():

@@ -12,6 +12,7 @@ import pytest
 from dqn_fused.node import file_name
 
 ROOT = Path(__file__).parents[1]
+CXX = os.environ.get("CXX", "c++")
 WHEEL = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-index", "--no-cache-dir", "-v", "-w"]
 
 pytestmark = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="no source tree")
@@ -36,6 +37,14 @@ def build(tree: Path, *options: str, **environment: str) -> tuple[str, list[str]
     (wheel,) = out.iterdir()
     with zipfile.ZipFile(wheel) as file:
         return wheel.name, file.namelist(), log
+
+
+def without_optimisation(folder: Path) -> str:
+    """A compiler that takes half the time: these tests look at the wheel, and others at what the library computes."""
+    script = folder / "g++"
+    script.write_text(f'#!/bin/sh\nexec {shutil.which(CXX)} "$@" -O0\n')
+    script.chmod(0o755)
+    return str(script)
 
 
 def libraries(names: list[str]) -> list[str]:
@@ -90,10 +99,10 @@ def test_an_nvcc_of_another_cuda_is_left_out(tree: Path) -> None:
     assert "nvcc is of CUDA 1 and torch of" in log or "this torch has no CUDA" in log
 
 
-@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="no compiler")
+@pytest.mark.skipif(shutil.which(CXX) is None, reason="no compiler")
 def test_a_wheel_with_the_cpu_library(tree: Path) -> None:
     """The library knows no Python: one wheel serves every version."""
-    name, names, _ = build(tree, "--no-build-isolation", DQN_FUSED_BUILD="cpu")
+    name, names, _ = build(tree, "--no-build-isolation", DQN_FUSED_BUILD="cpu", CXX=without_optimisation(tree.parent))
     assert "-py3-none-" in name
     assert not name.endswith("-any.whl")
     assert libraries(names) == ["dqn_fused/_C_cpu.so"]
@@ -111,9 +120,10 @@ def test_a_wheel_with_the_cpu_library(tree: Path) -> None:
     assert result.stdout.split() == [str(target / "dqn_fused" / "__init__.py"), "True"]
 
 
-@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="no compiler")
+@pytest.mark.skipif(shutil.which(CXX) is None, reason="no compiler")
 def test_a_wheel_with_the_node_is_for_one_python(tree: Path) -> None:
-    name, names, _ = build(tree, "--no-build-isolation", DQN_FUSED_BUILD="autograd")
+    compiler = without_optimisation(tree.parent)
+    name, names, _ = build(tree, "--no-build-isolation", DQN_FUSED_BUILD="autograd", CXX=compiler)
     assert libraries(names) == [f"dqn_fused/{file_name()}"]
     tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
     assert f"-{tag}-{tag}-" in name

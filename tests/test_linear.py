@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from bounds import Arithmetic, Values, assert_close, roundings
 from conftest import Setting
 from data import source
-from oracle import eager, oracle
+from eager import eager
+from oracle import oracle
 from test_autograd import Allocations
 from test_loss import dtype_id, shape_id, to_device
 from torch import Tensor, nn
@@ -63,7 +64,7 @@ def legal(shape: tuple[int, ...], A: int) -> Tensor:
 
 
 def legal_here(arguments: Arguments) -> Tensor:
-    """Legal actions of the state itself, those taken among them but for every fifth sample."""
+    """Legal actions of the state itself; the action taken is legal except in every fifth sample."""
     actions, A = arguments["actions"], len(arguments["weight"])
     mask = legal((*actions.shape, 0), A).flip(-1)
     taken = F.one_hot(actions, A).bool()
@@ -143,7 +144,7 @@ def exact_matrices(setting: Setting, arguments: Arguments) -> Arguments:
     for k, names in parts.items():
         hidden, weight, bias = (None if arguments[x] is None else wide(arguments[x]) for x in names)
         values = arithmetic.product(hidden, weight.T)
-        # Of q the loss reads the value taken, which is not rounded, and the conservative term all others.
+        # Of q the TD error reads the value taken, which is not rounded, and the conservative term all, which are.
         by_library = k != "q" or "cql_alpha" in arguments
         by_library = by_library and dtype.itemsize == 2 and setting.backend != "triton"
         if by_library:
@@ -538,6 +539,18 @@ def test_other_errors() -> None:
     for name in ("next_hidden", "next_weight"):
         with pytest.raises(TypeError, match=rf"{name}: expected a torch\.Tensor, got NoneType"):
             fused_linear_dqn_loss(**{**arguments, name: None})
+    for name in ("next_hidden", "next_weight", "next_bias"):
+        several = {name: [arguments[name]] * 2}
+        with pytest.raises(
+            TypeError, match=rf"{name}: expected .*, got list; only fused_dqn_loss takes several .* give"
+        ):
+            fused_linear_dqn_loss(**{**arguments, **several})
+    for call in (
+        lambda: fused_linear_dqn_loss(**arguments, ensemble="min"),
+        lambda: FusedLinearDQNLoss(ensemble="min"),
+    ):
+        with pytest.raises(TypeError, match="unexpected argument 'ensemble'; only fused_dqn_loss takes several target"):
+            call()
     arguments["actions"][4] = 41
     with pytest.raises(IndexError, match=r"actions: expected values in \[0, 41\), got 41 in row 4$"):
         fused_linear_dqn_loss(**arguments)

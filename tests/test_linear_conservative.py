@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from bounds import Arithmetic, roundings
 from conftest import Setting
 from data import source
 from test_autograd import Allocations
@@ -221,6 +222,29 @@ def test_rows_without_a_legal_action(setting: Setting) -> None:
         grads = torch.autograd.grad(each, given, torch.ones_like(each))
         assert grads[0][[0, 2, 3]].isfinite().all()
         assert name != "cql" or all(x.isfinite().all() for x in grads)  # the TD error is a number there
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"]
+)
+def test_the_term_of_one_action_is_zero(setting: Setting, dtype: torch.dtype) -> None:
+    """It was a rounding of the Q-value to half precision: the largest was rounded, and the value taken was not.
+
+    Of more actions it is not negative. What may be left is that of the same dot product twice, in float32.
+    """
+    for A in (1, 41):
+        arguments = family("cql", (33, 24), setting, A, dtype)
+        given = learned(arguments)
+        loss, cql = fused_linear_dqn_loss(**arguments, return_cql=True, backend=setting.backend)
+        hidden, weight, bias, term = (x.detach().cpu().double() for x in (*given, cql))
+        taken = arguments["actions"].cpu()
+        size = (hidden.abs() * weight[taken].abs()).sum(1) + bias[taken].abs()
+        bound = 2 * (roundings(24) + 1) * Arithmetic(torch.float32).unit * size
+        assert (term >= -bound).all()
+        if A == 1:
+            assert (term <= bound).all()
+            assert dtype is torch.float32 or setting.backend == "triton" or not term.any()
+        assert not any(x.isnan().any() for x in torch.autograd.grad(loss, given))
 
 
 def test_large_q_values(setting: Setting) -> None:

@@ -8,7 +8,8 @@ import torch
 from bounds import assert_close
 from conftest import INTERPRETED, Setting
 from data import source
-from oracle import eager, oracle
+from eager import eager
+from oracle import oracle
 from torch import Tensor
 
 from dqn_fused import fused_dqn_loss, fused_dqn_loss_and_grad
@@ -103,35 +104,35 @@ def test_reductions_with_an_upstream_gradient(setting: Setting, shape: tuple[int
     check(setting, make(shape), reduction, upstream)
 
 
+OTHER_DTYPES = {
+    "terminated": [
+        torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64, torch.float16, torch.float32, torch.float64,
+    ],
+    "actions": [
+        torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64,
+    ],
+    "rewards": [torch.float64, torch.bfloat16, torch.int64, torch.uint8],
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "dtype",
-    [torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64, torch.float16, torch.float32, torch.float64],
-    ids=dtype_id,
+    ("name", "dtype"),
+    [
+        pytest.param(name, dtype, id=f"{name}-{dtype_id(dtype)}")
+        for name, dtypes in OTHER_DTYPES.items()
+        for dtype in dtypes
+    ],
 )
-def test_terminated_of_any_dtype(setting: Setting, dtype: torch.dtype) -> None:
+def test_per_sample_inputs_of_any_dtype(setting: Setting, name: str, dtype: torch.dtype) -> None:
     arguments = make((9, 4))
-    check(setting, {**arguments, "terminated": arguments["terminated"].to(dtype)})
+    if name == "rewards":
+        arguments[name] = (2 * arguments[name]).abs()  # what an integer can hold
+    check(setting, {**arguments, name: arguments[name].to(dtype)})
 
 
 def test_terminated_left_out(setting: Setting) -> None:
     arguments = make((9, 4))
     check(setting, {**arguments, "terminated": None})
-
-
-@pytest.mark.parametrize(
-    "dtype",
-    [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64],
-    ids=dtype_id,
-)
-def test_actions_of_any_integer_dtype(setting: Setting, dtype: torch.dtype) -> None:
-    arguments = make((9, 4))
-    check(setting, {**arguments, "actions": arguments["actions"].to(dtype)})
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64, torch.uint8], ids=dtype_id)
-def test_rewards_of_any_dtype(setting: Setting, dtype: torch.dtype) -> None:
-    arguments = make((9, 4))
-    check(setting, {**arguments, "rewards": (2 * arguments["rewards"]).abs().to(dtype)})
 
 
 @pytest.mark.parametrize("q_dtype", DTYPES, ids=dtype_id)
@@ -302,7 +303,7 @@ def test_nan_in_q_taken_and_not_taken(setting: Setting) -> None:
 
 @pytest.mark.parametrize("A", [3, 65, 70, 1000, 5003])
 def test_rows_without_a_positive_value(setting: Setting, A: int) -> None:
-    """What is read where a row has no column must be -inf: a zero is not the maximum of negative numbers."""
+    """What is read beyond the end of a row must be -inf: zero would be the maximum of negative numbers."""
     arguments = make((3, A))
     check(setting, {**arguments, "next_q": -arguments["next_q"].abs() - 1})
 
@@ -320,7 +321,7 @@ def test_wide_next_q_of_another_dtype(setting: Setting, shape: tuple[int, ...], 
 
 
 def test_a_lazy_minus_sign_is_seen(setting: Setting) -> None:
-    """conj().imag is a view that only remembers to be negative; its memory is not."""
+    """conj().imag is a view that negates when it is read; its memory holds the values of the other sign."""
     lazy = torch.randn(3, 4, dtype=torch.complex64, device=setting.device).conj().imag
     assert lazy.is_neg()
     arguments = make((3, 4), device=setting.device)

@@ -1,4 +1,4 @@
-"""The node in C++: what autograd.TDLoss does, for the compiled ops, and only where it may."""
+"""The node in C++ does what autograd.TDLoss does, for the compiled ops, and only where it may."""
 
 import gc
 import sys
@@ -103,7 +103,7 @@ class Seen(TorchDispatchMode):
 
 
 class Sub(Tensor):
-    """A subclass without a mind of its own."""
+    """A subclass that changes nothing."""
 
 
 def test_modes_and_subclasses_see_the_ops() -> None:

@@ -1,5 +1,6 @@
 """One description of an option: signatures, docstrings, documentation and C++ say what dqn_fused.options says."""
 
+import copy
 import inspect
 import re
 from collections.abc import Callable
@@ -8,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import dqn_fused
-from dqn_fused import reference
-from dqn_fused.arguments import Batch
-from dqn_fused.options import CODES, FIELD_CODES, PUBLIC, LossSpec, check_loss, packed, unpacked
+from dqn_fused import _ops, options, reference, transforms
+from dqn_fused._backends import boxed
+from dqn_fused._ops import ARGUMENTS
+from dqn_fused.arguments import NOT_DISTRIBUTIONAL, Batch, check_batch
+from dqn_fused.options import CODES, DEFAULTS, FIELD_CODES, PUBLIC, LossSpec, check_loss, packed, unpacked
 
 ROOT = Path(__file__).parent.parent
 INTERNAL = {"shape", "checked"}  # of a Batch that is checked
@@ -36,7 +40,7 @@ FUNCTIONS: dict[Callable[..., Any], tuple[set[str], set[str]]] = {
 
 
 def parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """Arguments of a call, but for what takes unknown ones."""
+    """Arguments of a call, except the one that collects unknown ones."""
     found = inspect.signature(function).parameters
     return {k: p for k, p in found.items() if k != "self" and p.kind is not inspect.Parameter.VAR_KEYWORD}
 
@@ -119,18 +123,25 @@ def test_what_an_op_is_given() -> None:
     specs = [LossSpec(), LossSpec(delta=0.3, temperature=0.5, alpha=0.9, clip=-1.0, cql_alpha=0.7)]
     specs += [LossSpec()._replace(**{name: value}) for name, codes in CODES.items() for value in codes]
     for spec in specs:
-        numbers = packed(spec)
-        assert len(numbers) == len(FIELD_CODES)
-        assert all(type(x) is float for x in numbers)
-        assert unpacked(numbers) == spec
+        whole, numbers = options._numbers(spec), packed(spec)
+        assert len(whole) == len(FIELD_CODES) == len(DEFAULTS)
+        assert all(type(x) is float for x in whole)
+        assert whole == [*numbers, *DEFAULTS[len(numbers) :]]
+        assert unpacked(numbers) == unpacked(whole) == spec
     assert len({tuple(packed(spec)) for spec in specs}) == len(set(specs))
+    assert packed(LossSpec()) == []
+    assert packed(LossSpec(reduction="sum")) == [0, 1, 2]
 
 
 def test_cpp_has_the_same_options() -> None:
     """Fields of the struct in their order, and the codes of the enumerations."""
     code = (ROOT / "csrc/td_loss.h").read_text()
     struct = code.partition("struct Options {")[2].partition("};")[0]
-    assert re.findall(r"(\w+) = ", struct) == list(LossSpec._fields)
+    values = dict(re.findall(r"(\w+) = ([\w.]+)", struct))
+    assert list(values) == list(LossSpec._fields)
+    for (name, value), x in zip(values.items(), LossSpec(), strict=True):
+        assert value.lower() == str(x).lower() if name in CODES else float(value) == x, name
+    assert re.findall(r"read\(o\.(\w+)\)", code) == list(LossSpec._fields)
     assert int(re.findall(r"constexpr size_t OPTIONS = (\d+);", code)[0]) == len(LossSpec._fields)
     for name, codes in CODES.items():
         if all(isinstance(value, str) for value in codes):
@@ -140,22 +151,99 @@ def test_cpp_has_the_same_options() -> None:
             assert found == codes, kind
 
 
-def test_what_a_kernel_of_no_options_would_do_is_not_done() -> None:
-    """An op refuses another number of options, such as those of a library of another version."""
+def named(path: str, start: str, pattern: str) -> list[str]:
+    """What a pattern finds in a file, or a folder, between a start and the next end of parameters or of a structure."""
+    files = sorted(x for x in (ROOT / path).rglob("*") if x.is_file()) or [ROOT / path]
+    text = "".join(x.read_text() for x in files).partition(start)[2]
+    assert text, f"{path} has no {start!r}"
+    return re.findall(pattern, re.split(r"\) {|};|\);", text)[0])
+
+
+PARAMETER = r"(\w+)(?:,|$)"
+FLAT = [declared.split()[-1] for declared in ARGUMENTS]
+
+
+def test_the_arguments_of_the_ops_follow_from_the_batch() -> None:
+    """gamma, which is a tensor or a number, is two of them."""
+    assert set(FLAT) == {*TENSORS, "gammas"}
+    assert FLAT[-len(NOT_DISTRIBUTIONAL) :] == list(NOT_DISTRIBUTIONAL)
+    values = {name: torch.tensor(float(i)) for i, name in enumerate(TENSORS)}
+    for gamma in (values["gamma"], 0.5):
+        batch = Batch(**values | {"gamma": gamma}, shape=torch.Size())  # type: ignore[arg-type]
+        flat = dict(zip(FLAT, batch.flat(), strict=True))
+        assert all(flat[name] is x for name, x in values.items() if name != "gamma")
+        assert (flat["gammas"], flat["gamma"]) == ((gamma, 0.0) if gamma is values["gamma"] else (None, gamma))
+        assert boxed.unflat(*batch.flat()) == batch
+
+
+def test_cpp_takes_the_arguments_of_the_ops_in_their_order() -> None:
+    """The stable ABI hands them over without their types: one in the place of another would be misread."""
+    forward, backward = ([x.name for x in op._schema.arguments] for op in (_ops.td_loss, _ops.td_loss_backward))
+    assert forward == [*FLAT, "options", "check"]
+    assert named("csrc/ops.h", "static auto td_loss(", PARAMETER) == forward
+    assert named("csrc/ops.h", "static Tensor td_loss_backward(", PARAMETER) == backward
+    assert named("csrc/tensors.h", "inline Batch batch(", PARAMETER) == ["options", *FLAT]
+    assert named("csrc/tensors.h", "inline Saved saved(", PARAMETER) == ["options", *backward[:-1]]
+
+
+def test_the_node_takes_the_arguments_of_the_ops() -> None:
+    """A tensor that it does not read would be left out, where the same call without the node has it."""
+    forward, backward = ([x.name for x in op._schema.arguments] for op in (_ops.td_loss, _ops.td_loss_backward))
+    forward.remove("options")
+    saved = ["type" if x == "dtype" else x for x in backward if x not in ("grad_loss", "options")]
+    node = "csrc/autograd"
+    assert named(node, "struct Inputs {", r"(\w+)(?: = \w+)?[,;]") == forward
+    assert named(node, "struct Saved {", r"(\w+)(?: = [\w:]+)?[,;]") == saved
+    assert named(node, '"dqn_fused::td_loss_and_grad")', r"in\.(\w+)") == forward
+    assert named(node, '"dqn_fused::td_loss_backward")', r"s\.(\w+)") == saved
+    assert named(node, "enum Argument {", r"([A-Z_]+)") == [name.upper() for name in TENSORS]
+    code = "".join(path.read_text() for path in (ROOT / node).iterdir())
+    assert set(re.findall(r"\bin\.(\w+) =", code)) == set(forward)
+    looped = [set(re.findall(r"\w+", x.lower())) for x in re.findall(r"const Argument i :\s*{([A-Z_,\s]+)}", code)]
+    assert {name for name in TENSORS if Batch.__annotations__[name] is Tensor} in looped
+    assert {name for name in TENSORS if Batch.__annotations__[name] == Tensor | None} in looped
+    assert {"q", *transforms.MATRICES, *transforms.MATRICES_OF_S} in looped  # those that must have two dimensions
+
+
+def test_vmap_folds_every_tensor() -> None:
+    folded = (*transforms.PER_SAMPLE, *transforms.MATRICES, *transforms.MATRICES_OF_S)
+    assert sorted((*folded, "q", "gamma", "non_final_mask")) == sorted(TENSORS)
+
+
+def test_every_tensor_is_checked_and_handed_on() -> None:
+    q, flags, ones = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool), torch.ones(2)
+    every = dict.fromkeys(TENSORS, q) | dict.fromkeys(("rewards", "gamma", "weights"), ones)
+    every |= {"actions": ones.long(), "terminated": ones, "non_final_mask": ones.bool()}
+    every |= {"next_action_mask": flags, "action_mask": flags}
+    for target, left_out in (("max", {"target_q", "terminated"}), ("munchausen", {"next_q_online", "non_final_mask"})):
+        given = {name: x for name, x in every.items() if name not in left_out}
+        batch = check_batch(Batch(**given), check_loss(target=target, cql_alpha=1.0))  # type: ignore[arg-type]
+        assert batch.shape == (2,)
+        for name in TENSORS:
+            found = getattr(batch, name)
+            assert found is None if name in left_out else torch.equal(found, given[name]), name
+
+
+def test_an_op_refuses_options_that_it_does_not_know() -> None:
+    """One more, as of a newer version, whose meaning would be dropped. Those that are left out are the defaults."""
     if not dqn_fused.backends()["compiled"].available:
         pytest.skip("the compiled ops are not built")
-    from dqn_fused import _ops
-    from dqn_fused._backends import boxed
-
-    q, actions = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
-    *given, options = boxed.arguments(Batch(q, actions, torch.zeros(2), q), LossSpec())
-    _ops.general_td_loss(*given, options, True)
-    with pytest.raises(RuntimeError):
-        _ops.general_td_loss(*given, options[:-1], True)
+    q, actions = torch.ones(2, 3), torch.zeros(2, dtype=torch.int64)
+    *given, _, check = boxed.arguments(Batch(q, actions, torch.zeros(2), q), LossSpec())
+    found = [_ops.td_loss(*given, list(DEFAULTS[:n]), check) for n in range(len(DEFAULTS) + 1)]
+    assert all(torch.equal(loss, found[0][0]) and torch.equal(td, found[0][1]) for loss, td, _ in found)
+    backward = (torch.ones(()), found[0][1], actions, None, None, None, None, 3, q.dtype)
+    assert torch.equal(_ops.td_loss_backward(*backward, []), _ops.td_loss_backward(*backward, list(DEFAULTS)))
+    for op, arguments in (
+        (_ops.td_loss, (*given, [*DEFAULTS, 0.0], check)),
+        (_ops.td_loss_backward, (*backward, [*DEFAULTS, 0.0])),
+    ):
+        with pytest.raises(RuntimeError):
+            op(*arguments)
 
 
 def test_the_walk_in_contributing_is_that_of_value_transform() -> None:
-    """Each file that it lists names the option, and no other does, but for the linear head's."""
+    """Each file that it lists names the option, and no other does, except the linear head's."""
     walk = (ROOT / "CONTRIBUTING.md").read_text().partition("## To add an option")[2].partition("And in the tests")[0]
     listed = {path for path in re.findall(r"`(\w+/[\w/]+\.\w+)`", walk) if not path.startswith("tests/")}
     sources = [x for folder in ("dqn_fused", "kernels", "csrc", "docs") for x in (ROOT / folder).rglob("*.*")]
@@ -173,3 +261,24 @@ def test_every_file_that_contributing_names_is_there() -> None:
     for path in re.findall(r"`([\w./]*\w/?)`", text):
         if re.search(r"\.(py|md|h|json)$|/$", path):
             assert any((ROOT / folder / path).exists() for folder in folders), path
+
+
+def test_repr_shows_what_is_not_a_default() -> None:
+    """Options that change the loss were left out of a linear head's, of which only three were shown."""
+    assert repr(dqn_fused.FusedDQNLoss(delta=2.0, return_cql=True)) == (
+        "FusedDQNLoss(gamma=0.99, loss='mse', delta=2.0, reduction='mean', return_cql=True)"
+    )
+    assert repr(dqn_fused.FusedLinearDQNLoss(torch.tensor(0.5), loss="huber", cql_alpha=1.0)) == (
+        "FusedLinearDQNLoss(gamma=0.5, loss='huber', delta=1.0, reduction='mean', cql_alpha=1.0)"
+    )
+
+
+def test_a_module_follows_its_attributes_and_can_be_copied() -> None:
+    module = copy.deepcopy(dqn_fused.FusedDQNLoss(torch.tensor(0.5), backend="torch"))
+    q, actions, rewards = torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64), torch.ones(1)
+    module.reduction = "sum"
+    given = (q, actions, rewards, torch.ones(1, 2))
+    assert module(*given).item() == 1.5**2
+    assert module(*given, gamma=1.0).item() == 4
+    with pytest.raises(TypeError, match="FusedDQNLoss: unexpected argument 'discount'"):
+        module(*given, discount=1.0)

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import dqn_fused
+from bench.gpu_code.ptx.build import filled
 from dqn_fused import BackendUnavailableError, _backends, backends, fused_dqn_loss
 from dqn_fused.__main__ import facts, report
 from dqn_fused.head.sweep import Sweep
@@ -129,7 +130,7 @@ def test_triton_refuses_a_device_that_is_not_its_own() -> None:
 
 
 def test_a_triton_whose_driver_does_not_start_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On an image without a C compiler the first launch would fail; "auto" must find another setting."""
+    """On an image without a C compiler the first launch would fail; "auto" must find another backend."""
     module = pytest.importorskip("dqn_fused._backends.triton_backend")
 
     class Driver:
@@ -190,7 +191,7 @@ def test_a_triton_that_cannot_compile_is_not_chosen(
     "works", [("compiled", "triton", "torch"), ("triton", "torch"), ("compiled", "torch"), ("torch",)]
 )
 def test_the_choice_on_cuda(monkeypatch: pytest.MonkeyPatch, works: tuple[str, ...]) -> None:
-    """Up to 64 actions compiled, above Triton, as far as there is either."""
+    """Up to 64 actions the compiled backend, above them Triton, where they are available."""
     fakes = {
         name: SimpleNamespace(refuses=lambda device, name=name: None if name in works else "it does not")
         for name in _backends.MODULES
@@ -233,8 +234,24 @@ def test_the_choice_of_a_distributional_loss_on_cuda(
             _backends.choose_distributional(family, "triton", device, 8)
 
 
+def test_more_atoms_than_a_program_of_triton_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2^16 took the compiler a minute and 6 KB of stack a thread, 2^20 no end. Quantiles have no such limit."""
+    fakes = {name: SimpleNamespace(refuses=lambda device: None) for name in _backends.MODULES}
+    monkeypatch.setattr(_backends, "_missing", lambda name: None)
+    monkeypatch.setattr(_backends, "_LOADED", fakes)
+    monkeypatch.setattr(_backends, "_CHOSEN_DISTRIBUTIONAL", {})
+    device = torch.device("cuda", 0)
+    for _ in range(2):  # the second time from the memo
+        for K, expected in ((16384, "triton"), (16385, "torch")):
+            assert _backends.choose_distributional("categorical", "auto", device, K) is fakes[expected]
+            assert _backends.choose_distributional("quantile", "auto", device, K) is fakes["triton"]
+        assert _backends.choose_distributional("categorical", "triton", device, 16384) is fakes["triton"]
+        with pytest.raises(BackendUnavailableError, match="up to 16384 atoms, got 16385"):
+            _backends.choose_distributional("categorical", "triton", device, 16385)
+
+
 def test_a_choice_within_a_capture_is_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There Triton is taken at its word; afterwards it is tried."""
+    """Within a capture Triton is taken untried; afterwards it is tried."""
     reasons: dict[str, str | None] = {"compiled": "not built", "triton": None, "torch": None}
     fakes = {name: SimpleNamespace(refuses=lambda device, name=name: reasons[name]) for name in _backends.MODULES}
     monkeypatch.setattr(_backends, "_missing", lambda name: None)
@@ -300,13 +317,15 @@ def test_report_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wheel(run_folder: Path) -> Path:
     """A wheel built the way pip install . builds it, in an environment of its own; without a network, in this one."""
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
-    if subprocess.run(command, cwd=folder, capture_output=True, check=False).returncode:
-        subprocess.run([*command, "--no-build-isolation"], cwd=folder, check=True)
-    (path,) = folder.glob("*.whl")
+
+    def make(folder: Path) -> None:
+        command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
+        if subprocess.run(command, cwd=folder, capture_output=True, check=False).returncode:
+            subprocess.run([*command, "--no-build-isolation"], cwd=folder, check=True)
+
+    (path,) = filled(run_folder / "wheel", make).glob("*.whl")
     return path
 
 
@@ -320,7 +339,7 @@ def test_wheel_holds_the_kernels_and_no_top_level_kernels(wheel: Path) -> None:
 
 
 def test_installed_wheel_works(wheel: Path, tmp_path: Path) -> None:
-    """Installed elsewhere than here, before this environment's own copy on the path."""
+    """Installed in another folder, which is on the path before this environment's own copy."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path), str(wheel)]
     subprocess.run(command, check=True)
     code = """

@@ -1,29 +1,37 @@
 """The executor can fail: kernels that are broken in their PTX are noticed, each in the way that it is broken."""
 
 import re
-from collections import defaultdict
-from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import EXECUTED
 from data import source
 from test_loss import make
 from test_ptx_backends import far_rows
-from torch import Tensor
 
 pytest.importorskip("triton")
 if not EXECUTED:
     pytest.skip("needs g++, and the compiler in place of the interpreter", allow_module_level=True)
 
-from bench.gpu_code.ptx.executor import PtxError, Trace
-from bench.gpu_code.ptx.triton import Executed, NotExecutedError, executing
-from dqn_fused import fused_dqn_loss
-from dqn_fused.head.sweep import Sweep
+from mutations import (
+    Case,
+    Outputs,
+    execute,
+    kernels,
+    loosen_each_guard,
+    noticed,
+    remove_each_barrier,
+    without,
+)
+from test_sweep_backward import legal
+from test_sweep_backward import make as make_backward
 
-TARGET = "sm_80"
-Outputs = list[Tensor]
+from bench.gpu_code.ptx.triton import NotExecutedError, executing
+from dqn_fused import fused_dqn_loss
+from dqn_fused._backends import triton_sweep, triton_sweep_backward
+from dqn_fused.head.sweep import Sweep
 
 
 def loss(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, **changes: Any) -> Outputs:
@@ -43,15 +51,20 @@ def family(shape: tuple[int, ...]) -> Outputs:
     )  # fmt: skip
 
 
-def sweep(m: int, kind: str, dtype: torch.dtype) -> Outputs:
-    from dqn_fused._backends.triton_sweep import sweep
-
+def sweep(m: int, kind: str, dtype: torch.dtype, **changes: Any) -> Outputs:
     g = source()
     hidden, weight, bias = (torch.randn(size, generator=g).to(dtype) for size in ((m, 160), (300, 160), (300,)))
-    return [x for x in sweep(Sweep(hidden, weight, bias, None, kind, 0.5)) if x is not None]
+    work = Sweep(hidden, weight, bias, None, kind, 0.5)._replace(**changes)
+    return [x for x in triton_sweep.sweep(work) if x is not None]
 
 
-CASES: dict[str, Callable[[], Outputs]] = {
+def sweep_backward(m: int, dtype: torch.dtype, **changes: Any) -> Outputs:
+    work = make_backward(m, 300, 160, dtype)._replace(mask=legal(m, 300))._replace(**changes)
+    gradient, sums = triton_sweep_backward.tile_gradient(work, work.hidden, work.weight, slice(0, m), slice(0, 300))
+    return [gradient, sums]
+
+
+CASES: dict[str, Case] = {
     "narrow": lambda: loss((300, 18)),
     "narrow-family": lambda: family((33, 19)),
     "several-programs": lambda: loss((1100, 18), torch.bfloat16),
@@ -59,79 +72,14 @@ CASES: dict[str, Callable[[], Outputs]] = {
     "wide-family": lambda: family((3, 500)),
     "sweep": lambda: sweep(40, "argmax", torch.bfloat16),
     "sweep-float32": lambda: sweep(5, "soft", torch.float32),
+    "sweep-backward": lambda: sweep_backward(40, torch.bfloat16),
+    "sweep-backward-float32": lambda: sweep_backward(5, torch.float32),
 }
-
-
-def execute(case: Callable[[], Outputs], **options: Any) -> tuple[Outputs, list[Executed], list[Trace]]:
-    with executing(TARGET, seed=1, **options) as executor:
-        return case(), executor.launches, executor.traces
-
-
-def noticed(case: Callable[[], Outputs], text: str, mutated: str, expected: Outputs) -> str | None:
-    """What the executor says of a kernel whose text has been replaced, or "value"; None where nothing shows."""
-    assert mutated != text
-    try:
-        outputs, _, _ = execute(case, change=lambda name, ptx: mutated if ptx == text else ptx)
-    except PtxError as error:
-        return str(error)
-    same = all(torch.equal(x.nan_to_num(7), y.nan_to_num(7)) for x, y in zip(outputs, expected, strict=True))
-    return None if same else "value"
-
-
-def kernels(launches: list[Executed]) -> dict[str, str]:
-    """Name of each text that was launched."""
-    return {launch.kernel.asm["ptx"]: launch.name for launch in launches}
-
-
-def without(text: str, match: re.Match[str]) -> str:
-    return text[: match.start()] + text[match.end() :]
-
-
-def needed(launch: Executed, trace: Trace) -> set[int]:
-    """Lines of the barriers that order something: a byte is accessed by one warp before and by another behind.
-
-    Worked out from the bare list of accesses, apart from the shadow memory that the mutations are held against.
-    """
-    found: set[int] = set()
-    passed = defaultdict(list)
-    for block, instruction in trace.barriers.tolist():
-        passed[block].append(instruction)
-    accesses: Any = defaultdict(lambda: defaultdict(set))  # (block, epoch) -> byte -> {(warp, stored)}
-    for block, warp, epoch, address, size, stored in trace.events.tolist():
-        for byte in range(address, address + size):
-            accesses[block, epoch][byte].add((warp, stored))
-    for block, instructions in passed.items():
-        for epoch, instruction in enumerate(instructions):
-            before, behind = accesses[block, epoch], accesses[block, epoch + 1]
-            for byte in before.keys() & behind.keys():
-                # A warp that has stored the same replica itself does not depend on that of another.
-                if any(
-                    a[0] != b[0] and a[1] != b[1] and (b[0], a[1]) not in before[byte]
-                    for a in before[byte]
-                    for b in behind[byte]
-                ):
-                    found.add(launch.parsed.line(instruction))
-                    break
-    return found
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_barrier_removed(name: str) -> None:
-    """Each that orders anything in this launch; Triton also emits some that order only what a warp does itself."""
-    case = CASES[name]
-    expected, launches, traces = execute(case, trace=True)
-    ordering, removed = defaultdict(set), 0
-    for launch, trace in zip(launches, traces, strict=True):
-        ordering[launch.kernel.asm["ptx"]] |= needed(launch, trace)
-    for text in kernels(launches):
-        for match in re.finditer(r"^\s*bar\.sync\s+0;", text, re.MULTILINE):
-            line = text[: match.end()].count("\n") + 1
-            if line in ordering[text]:
-                message = noticed(case, text, without(text, match), expected)
-                assert message is not None, f"line {line}"
-                assert "race" in message or "never written" in message or message == "value"
-                removed += 1
-    assert removed
+    remove_each_barrier(CASES[name])
 
 
 def test_max_that_drops_nan() -> None:
@@ -150,27 +98,32 @@ def test_max_that_drops_nan() -> None:
 
 @pytest.mark.parametrize("shape", [(33, 19), (5, 1003)])
 def test_a_mask_off_by_one(shape: tuple[int, int]) -> None:
-    """< to <= where a load or store of global memory is guarded: one row, or element, too many."""
-
-    def case() -> Outputs:
-        return loss(shape)
-
-    expected, launches, _ = execute(case)
-    for text, name in kernels(launches).items():
-        guards = set(re.findall(r"@(%p\d+) (?:ld|st)\.global", text))
-        for joined, first, second in reversed(re.findall(r"and\.pred\s+(%p\d+), (%p\d+), (%p\d+);", text)):
-            if joined in guards:
-                guards |= {first, second}
-        messages = []
-        for match in re.finditer(r"setp\.lt\.s(?:32|64)\s+(%p\d+), ", text):
-            if match[1] in guards:
-                mutated = text[: match.start()] + match[0].replace("lt", "le") + text[match.end() :]
-                messages.append(noticed(case, text, mutated, expected))
-        assert any("outside of every tensor" in (message or "") for message in messages), name
+    loosen_each_guard(lambda: loss(shape))
 
 
-def test_a_wait_for_asynchronous_copies_removed() -> None:
-    case = CASES["sweep"]
+@pytest.mark.parametrize("name", ["sweep", "sweep-float32", "sweep-backward", "sweep-backward-float32"])
+def test_a_mask_of_the_sweep_off_by_one(name: str) -> None:
+    loosen_each_guard(CASES[name])
+
+
+@pytest.mark.parametrize("matrix", ["hidden", "weight", "mask"])
+@pytest.mark.parametrize("call", [lambda **given: sweep(5, "soft", torch.float32, **given),
+                                  lambda **given: sweep_backward(5, torch.float32, **given)],
+                         ids=["sweep", "sweep-backward"])  # fmt: skip
+def test_rows_of_the_sweep_that_lie_far_apart(call: Any, matrix: str) -> None:
+    """Offsets are int64 before the multiplication."""
+    rows, columns = {"hidden": (5, 160), "weight": (300, 160), "mask": (5, 300)}[matrix]
+    # The weight has so many rows that 2^24 elements between them, and 2^32 in all, are enough.
+    far = far_rows(rows, columns, 2**24 if matrix == "weight" else 2**30, np.uint8 if matrix == "mask" else np.float32)
+    if matrix == "mask":
+        far = far.view(torch.bool).copy_(far != 0)
+    expected = execute(lambda: call(**{matrix: far.clone()}))[0]
+    assert all(map(torch.equal, execute(lambda: call(**{matrix: far}))[0], expected))
+
+
+@pytest.mark.parametrize("name", ["sweep", "sweep-backward"])
+def test_a_wait_for_asynchronous_copies_removed(name: str) -> None:
+    case = CASES[name]
     expected, launches, _ = execute(case)
     removed = 0
     for text in kernels(launches):
@@ -183,7 +136,7 @@ def test_a_wait_for_asynchronous_copies_removed() -> None:
             removed += 1
     assert removed
     # One group too few is waited for.
-    (text,) = (text for text, name in kernels(launches).items() if name == "sweep_fwd_kernel")
+    (text,) = (text for text, kernel in kernels(launches).items() if kernel != "sweep_combine_kernel")
     count = re.search(r"cp\.async\.wait_group\s+([1-9]\d*);", text)
     assert count is not None
     mutated = text[: count.start(1)] + str(int(count[1]) + 1) + text[count.end(1) :]

@@ -69,6 +69,13 @@ def test_taus(backend: Setting, each: bool, dtype: torch.dtype, kappa: float) ->
 
 
 @every_setting
+@pytest.mark.parametrize("kappa", [1.0, 0.0])
+def test_taus_beyond_0_and_1(backend: Setting, kappa: float) -> None:
+    """Nobody looks at their values: every backend takes |tau - 1| and |tau| of them."""
+    check(backend, {**make((7, 2, 4), 6, seed=8), "taus": torch.tensor([-0.5, 0.0, 1.0, 1.5]), "kappa": kappa})
+
+
+@every_setting
 def test_taus_of_the_midpoints_are_the_default(backend: Setting) -> None:
     arguments = make((6, 3, 8), seed=7)
     results = [

@@ -1,4 +1,4 @@
-"""A head whose weight is shared out to ranks: 2 and 4 processes of gloo against one, and what they send."""
+"""A head whose weight is sharded over ranks: 2 and 4 processes against one, and what they send."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from conftest import Setting
 from torch import Tensor
 
@@ -17,22 +16,37 @@ if not dist.is_available():
     pytest.skip("torch without torch.distributed", allow_module_level=True)
 
 import ranks_worker  # noqa: E402
-from ranks_worker import CASES, SHARES, SIZES, WRONG, A, Model, N, joined, local, of, run, second_order  # noqa: E402
+from processes import run_once  # noqa: E402
+from ranks_worker import (  # noqa: E402
+    CASES,
+    ROWS,
+    SECOND_ORDER,
+    SHARES,
+    SIZES,
+    WRONG,
+    A,
+    Model,
+    N,
+    joined,
+    local,
+    of,
+    run,
+    second_order,
+)
 from test_linear import compare  # noqa: E402
 
 from bench.reporting.ranks import AGREEMENT, SENT  # noqa: E402
 from dqn_fused import fused_linear_dqn_loss, fused_linear_td_loss  # noqa: E402
 
 Found = dict[str, Any]
-ROAD = Setting("auto", "cpu")
+AUTO = Setting("auto", "cpu")
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["two", "four"])
-def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Found]:
+def ranks(request: pytest.FixtureRequest, run_folder: Path) -> list[Found]:
     """What each rank has found, of all cases at one start."""
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(ranks_worker.work, (request.param, str(folder)), request.param)
-    return [torch.load(Path(folder, f"{rank}.pt")) for rank in range(request.param)]
+    folder = run_once(ranks_worker.work, request.param, run_folder)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
 
 
 def same(x: Tensor, y: Tensor) -> bool:
@@ -41,11 +55,11 @@ def same(x: Tensor, y: Tensor) -> bool:
 
 
 def joined_gradients(found: list[Found]) -> dict[str, Tensor]:
-    """Gradients of all rows; that of hidden is the same on every rank."""
+    """Gradients of all rows, joined; other gradients are the same on every rank."""
     first, *rest = (each["grads"] for each in found)
     for other in rest:
-        assert same(other["hidden"], first["hidden"])
-    return {k: x if k == "hidden" else torch.cat([each["grads"][k] for each in found]) for k, x in first.items()}
+        assert all(same(other[k], x) for k, x in first.items() if k not in ROWS)
+    return {k: torch.cat([each["grads"][k] for each in found]) if k in ROWS else x for k, x in first.items()}
 
 
 def same_on_every_rank(found: list[Found]) -> Found:
@@ -65,12 +79,12 @@ def test_one_process(ranks: list[Found], name: str) -> None:
     arguments = CASES[name]()
     sparse = arguments.pop("sparse_grad", False)
     assert all(each["sparse"] == [False, sparse, sparse][: len(each["sparse"])] for each in found)
-    compare(ROAD, arguments, one["loss"], one["td_error"], one["cql"], joined_gradients(found))
+    compare(AUTO, arguments, one["loss"], one["td_error"], one["cql"], joined_gradients(found))
 
 
 @pytest.mark.parametrize("name", ["double-bf16", "equal-in-all", "equal-at-a-seam", "equal-in-two"])
 def test_the_bits_of_one_process(ranks: list[Found], name: str) -> None:
-    """Where products are exact, being of small integers, nothing tells the ranks from one process."""
+    """Products of small integers are exact, so ranks have the same bits as one process."""
     alone, found = run(CASES[name]()), [each[name] for each in ranks]
     one = same_on_every_rank(found)
     assert same(one["td_error"], alone["td_error"])
@@ -81,10 +95,13 @@ def test_the_bits_of_one_process(ranks: list[Found], name: str) -> None:
 
 @pytest.mark.parametrize("name", SENT)
 def test_what_a_step_sends(ranks: list[Found], name: str) -> None:
-    """Numbers of a sample, as docs/ranks.md has them, whatever A is; in the backward the gradient of hidden, once."""
+    """As many numbers per sample as docs/ranks.md says, whatever A is; backward, the gradient of hidden once."""
     for each in ranks:
         assert each[name]["forward"] == [("all_gather", AGREEMENT), *(("all_reduce", 4 * N * k) for k in SENT[name])]
         assert each[name]["backward"] == [("all_reduce", 4 * N * 4)]
+        # In half precision also the value that the conservative term subtracts.
+        halves = [bytes for _, bytes in each["cql-bf16"]["forward"][1:]]
+        assert halves == [4 * N * k for k in (*SENT["cql"], 1)]
 
 
 def test_an_error_on_one_rank_is_one_on_all(ranks: list[Found]) -> None:
@@ -94,9 +111,9 @@ def test_an_error_on_one_rank_is_one_on_all(ranks: list[Found]) -> None:
         assert kind, name
         for each in others:
             got = each[name]
-            if "on every rank" in text:  # nobody alone is wrong
+            if "on every rank" in text:  # no rank alone is wrong
                 assert got[0] == kind == "ValueError"
-                assert f"got others on rank {len(ranks) - 1} than on rank 0" in got[1]
+                assert f"but rank {len(ranks) - 1} differs from rank 0" in got[1]
             elif kind == "IndexError" and "actions" in text:
                 assert got == (
                     kind,
@@ -109,14 +126,42 @@ def test_an_error_on_one_rank_is_one_on_all(ranks: list[Found]) -> None:
         last["mask"][1]
         == f"next_action_mask: expected shape ({N}, {SIZES[len(ranks)][-1]}), as hidden and weight, got ({N}, {A})"
     )
-    assert "the same samples" in last["fewer samples"][1]
+    assert "the same number of samples" in last["fewer samples"][1]
     assert "the same grad mode of hidden" in last["grad"][1]
     assert "the same options" in last["another option"][1]
+    assert "the same options" in last["another gamma"][1]
 
 
-def test_second_order(ranks: list[Found]) -> None:
-    expected = second_order(of("double", torch.float64))
-    found = joined_gradients([{"grads": each["second order"]} for each in ranks])
+def test_rows_that_are_not_taken(ranks: list[Found]) -> None:
+    """The gradient of hidden had zero times infinity in it, and every sparse gradient had row 0 of its rank.
+
+    SparseAdam moves every row that a sparse gradient has, by its momentum.
+    """
+    actions, start = of("plain")["actions"], 0
+    for each, size in zip(ranks, SIZES[len(ranks)], strict=True):
+        without, with_infinity = each["rows not taken"]["both"]
+        assert all(torch.equal(without[k], with_infinity[k]) for k in without)
+        here = actions[(actions >= start) & (actions < start + size)] - start
+        assert torch.equal(each["rows not taken"]["rows"], here.unique())
+        start += size
+
+
+def test_values_are_the_same_on_every_rank(ranks: list[Found]) -> None:
+    for each in ranks:
+        found = each["checked values"]
+        assert found.pop("nothing") == found.pop("one rank") == ("", "")
+        for name, (kind, text) in found.items():
+            assert kind == "ValueError", name
+            assert text == (
+                f"tensor_parallel_group: expected the same values of {name} on every rank, bit for bit, but "
+                f"rank {len(ranks) - 1} differs from rank 0"
+            )
+
+
+@pytest.mark.parametrize("name", SECOND_ORDER)
+def test_second_order(ranks: list[Found], name: str) -> None:
+    expected = second_order(SECOND_ORDER[name]())
+    found = joined_gradients([{"grads": each["second order"][name]} for each in ranks])
     for k, x in expected.items():
         assert torch.allclose(found[k], x, rtol=1e-12, atol=1e-12), k
 
@@ -124,7 +169,7 @@ def test_second_order(ranks: list[Found]) -> None:
 def test_dtensors(ranks: list[Found]) -> None:
     found = [each["dtensors"] for each in ranks]
     one = same_on_every_rank(found)
-    compare(ROAD, of("double"), one["loss"], one["td_error"], [], joined_gradients(found))
+    compare(AUTO, of("double"), one["loss"], one["td_error"], [], joined_gradients(found))
     refused = one["refused"]
     assert refused["replicated"] == (
         "ValueError",
@@ -134,6 +179,7 @@ def test_dtensors(ranks: list[Found]) -> None:
     assert refused["two dimensions"][0] == "ValueError"
     assert refused["two dimensions"][1].startswith("weight: expected a DTensor on a mesh of one dimension")
     assert refused["mixed"][1].startswith("next_weight: expected a DTensor, as weight, got Tensor; write DTensor.from")
+    assert refused["only of the target"][1].startswith("weight: expected a DTensor, as next_weight, got Tensor; write")
     assert refused["sparse"] == ("ValueError", "sparse_grad: expected False with DTensors, whose gradients are dense")
     assert refused["outside"] == (
         "ValueError",
@@ -161,10 +207,6 @@ def test_ready_targets_the_module_and_partial_gradients(ranks: list[Found]) -> N
         torch.testing.assert_close(found["ready"], (loss, cql), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(found["module"], whole.detach(), rtol=1e-12, atol=1e-12)  # type: ignore[union-attr]
         assert found["partial_calls"] == []
-        assert found["second"] == (
-            "NotImplementedError",
-            "the second derivative of the conservative term over ranks is not implemented",
-        )
     total = torch.stack([each["others"]["partial"] for each in ranks]).sum(0)
     torch.testing.assert_close(total, states.grad, rtol=1e-12, atol=1e-12)
 
@@ -193,6 +235,21 @@ def test_data_parallel_times_tensor_parallel(ranks: list[Found]) -> None:
         ("IndexError", f"process_group: on rank 0: tensor_parallel_group: on rank 0: {text}"),
     ]
     assert sum(SHARES) == N
+
+
+def test_fully_sharded_data_parallel(ranks: list[Found]) -> None:
+    if len(ranks) != 2:
+        pytest.skip("of two ranks")
+    whole = joined()
+    model = Model(whole)
+    model(whole).backward()
+    for each in ranks:
+        for name, p in model.named_parameters():
+            assert p.grad is not None
+            assert torch.allclose(each["fsdp"][name], p.grad, rtol=1e-12, atol=1e-12), name
+        kind, text = each["fsdp"]["error"]
+        assert kind == "ValueError"
+        assert text.startswith("tensor_parallel_group: expected the same values of hidden on every rank")
 
 
 def test_compiled(ranks: list[Found]) -> None:

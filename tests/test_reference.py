@@ -1,4 +1,4 @@
-"""The loop, the gather and the fused loss are the same number with the same gradient, networks called inside."""
+"""The loop, the gather and the fused loss give the same number and the same gradient."""
 
 from collections.abc import Callable
 

@@ -82,8 +82,11 @@ def test_no_temperature_overflows(temperature: float) -> None:
 
 def test_no_actions_are_what_a_sweep_of_none_finds() -> None:
     for kind in ("max", "argmax", "soft"):
-        none = no_actions(torch.ones(3, 2), kind)
-        for x, y in zip(none, sweep(Sweep(torch.ones(3, 2), torch.ones(0, 2), None, None, kind, 1.0)), strict=True):
-            assert (x is None) == (y is None)
-            assert x is None or torch.equal(x, y)
-        assert none.first is None or (none.first == tiles.NO_ACTION).all()
+        for actions in (None, torch.zeros(3, dtype=torch.int64)):
+            work = Sweep(torch.ones(3, 2), torch.ones(0, 2), None, None, kind, 1.0, actions)
+            none = no_actions(work)
+            for x, y in zip(none, sweep(work), strict=True):
+                assert (x is None) == (y is None)
+                assert x is None or torch.equal(x, y)
+            assert none.first is None or (none.first == tiles.NO_ACTION).all()
+            assert (none.taken is None) == (actions is None)

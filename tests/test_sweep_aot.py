@@ -10,10 +10,11 @@ from conftest import INTERPRETED
 
 triton = pytest.importorskip("triton")
 
-from test_triton_aot import Compiled, check_instructions, compiled, target  # noqa: E402, F401
+import ahead  # noqa: E402
+from ahead import Compiled, check_instructions, compiled, target  # noqa: E402, F401
 
 from bench.gpu_code import aot  # noqa: E402
-from bench.gpu_code.aot import Target, amd_usage, machine_code, resource_usage  # noqa: E402
+from bench.gpu_code.aot import Target, machine_code  # noqa: E402
 from bench.gpu_code.machine_code import main_loop, read_in_flight, widths  # noqa: E402
 from dqn_fused.head.sweep import Sweep  # noqa: E402
 
@@ -76,7 +77,7 @@ def launch(dtype: torch.dtype, precision: str, kind: str, D: int, masked: bool =
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_machine_code(target: Target, compiled: Compiled, case: str) -> None:  # noqa: F811
+def test_machine_code(target: Target, compiled: Compiled, case: str) -> None:
     dtype, precision, options, targets = CASES[case]
     if target.name not in targets:
         pytest.skip("as on other targets")
@@ -112,8 +113,8 @@ def test_more_targets(index: int) -> None:
 @pytest.mark.parametrize("sms", [108, 132, 170, 304])
 @pytest.mark.parametrize("m", [256, 4096, 17024])
 def test_programs_for_other_devices(
-    target: Target,  # noqa: F811
-    compiled: Compiled,  # noqa: F811
+    target: Target,
+    compiled: Compiled,
     monkeypatch: pytest.MonkeyPatch,
     m: int,
     sms: int,
@@ -149,7 +150,7 @@ def check_asynchronous_products(kernel: Any, overlapped: bool) -> None:
 
 
 @pytest.mark.parametrize("m", [1, 40])
-def test_few_rows(target: Target, compiled: Compiled, m: int) -> None:  # noqa: F811
+def test_few_rows(target: Target, compiled: Compiled, m: int) -> None:
     if target.name not in ("sm_90", "gfx942"):
         pytest.skip("as on other targets")
     launch(torch.bfloat16, "highest", "argmax", 1024, masked=True, m=m)
@@ -158,26 +159,16 @@ def test_few_rows(target: Target, compiled: Compiled, m: int) -> None:  # noqa: 
     assert has(compiled[0].kernel, "v_mfma_f32" if target.name == "gfx942" else "HMMA" if m == 1 else "HGMMA")
 
 
-def check_resources(name: str, kernel: Any, target: Target) -> None:  # noqa: F811
+def check_resources(name: str, kernel: Any, target: Target) -> None:
     assert kernel.metadata.shared <= MAX_SHARED.get(target.name, MAX_SHARED_ELSEWHERE)
-    if "ptx" in kernel.asm:
-        usage = resource_usage(kernel.asm["cubin"])
-        # At 128 or 80 registers ptxas now and then parks a few words to fit a second or third program of 8 warps.
-        allowed = 24 if usage["REG"] in (80, 128) else 0
-        assert usage["LOCAL"] == 0, f"{name} on {target.name} uses local memory: {usage}"
-        assert usage["STACK"] <= allowed, f"{name} on {target.name} spills: {usage}"
-        assert usage["REG"] <= MAX_REGISTERS, f"{name} on {target.name}: {usage}"
-        return
-    usage = amd_usage(kernel.asm["amdgcn"])
-    assert usage["vgpr_spill_count"] == usage["private_segment_fixed_size"] == 0, f"{name} on {target.name}: {usage}"
-    assert usage["vgpr_count"] <= MAX_REGISTERS, f"{name} on {target.name}: {usage}"
+    ahead.check_resources(name, kernel, target, MAX_REGISTERS, ahead.PARKED_BY_TENSOR_CORES)
 
 
 def has(kernel: Any, instruction: str) -> bool:
     return bool(re.search(rf"\b{instruction}", machine_code(kernel)))
 
 
-def test_accumulators_read_in_flight_are_found(target: Target, compiled: Compiled) -> None:  # noqa: F811
+def test_accumulators_read_in_flight_are_found(target: Target, compiled: Compiled) -> None:
     """The check itself: without the wait before the maximum, every element is read too early."""
     if target.name != "sm_90":
         pytest.skip("has no wgmma")

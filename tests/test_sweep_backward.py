@@ -134,6 +134,14 @@ def test_nan_is_of_its_row() -> None:
 
 
 @TRITON_MARK
+@pytest.mark.parametrize("shape", [(5, 13, 3), (70, 41, 16)], ids=lambda x: "n{}-A{}-D{}".format(*x))
+def test_q_values_whose_exponential_overflows(shape: tuple[int, int, int]) -> None:
+    """Rows behind the last of a tile have the bias for Q-values: exp(200) by their policy of 0 is NaN in the sums."""
+    work = make(*shape)
+    check(work._replace(bias=work.bias + 200, largest=work.largest + 200))
+
+
+@TRITON_MARK
 def test_a_row_without_a_legal_action_has_no_gradient() -> None:
     mask = legal(6, 300)
     mask[[1, 3]] = False
@@ -174,8 +182,8 @@ def test_float64_and_the_choice_between_the_two(monkeypatch: pytest.MonkeyPatch)
 
 
 if not INTERPRETED:  # which replaces the compiler
+    from ahead import Compiled, check_instructions, compiled, target  # noqa: F401
     from test_sweep_aot import EVERYWHERE, check_resources, default_precision  # noqa: F401
-    from test_triton_aot import Compiled, check_instructions, compiled, target  # noqa: F401
 
     from bench.gpu_code import aot
     from bench.gpu_code.aot import Target

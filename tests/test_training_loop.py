@@ -1,6 +1,6 @@
 """What a training loop wraps around a loss: torch.compile, autocast, GradScaler."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,16 +17,10 @@ from dqn_fused._backends import boxed
 from dqn_fused.arguments import Batch, check_batch, check_loss, normalise_weights
 from dqn_fused.autograd import Saved
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 D, A = 4, 5
 SIZES = (8, 11, 16, 33)
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 def network(setting: Setting) -> nn.Module:
@@ -94,9 +88,8 @@ def test_torch_compile_of_network_and_loss(setting: Setting, name: str) -> None:
     for n in SIZES:
         arguments = {**make((n, A), device=setting.device, seed=n), **more(n, setting.device)}
         if name == "mask":
-            arguments["terminated"] = (
-                torch.arange(n, device=setting.device) % 4 == 0
-            )  # as many next states at no two sizes
+            # A different number of next states at each size.
+            arguments["terminated"] = torch.arange(n, device=setting.device) % 4 == 0
             arguments = compact(arguments)
         arguments.pop("q")
         obs = torch.randn(n, D, device=setting.device)
@@ -131,7 +124,7 @@ def test_torch_compile_of_leading_dimensions(setting: Setting, reduction: str) -
 
 @pytest.mark.graph
 def test_priorities_in_place_inside_a_graph(setting: Setting) -> None:
-    """Eager refuses to change what the backward needs; in a graph nobody noticed, and the gradient was that of |td|."""
+    """Eager code raises where what the backward needs is changed in place; a graph gave the gradient of |td|."""
     arguments = make((8, A), device=setting.device)
     q = arguments.pop("q").requires_grad_()
 
@@ -274,7 +267,7 @@ def test_autocast_changes_nothing_inside(setting: Setting, name: str) -> None:
 
 @pytest.mark.parametrize("cql_alpha", [0.0, 0.5])
 def test_autocast_of_a_linear_head(setting: Setting, cql_alpha: float) -> None:
-    """As nn.Linear: hidden states are cast, though a LayerNorm left them in float32; near the loss of its matrix."""
+    """As nn.Linear does, it casts hidden states that a LayerNorm left in float32; near the loss of its Q matrix."""
     rest = make((32, 300), device=setting.device)
     del rest["q"], rest["next_q"]
     actions, rewards = rest.pop("actions"), rest.pop("rewards")
@@ -350,11 +343,11 @@ def test_the_ops_that_a_graph_holds(setting: Setting, name: str) -> None:
     if spec.reduction == "weighted_mean":
         batch, spec = normalise_weights(batch, spec)
     given = boxed.arguments(batch, spec)
-    assert boxed.unpack(*given)[1] == spec  # type: ignore[arg-type]
+    assert boxed.unpack(*given)[1] == spec
     torch.library.opcheck(_ops.triton_td_loss, given)
     torch.library.opcheck(_ops.triton_td_loss_and_grad, given)
     loss, td_error, normaliser = _ops.triton_td_loss(*given)
-    saved = Saved.of(batch, spec, td_error, normaliser if spec.cql else None)
+    saved = Saved.of(batch, spec, td_error, normaliser)
     torch.library.opcheck(_ops.triton_td_loss_backward, boxed.backward_arguments(torch.ones_like(loss), saved, spec))
 
 
@@ -363,10 +356,11 @@ def test_the_sweeps_that_a_graph_holds(setting: Setting, kind: str) -> None:
     hidden, weight = torch.randn(6, 16, device=setting.device), torch.randn(40, 16, device=setting.device)
     mask = torch.rand(6, 40, device=setting.device) < 0.9
     given = (hidden, weight, None, mask, kind, 0.5)
-    torch.library.opcheck(_ops.sweep, given)
-    if setting.backend == "triton":
-        for auto in (True, False):
-            torch.library.opcheck(_ops.triton_sweep, (*given, auto))
+    for actions in ((), (torch.randint(40, (6,), device=setting.device),)):
+        torch.library.opcheck(_ops.sweep, (*given, *actions))
+        if setting.backend == "triton":
+            for auto in (True, False):
+                torch.library.opcheck(_ops.triton_sweep, (*given, auto, *actions))
 
 
 @pytest.mark.parametrize("needs", [[True, True, True], [False, True, False], [True, False, False]])

@@ -29,7 +29,7 @@ def matrix(*size: int, device: str) -> Tensor:
 
 
 def options(name: str, device: str) -> dict[str, Any]:
-    """Of the loss, shared by all members."""
+    """Options of the loss, shared by all members."""
     legal = torch.rand(B, A, device=device) < 0.6
     legal[:, 0] = True
     weights = torch.rand(B, device=device)
@@ -129,7 +129,7 @@ def test_stacked_modules(setting: Setting) -> None:
 
 
 def test_every_input_may_belong_to_a_member(setting: Setting) -> None:
-    """And its dimension of members may be any."""
+    """And the members may be any of its dimensions."""
     members = [make((B, A), torch.float64, setting.device, seed=seed) for seed in range(K)]
     stacked = {name: torch.stack([member[name] for member in members], -1) for name in members[0]}
     stacked["gamma"] = torch.tensor([0.9, 0.5, 0.0], device=setting.device)
@@ -298,7 +298,7 @@ def test_a_named_backend_still_does_not_fall_back(setting: Setting) -> None:
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 def test_inside_torch_compile(backend: str) -> None:
-    """The Function, traced inside a transform, gave gradients that were wrong without a word."""
+    """The Function, traced inside a transform, gave wrong gradients silently."""
     arguments, more = make((B, A), torch.float64), options("prioritised", "cpu")
     q, next_q = matrix(K, B, A, device="cpu"), matrix(K, B, A, device="cpu")
 

@@ -4,8 +4,6 @@ What the interpreter cannot show is asserted on the machine code: registers and 
 float atomics, no float64 arithmetic where none was asked for.
 """
 
-import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,16 +14,22 @@ from test_loss import compact, dtype_id, make
 
 triton = pytest.importorskip("triton")
 
+from ahead import (  # noqa: E402
+    Compiled,
+    check_instructions,
+    check_no_fusion,
+    check_resources,
+    compiled,  # noqa: F401
+    target,  # noqa: F401
+)
+
 from bench.gpu_code import aot  # noqa: E402
 from bench.gpu_code.aot import (  # noqa: E402
     ALWAYS,
-    TARGETS,
     Target,
-    amd_usage,
     launch,
     loads_128_bits,
     machine_code,
-    resource_usage,
     stores_128_bits,
 )
 from bench.gpu_code.machine_code import instructions  # noqa: E402
@@ -37,28 +41,6 @@ pytestmark = [
     pytest.mark.aot,
     pytest.mark.skipif(INTERPRETED, reason="the interpreter replaces the compiler"),
 ]
-
-MAX_REGISTERS = 128  # of a thread: 4 programs of 4 warps then fit a multiprocessor of 65,536 registers
-
-
-Compiled = list[aot.Launch]
-
-
-@pytest.fixture(params=range(len(TARGETS)), ids=[t.name for t in TARGETS])
-def target(request: pytest.FixtureRequest) -> Iterator[Target]:
-    chosen = TARGETS[request.param]
-    with aot.targeting(request.param) as reason:
-        if reason is not None and chosen.name not in ALWAYS:
-            pytest.skip(f"triton {triton.__version__} cannot compile for {chosen.name}: {reason}")
-        yield chosen
-
-
-@pytest.fixture
-def compiled(target: Target) -> Iterator[Compiled]:
-    """Compile instead of launching; what would have been launched, in that order."""
-    with aot.compiling() as launches:
-        yield launches
-
 
 NARROW = {"td_loss_fwd_kernel", "td_loss_bwd_kernel"}
 WIDE = {"row_fwd_kernel", *NARROW}
@@ -235,40 +217,3 @@ def check(compiled: Compiled, target: Target, dtype: torch.dtype) -> None:
         if name == "td_loss_bwd_kernel" and (dtype.itemsize >= 4 or target.name.startswith("sm_")):
             # A run of one or two rows of two actions is shorter.
             assert stores_128_bits(kernel) or named["grad_q"].shape[-1] < 4, "grad_q is not written 16 bytes at a time"
-
-
-def check_resources(name: str, kernel: Any, target: Target) -> None:
-    if "ptx" in kernel.asm:
-        usage = resource_usage(kernel.asm["cubin"])
-        # At 80 registers, or 64, ptxas now and then parks a word or two to fit one more block: choice, not want.
-        allowed = 16 if usage["REG"] <= 80 else 0
-        assert usage["LOCAL"] == 0, f"{name} on {target.name} uses local memory: {usage}"
-        assert usage["STACK"] <= allowed, f"{name} on {target.name} spills: {usage}"
-        assert usage["REG"] <= MAX_REGISTERS, f"{name} on {target.name}: {usage}"
-        return
-    usage = amd_usage(kernel.asm["amdgcn"])
-    assert usage["vgpr_spill_count"] == usage["private_segment_fixed_size"] == 0, f"{name} on {target.name}: {usage}"
-    assert usage["vgpr_count"] <= MAX_REGISTERS, f"{name} on {target.name}: {usage}"
-
-
-def check_no_fusion(name: str, kernel: Any) -> None:
-    """Lanes that hold the same row must add up the same: in one `mul; add` was fused, in its copy `mul; shfl; add` not.
-
-    Triton's default was to fuse, up to 3.9. The exponentials and logarithms of the library are fma with .ftz.
-    """
-    assert not kernel.metadata.enable_fp_fusion, name
-    if "ptx" in kernel.asm:
-        assert not re.search(r"\bfma\.rn\.f32\b", kernel.asm["ptx"]), f"{name}: fused"
-
-
-def check_instructions(name: str, kernel: Any, target: Target, float64: bool) -> None:
-    if "ptx" in kernel.asm:
-        code = kernel.asm["ptx"]
-        assert not re.search(r"\b(atom|red)\.", code), f"{name}: atomics"
-        doubles = set(re.findall(r"\b[a-z]+\.(?:\w+\.)*f64\b", code)) - {"mov.f64"}
-    else:
-        code = kernel.asm["amdgcn"]
-        assert not re.search(r"_atomic_", code), f"{name}: atomics"
-        doubles = set(re.findall(r"\bv_\w+_f64\w*", code))
-    if not float64:
-        assert not doubles, f"{name} on {target.name}: float64 arithmetic {sorted(doubles)}"

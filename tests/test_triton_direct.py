@@ -6,18 +6,15 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from categorical_data import compact as compact_logits
-from categorical_data import make as make_logits
 from categorical_data import ready
 from conftest import INTERPRETED
-from quantile_data import compact as compact_quantiles
-from quantile_data import make as make_quantiles
 from test_family import VARIANTS, compacted, variant
 from test_loss import compact, dtype_id, make
 from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
+from distributions import CATEGORICAL, QUANTILE, Family  # noqa: E402
 from triton import knobs  # noqa: E402
 from triton.runtime import JITFunction  # noqa: E402
 
@@ -222,43 +219,37 @@ def test_on_other_targets(stub: Stub) -> None:
     check_each(stub, [host.calls(make((32, 18))), host.calls(make((16, 512)))])
 
 
-@pytest.mark.parametrize("variant", ["plain", "float64", "everything", "mask", "none", "long rows"])
-def test_the_quantile_loss(stub: Stub, variant: str) -> None:
+DISTRIBUTIONS = ["plain", "float64", "everything", "mask", "none"]
+
+
+@pytest.mark.parametrize(
+    ("family", "variant"),
+    [(QUANTILE, variant) for variant in [*DISTRIBUTIONS, "long rows"]]
+    + [(CATEGORICAL, variant) for variant in [*DISTRIBUTIONS, "many actions", "hl_gauss"]],
+    ids=lambda x: x.input if isinstance(x, Family) else x,
+)
+def test_the_distributional_losses(stub: Stub, family: Family, variant: str) -> None:
     several = []
     for n in (32, 33):
-        arguments, options = make_quantiles((n, 6, 40), dtype=torch.float64 if variant == "float64" else F32), {}
+        arguments, options = family.make((n, 6, 40), torch.float64 if variant == "float64" else F32), {}
         if variant in ("everything", "mask"):
-            arguments |= {"weights": torch.rand(n), "gamma": torch.rand(n), "taus": torch.rand(n, 40)}
-            arguments["next_quantiles_online"] = torch.randn(n, 6, 7)
+            arguments |= {"weights": torch.rand(n), "gamma": torch.rand(n)}
             arguments["next_action_mask"] = torch.ones(n, 6, dtype=torch.bool)
+            if family is QUANTILE:
+                arguments |= {"next_quantiles_online": torch.randn(n, 6, 7), "taus": torch.rand(n, 40)}
+            else:
+                arguments |= {"next_logits_online": torch.randn(n, 6, 40), "support": torch.linspace(-1, 1, 40)}
         if variant == "mask":
-            arguments = compact_quantiles(arguments)
+            arguments = family.compact(arguments)
         elif variant == "none":
             options["reduction"] = "none"
         elif variant == "long rows":
             arguments["next_quantiles"] = torch.randn(n, 6, 4000)
-        several.append(aot.quantile_calls(arguments, **options))
-    check_each(stub, several)
-
-
-@pytest.mark.parametrize("variant", ["plain", "float64", "everything", "mask", "none", "many actions", "hl_gauss"])
-def test_the_categorical_losses(stub: Stub, variant: str) -> None:
-    several = []
-    for n in (32, 33):
-        arguments, options = make_logits((n, 6, 40), torch.float64 if variant == "float64" else F32), {}
-        if variant in ("everything", "mask"):
-            arguments |= {"weights": torch.rand(n), "gamma": torch.rand(n), "support": torch.linspace(-1, 1, 40)}
-            arguments["next_logits_online"] = torch.randn(n, 6, 40)
-            arguments["next_action_mask"] = torch.ones(n, 6, dtype=torch.bool)
-        if variant == "mask":
-            arguments = compact_logits(arguments)
-        elif variant == "none":
-            options["reduction"] = "none"
         elif variant == "many actions":
-            arguments = make_logits((n, 400, 40))
+            arguments = family.make((n, 400, 40))
         elif variant == "hl_gauss":
             arguments, options = ready((n, 6, 40)), {"projection": "hl_gauss"}
-        several.append(aot.categorical_calls(arguments, **options))
+        several.append(family.calls(arguments, **options))
     check_each(stub, several)
 
 

@@ -16,6 +16,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from dqn_fused import _backends
 from dqn_fused._backends import triton_backend, triton_launch
 from dqn_fused.arguments import Batch, accumulation_dtype, check_batch, check_loss
 from dqn_fused.autograd import Saved
@@ -42,7 +43,7 @@ def _targets(cuda: list[int], hip: list[str]) -> list[Target]:
 
 
 TARGETS = _targets(CUDA, HIP)
-MORE_TARGETS = _targets([86, 89], ["gfx90a", "gfx950", "gfx1201"])  # of which a sample is compiled
+MORE_TARGETS = _targets([86, 89], ["gfx90a", "gfx950", "gfx1201"])  # for which a sample is compiled
 
 
 class Launch(NamedTuple):
@@ -55,7 +56,7 @@ class Launch(NamedTuple):
 
 
 class StubDriver:
-    """As much of a driver as compiling needs. One device number a target, because kernels are cached by it."""
+    """The part of a driver that compiling needs. Each target has a device number, by which kernels are cached."""
 
     def __init__(self, index: int, target: Any) -> None:
         self.index, self.target = index, target
@@ -75,7 +76,7 @@ class StubDriver:
 
 @triton.jit
 def probe_kernel(x):  # type: ignore[no-untyped-def]
-    """As little as a target can be asked to compile."""
+    """The smallest kernel that a target can be asked to compile."""
     tl.store(x, 1.0)
 
 
@@ -92,7 +93,7 @@ def targeting(index: int) -> Iterator[str | None]:
 
 @functools.cache
 def why_not(index: int) -> str | None:
-    """Why this triton compiles nothing at all for a target: too new for it, or a linker is missing."""
+    """Why this triton compiles nothing for a target: it does not know it yet, or a linker is missing."""
     try:
         probe_kernel.warmup(torch.float32, grid=(1,), **triton_launch.OPTIONS)
     except Exception as error:
@@ -112,7 +113,7 @@ def compiling() -> Iterator[list[Launch]]:
 
 
 def compile_only(found: list[Launch]) -> Callable[..., None]:
-    """What takes the place of triton_launch.run: compiles instead of launching."""
+    """A replacement of triton_launch.run that compiles instead of launching."""
 
     def run(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
         compiled = kernel.warmup(*args, grid=(programs,), **triton_launch.OPTIONS, **meta)
@@ -120,6 +121,29 @@ def compile_only(found: list[Launch]) -> Callable[..., None]:
         found.append(Launch(kernel.fn.__name__, compiled, programs, named))
 
     return run
+
+
+@contextmanager
+def serving_cpu() -> Iterator[None]:
+    """Let the public functions take the Triton backend for CPU tensors."""
+    missing = _backends._missing
+
+    def found(name: str) -> str | None:
+        if name != "triton":
+            return missing(name)
+        _backends._LOADED[name] = triton_backend
+        return None
+
+    def refuses(device: torch.device) -> str | None:
+        return None if device.type == "cpu" else "expected CPU tensors"
+
+    with (
+        patch.object(_backends, "_missing", found),
+        patch.object(triton_backend, "refuses", refuses),
+        patch.dict(_backends._CHOSEN, clear=True),
+        patch.dict(_backends._CHOSEN_DISTRIBUTIONAL, clear=True),
+    ):
+        yield
 
 
 def launch(arguments: dict[str, Any], **options: Any) -> None:
@@ -150,7 +174,7 @@ def calls(arguments: dict[str, Any], **options: Any) -> dict[str, Callable[[], o
 
 
 def quantile_calls(arguments: dict[str, Any], **options: Any) -> dict[str, Callable[[], object]]:
-    """The same of the quantile loss."""
+    """The same for the quantile loss."""
     given = {"gamma": 0.99, **arguments}
     taus, online = given.pop("taus", None), given.pop("next_quantiles_online", None)
     q, next_q = given.pop("quantiles"), given.pop("next_quantiles")
@@ -173,7 +197,7 @@ def quantile_calls(arguments: dict[str, Any], **options: Any) -> dict[str, Calla
 
 
 def categorical_calls(arguments: dict[str, Any], **options: Any) -> dict[str, Callable[[], object]]:
-    """The same of the categorical losses; without next_logits of the one for a ready target."""
+    """The same for the categorical losses; without next_logits, the loss for a ready target."""
     given, options = {"gamma": 0.99, "next_logits": None, **arguments}, {"reduction": "mean", **options}
     spec = check_categorical_options(given.pop("support"), **options)
     if "target" in given:
@@ -197,7 +221,7 @@ def categorical_calls(arguments: dict[str, Any], **options: Any) -> dict[str, Ca
 
 
 def resource_usage(cubin: bytes) -> dict[str, int]:
-    """REG, STACK, SHARED, LOCAL as cuobjdump reads them off the machine code."""
+    """REG, STACK, SHARED and LOCAL, as cuobjdump reads them off the machine code."""
     found = re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", disassembled("cuobjdump", "--dump-resource-usage", cubin))
     return {key: int(value) for key, value in found}
 

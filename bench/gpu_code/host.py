@@ -1,4 +1,4 @@
-"""What a call of the Triton backend costs the host: a driver that launches nothing. In bench/results/host.csv.
+"""What a call of the Triton backend costs the host, with a driver that launches nothing: bench/results/host.csv.
 
 Directly, as a call is launched once Triton has compiled its kernels, and by Triton, which looks at every argument.
 """
@@ -25,6 +25,8 @@ from dqn_fused._backends import (
     triton_program,
     triton_quantile,
     triton_rows,
+    triton_sweep,
+    triton_sweep_backward,
     triton_td_loss,
 )
 from dqn_fused.arguments import Batch, check_batch, check_loss
@@ -42,13 +44,13 @@ CASES = [
 ]
 DIRECT, BY_TRITON = "direct", "by Triton"
 TARGET = "sm_90"
-ROUNDS = 300  # short ones: the least is of one that nothing interrupted, and nothing else makes them differ
+ROUNDS = 300  # short ones: they differ only by interruptions, and the least is of one without
 
 Launched = Callable[..., object]
 
 
 class Driver(aot.StubDriver):
-    """A driver on which kernels are loaded and launched, that is, handed to a function."""
+    """A driver that hands what is launched to a function."""
 
     def __init__(self, target: Any, launched: Launched) -> None:
         super().__init__(3000, target)
@@ -71,7 +73,7 @@ class Driver(aot.StubDriver):
 
 @contextmanager
 def launching(target: str, launched: Launched) -> Iterator[Driver]:
-    """Let CPU tensors be launched for a target, which does nothing."""
+    """Launch kernels on CPU tensors for a target, where nothing runs."""
     stub = Driver(next(x.target for x in aot.TARGETS if x.name == target), launched)
     driver.set_active(stub)
     try:
@@ -86,7 +88,10 @@ def launching(target: str, launched: Launched) -> Iterator[Driver]:
 
 def kernels() -> list[Any]:
     """Every kernel of the backend."""
-    modules = (triton_launch, triton_td_loss, triton_rows, triton_quantile, triton_categorical)
+    modules = (
+        triton_launch, triton_td_loss, triton_rows, triton_quantile, triton_categorical, triton_sweep,
+        triton_sweep_backward,
+    )  # fmt: skip
     return [x for module in modules for name, x in vars(module).items() if name.endswith("_kernel")]
 
 
@@ -105,7 +110,7 @@ def run() -> None:
 
 
 def rows(cases: list[Case] = CASES, seconds: float = 0.5) -> Iterator[Row]:
-    """Two rows a case and call."""
+    """Two rows for each case and call."""
     about = machine.about("host", "cpu")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,9 +1,10 @@
-"""What the compiled GPU kernels take, read off the machine code: no GPU is needed. In bench/results/kernels.csv.
+"""What the compiled GPU kernels take, read off the machine code without a GPU: bench/results/kernels.csv.
 
 Triton's for every target that it compiles for, and those of csrc/cuda where nvcc is. For NVIDIA's the losses are also
 executed (bench/gpu_code/ptx), and what they load, store and issue is counted.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -22,14 +23,15 @@ from bench.measure.variants import VARIANTS, dtype_name, random_arguments
 from bench.reporting import report, tables
 from bench.reporting.results import Row, Table
 from dqn_fused._backends import triton_launch
-from dqn_fused.head.sweep import Sweep
+from dqn_fused.head.sweep import Sweep, column_blocks
+from dqn_fused.head.sweep_backward import SweepBackward
 
 F32, BF16 = torch.float32, torch.bfloat16
 
 
 class Case(NamedTuple):
     """A loss, "quantile" or "categorical", whose sizes are samples, actions and quantiles or atoms, or "sweep" of the
-    linear head, of rows, actions and features."""
+    linear head, of rows, actions and features: forward of a kind, or the gradient of a tile of Q-values."""
 
     name: str
     variant: str
@@ -64,9 +66,13 @@ CASES = [
     Case("head max", "sweep", (256, 50257, 1024), BF16),
     Case("head argmax", "sweep", (256, 50257, 1024), BF16),
     Case("head max", "sweep", (256, 50257, 1024), F32),
+    Case("head backward", "sweep", (256, 50257, 1024), BF16),
+    Case("head backward", "sweep", (256, 50257, 1024), F32),
+    Case("head soft", "sweep", (64, 4096, 64), F32),
+    Case("head backward", "sweep", (64, 4096, 64), F32),
 ]
-# What every element of is read or written, by kernel: the matrices among its arguments. The next action is chosen in
-# next_q_online where that is given, and q is read as a whole for the sum of exponentials only.
+# The matrices among a kernel's arguments of which every element is read or written. The next action is chosen in
+# next_q_online if that is given, and all of q is read only for the sum of exponentials.
 MATRICES = {
     "td_loss_fwd_kernel": ("grad_q", "next_q", "next_q_online", "next_action_mask", "target_q", "action_mask", "q"),
     "row_fwd_kernel": ("x", "mask"),
@@ -76,7 +82,9 @@ MATRICES = {
     "values_kernel": ("x",),
     "rows_bwd_kernel": ("grad",),
     "sweep_fwd_kernel": ("hidden", "weight", "mask"),
+    "sweep_bwd_kernel": ("grad", "hidden", "weight", "mask"),
 }
+MOST_PRODUCTS = 1 << 25  # of a sweep that is executed: seconds; tensor cores of sm_90 are not executed at all
 
 
 def run() -> None:
@@ -91,7 +99,7 @@ def run() -> None:
 
 
 def of_target(index: int, cases: list[Case] = CASES) -> Iterator[Row]:
-    """One row a kernel that the backend would launch; none where this triton cannot compile for the target."""
+    """One row for each kernel that the backend would launch; none if this triton cannot compile for the target."""
     target, about = aot.TARGETS[index], machine.about("kernels", "cpu")
     with aot.targeting(index) as reason:
         if reason is not None:
@@ -101,7 +109,7 @@ def of_target(index: int, cases: list[Case] = CASES) -> Iterator[Row]:
             for call, make in launches(case).items():
                 with aot.compiling() as found:
                     make()
-                executed = counted(make) if target.name.startswith("sm_") and case.variant != "sweep" else []
+                executed = counted(make) if target.name.startswith("sm_") and executable(case) else []
                 for i, launch in enumerate(found):
                     about_case = {"call": call, "case": case.name, "shape": " x ".join(map(str, case.shape))}
                     about_case["dtype"] = dtype_name(case.dtype)
@@ -128,20 +136,35 @@ def launches(case: Case) -> dict[str, Callable[[], object]]:
         arguments["terminated"].zero_()  # whose rows would not be read
         options = {name: x for name, x in variant.options.items() if name != "return_td_error"}
         return aot.calls(arguments, **options)
+    return {"sweep": tile_gradient(case) if case.name == "head backward" else sweep(case)}
+
+
+def sweep(case: Case) -> Callable[[], object]:
+    from dqn_fused._backends.triton_sweep import sweep
+
     n, A, D = case.shape
     hidden, weight, bias = (torch.zeros(size, dtype=case.dtype) for size in ((n, D), (A, D), (A,)))
-    kind = case.name.removeprefix("head ")
+    return lambda: sweep(Sweep(hidden, weight, bias, None, case.name.removeprefix("head "), 1.0))
 
-    def sweep() -> object:
-        from dqn_fused._backends.triton_sweep import sweep
 
-        return sweep(Sweep(hidden, weight, bias, None, kind, 1.0))
+def tile_gradient(case: Case) -> Callable[[], object]:
+    from dqn_fused._backends.triton_sweep_backward import tile_gradient
 
-    return {"sweep": sweep}
+    n, A, D = case.shape
+    hidden, weight, bias = (torch.zeros(size, dtype=case.dtype) for size in ((n, D), (A, D), (A,)))
+    of_rows, actions = torch.zeros(n), torch.zeros(n, dtype=torch.int64)
+    work = SweepBackward(hidden, weight, bias, None, of_rows, of_rows, actions, of_rows, (True, True, True))
+    columns = next(column_blocks(hidden, A))
+    return lambda: tile_gradient(work, hidden, weight[columns], slice(0, n), columns)
+
+
+def executable(case: Case) -> bool:
+    """Whether the executor has the instructions of a case, and is done with it in seconds."""
+    return case.variant != "sweep" or (case.dtype is F32 and math.prod(case.shape) <= MOST_PRODUCTS)
 
 
 def counted(make: Callable[[], object]) -> list[Counts]:
-    """What each launch did when executed, on the target that is being compiled for; none without a C++ compiler."""
+    """What each launch does when executed, for the target that is compiled for; nothing without a C++ compiler."""
     try:
         build.engine()
     except build.CannotBuildError:
@@ -156,7 +179,7 @@ def counted(make: Callable[[], object]) -> list[Counts]:
 
 
 def counts_of(counts: Counts) -> Row:
-    """Of the launch what it moves, of a warp what it issues."""
+    """What a launch moves, and what one of its warps issues."""
     a_warp = {name: counts[name] for name in ("instructions", "integer", "float", "special", "shuffle", "barrier")}
     a_warp["shared_access"] = counts["shared_load"] + counts["shared_store"]
     return {
@@ -196,7 +219,7 @@ def measured(launch: aot.Launch, target: aot.Target, case: Case) -> Row:
 
 
 def matrix_bytes(launch: aot.Launch) -> int:
-    """Of the matrices that the launch reads or writes as a whole, as traffic.py counts them; the rest is O(n)."""
+    """Bytes of the matrices that the launch reads or writes completely, as in traffic.py; the rest is O(n)."""
     given = {name: x for name, x in launch.arguments.items() if isinstance(x, torch.Tensor)}
     names = MATRICES.get(launch.name, ())
     if launch.name == "td_loss_fwd_kernel":

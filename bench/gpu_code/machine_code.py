@@ -1,4 +1,4 @@
-"""What a kernel's code says of itself: the widest access, the main loop, accumulators that are read too early."""
+"""What a kernel's code shows: the widest access, the main loop, accumulators that are read too early."""
 
 import re
 from collections.abc import Iterator
@@ -40,12 +40,12 @@ def _amd_bits(name: str) -> int:
 
 
 def instructions(sass: str) -> list[str]:
-    """Of NVIDIA's machine code, as it is disassembled: one a line, after its address."""
+    """The instructions of disassembled NVIDIA code: one a line, after its address."""
     return re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(\S.*?);", sass, re.MULTILINE)
 
 
 def main_loop(code: str, instruction: str) -> str:
-    """The innermost loop of the machine code in which an instruction stands; "" where it stands in none."""
+    """The innermost loop of the machine code that contains an instruction; "" if none does."""
     found = [body for body in _loops(code) if re.search(instruction, body)]
     return min(found, key=len, default="")
 
@@ -64,7 +64,7 @@ def _loops(code: str) -> Iterator[str]:
 
 
 def read_in_flight(ptx: str) -> list[str]:
-    """Instructions that touch an accumulator of wgmma, whose products are not all waited for on every way there.
+    """Instructions that touch an accumulator of wgmma before all its products have been waited for, on any path.
 
     What runs asynchronously may not have written it yet; only the next product may take it.
     """

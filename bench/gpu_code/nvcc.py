@@ -1,4 +1,4 @@
-"""The CUDA kernels of csrc/cuda as nvcc compiles them, where it is."""
+"""The CUDA kernels of csrc/cuda, compiled by nvcc where it is installed."""
 
 import re
 import shutil
@@ -15,7 +15,7 @@ from bench.gpu_code.occupancy import occupancy
 from bench.measure.machine import ROOT
 from bench.reporting.results import Row
 
-# One instance of each that the float32 and bfloat16 losses launch, and its threads at most.
+# One instance of each kernel that the float32 and bfloat16 losses launch, and the most threads of a block.
 INSTANCES = {
     "forward_kernel<float, float, false>": ("float32", 768),
     "forward_kernel<float, float, true>": ("float32", 512),
@@ -31,7 +31,7 @@ INSTANCES = {
 
 
 def rows() -> Iterator[Row]:
-    """One row a target and instance; none without nvcc, c++filt and the sources."""
+    """One row for each target and instance; none without nvcc, c++filt and the sources."""
     compiler, demangler = shutil.which("nvcc"), shutil.which("c++filt")
     source = ROOT / "csrc/cuda/td_loss.cu"
     if compiler is None or demangler is None or not source.exists():

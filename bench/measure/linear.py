@@ -43,7 +43,7 @@ def quick(device: str, variants: list[str]) -> list[Work]:
 
 
 def full(device: str, variants: list[str]) -> list[Work]:
-    """In half precision on a GPU only: a CPU multiplies it no faster."""
+    """In half precision only on a GPU."""
     work = [Work(A, D) for D in FEATURES for A in ACTIONS] + [Work(50_257, 512, variant) for variant in OPTIONS]
     if device == "cuda":
         work += [Work(A, D, dtype=torch.bfloat16) for D in FEATURES[1:] for A in ACTIONS[2:]]

@@ -7,7 +7,7 @@ A, D, N = 151_936, 8_192, 8_192  # a vocabulary, features, tokens
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 HALF, SINGLE = 2, 4  # bytes
 TILE = 32 * 2**20  # dqn_fused.head.sweep.TILE on a GPU
-AGREEMENT = 88  # bytes of each rank, before anything else
+AGREEMENT = 96  # bytes of each rank, before anything else
 
 # Numbers of 32 bits for each sample, by collective, behind the agreement: the largest Q-value, with its index two; a
 # sum of exponentials, two; a value that one rank has.
@@ -44,7 +44,8 @@ def sent(ranks: int = 8) -> str:
         )
     gradient = 2 * around * HALF * N * D
     return "\n".join(lines) + (
-        f"\n\nOf {N:,} tokens, A = {A:,} and {ranks} ranks, by ring algorithms, Q-values and numbers of 32 bits. The "
+        f"\n\nOf {N:,} tokens, A = {A:,} and {ranks} ranks, by ring algorithms, Q-values and numbers of 32 bits. In "
+        "half precision the conservative term needs one all-reduce more, of one number a sample. The "
         f"agreement in front is {AGREEMENT} bytes of each rank. In the backward the gradient of hidden is summed once, "
         f'{size(gradient)} in bfloat16, or not at all with `hidden_grad="partial"`.'
     )

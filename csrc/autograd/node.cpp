@@ -17,7 +17,7 @@ using torch::autograd::variable_list;
 using torch::dynamo::autograd::CompiledNodeArgs;
 using torch::dynamo::autograd::SwapSavedVariables;
 
-// As this torch holds its nodes: up to some version by std::shared_ptr.
+// Nodes as this version of torch holds them: older ones by std::shared_ptr.
 template <class T, class Pointer = decltype(torch::autograd::Edge::function)>
 auto make_node() {
   if constexpr (std::is_same_v<Pointer, std::shared_ptr<Node>>)
@@ -26,7 +26,7 @@ auto make_node() {
     return c10::make_intrusive<T>();
 }
 
-// Whether torch.func transforms what is called now.
+// Whether a transform of torch.func is active.
 bool transformed() { return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode); }
 
 Maybe maybe(Tensor x) { return x.defined() ? Maybe(std::move(x)) : std::nullopt; }
@@ -74,13 +74,13 @@ struct TDLossBackward : Node {
 
   std::array<SavedVariable*, 6> saved() { return {&td_error, &actions, &weights, &normaliser, &q, &action_mask}; }
 
-  // For a backward that torch.compile traces: what is a constant of it, and what its graph is given.
+  // For a backward that torch.compile traces: the constants and the inputs of its graph.
   void compiled_args(CompiledNodeArgs& args) const override {
     args.collect(td_error, true);
     for (const SavedVariable* x : {&actions, &weights, &normaliser, &q, &action_mask}) args.collect(*x, false);
     for (const int64_t size : sizes) args.collect(size);
     args.collect(type);
-    for (size_t i = 0; i < OPTIONS; ++i) args.collect(numbers.get(i));
+    args.collect(numbers.vec());
   }
 
   variable_list apply_with_saved(const variable_list& grads, SwapSavedVariables& swap) override {

@@ -8,7 +8,7 @@
 
 namespace dqn_fused::autograd {
 
-// A backward in operations that can be differentiated themselves. The result is of q's shape.
+// A backward in operations that are themselves differentiable. The result has q's shape.
 using Differentiable = Tensor (*)(const Tensor& grad_loss, const Tensor& grad_td_error, const Saved& saved,
                                   const Numbers& numbers);
 

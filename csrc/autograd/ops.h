@@ -36,13 +36,13 @@ struct Saved {
   at::ScalarType type = at::ScalarType::Undefined;
 };
 
-// The options as an op is given them.
+// The options as an op is given them, at most OPTIONS.
 using Numbers = c10::List<double>;
 
 inline Options unpack(const Numbers& numbers) {
   double x[OPTIONS];
-  for (size_t i = 0; i < OPTIONS; ++i) x[i] = numbers.get(i);
-  return dqn_fused::unpack(x);
+  for (size_t i = 0; i < numbers.size(); ++i) x[i] = numbers.get(i);
+  return dqn_fused::unpack(x, numbers.size());
 }
 
 Outputs forward(const Inputs& in, const Numbers& numbers, bool with_grad);

@@ -13,7 +13,7 @@
 namespace dqn_fused::autograd {
 namespace {
 
-// arguments.Batch as a tuple, up to what the op is given.
+// The fields of arguments.Batch that an op is given.
 enum Argument {
   Q,
   ACTIONS,
@@ -29,11 +29,11 @@ enum Argument {
   ACTION_MASK
 };
 
-// What Python hands over at the start: a function, and FIELD_CODES of dqn_fused/options.py.
-PyObject *recorded_backward = nullptr, *codes = nullptr;
+// What Python hands over at the start: a function, and FIELD_CODES and DEFAULTS of dqn_fused/options.py.
+PyObject *recorded_backward = nullptr, *codes = nullptr, *defaults = nullptr;
 
-// A LossSpec in numbers; the last one is kept, since most calls come with it again. False for what Python makes of
-// other options, the weighted mean.
+// A LossSpec in numbers. The last one is kept, since most calls use it again. False for the weighted mean, which Python
+// turns into another reduction.
 bool read(PyObject* spec, Numbers& found) {
   static PyObject* last = nullptr;
   static Numbers numbers;
@@ -47,6 +47,9 @@ bool read(PyObject* spec, Numbers& found) {
       if (x == nullptr) return false;
       fresh.push_back(PyFloat_AsDouble(x));
     }
+    while (!fresh.empty() &&
+           fresh.get(fresh.size() - 1) == PyFloat_AsDouble(PyTuple_GET_ITEM(defaults, fresh.size() - 1)))
+      fresh.pop_back();
     numbers = std::move(fresh);  // another list: a node may hold the one before
     Py_INCREF(spec);
     Py_XDECREF(std::exchange(last, spec));
@@ -58,42 +61,40 @@ bool read(PyObject* spec, Numbers& found) {
 using c10::DispatchKey;
 using c10::DispatchKeySet;
 
-// The operator - of the sets leaves the bits of the devices.
+// The sets' own operator - would leave the bits of the devices.
 bool within(DispatchKeySet keys, DispatchKeySet all) { return (keys.raw_repr() & ~all.raw_repr()) == 0; }
 
-// A dense tensor on the CPU, and nothing else besides: no subclass, no lazy conjugate, no member of a batch.
+// A dense tensor on the CPU and nothing more: no subclass, no lazy conjugate, no batched tensor of vmap.
 bool ordinary(PyObject* x) {
   static constexpr DispatchKeySet keys(
       {DispatchKey::CPU, DispatchKey::ADInplaceOrView, DispatchKey::AutogradCPU, DispatchKey::AutocastCPU});
   return THPVariable_CheckExact(x) && within(THPVariable_Unpack(x).key_set(), keys);
 }
 
-// Whether nothing looks at the calls of operations: no transform of torch.func, no mode.
+// Whether nothing intercepts operations: no transform of torch.func, no mode.
 bool undisturbed() {
   return within(c10::impl::tls_local_dispatch_key_set().included_,
                 c10::autocast_dispatch_keyset | c10::default_included_set);
 }
 
-constexpr Argument OPTIONAL[] = {NEXT_Q,           TERMINATED, NON_FINAL_MASK, NEXT_Q_ONLINE,
-                                 NEXT_ACTION_MASK, WEIGHTS,    TARGET_Q,       ACTION_MASK};
-
-// Whether everything that should be a tensor is one, of a kind.
+// Whether everything that should be a tensor is one, of the kind asked for.
 bool tensors(PyObject* const* given, bool (*kind)(PyObject*)) {
   for (const Argument i : {Q, ACTIONS, REWARDS})
     if (!kind(given[i])) return false;
-  for (const Argument i : OPTIONAL)
+  for (const Argument i :
+       {NEXT_Q, TERMINATED, NON_FINAL_MASK, NEXT_Q_ONLINE, NEXT_ACTION_MASK, WEIGHTS, TARGET_Q, ACTION_MASK})
     if (given[i] != Py_None && !kind(given[i])) return false;
   PyObject* const gamma = given[GAMMA];
   return PyFloat_CheckExact(gamma) || PyLong_CheckExact(gamma) || kind(gamma);
 }
 
-// Whether q and next_q may have been exchanged: hints.warn_if_swapped.
+// Whether q and next_q may be swapped: hints.warn_if_swapped.
 bool swapped(PyObject* const* given) {
   return given[NEXT_Q] != Py_None && !THPVariable_Unpack(given[Q]).requires_grad() &&
          THPVariable_Unpack(given[NEXT_Q]).requires_grad() && at::GradMode::is_enabled();
 }
 
-// What the op takes as it is, and checks; false for all that Python must look at first.
+// Whether the op takes the arguments as they are and checks them; false where Python must look at them first.
 bool takes(PyObject* const* given) {
   if (!tensors(given, ordinary) || swapped(given)) return false;
   for (const Argument i : {Q, NEXT_Q, NEXT_Q_ONLINE, NEXT_ACTION_MASK, TARGET_Q, ACTION_MASK})
@@ -151,8 +152,8 @@ PyObject* tuple(Tensors... tensors) {
 }
 
 PyObject* list(const Numbers& numbers) {
-  PyObject* const found = PyList_New(OPTIONS);
-  for (size_t i = 0; i < OPTIONS; ++i) PyList_SET_ITEM(found, i, PyFloat_FromDouble(numbers.get(i)));
+  PyObject* const found = PyList_New(static_cast<Py_ssize_t>(numbers.size()));
+  for (size_t i = 0; i < numbers.size(); ++i) PyList_SET_ITEM(found, i, PyFloat_FromDouble(numbers.get(i)));
   return found;
 }
 
@@ -171,7 +172,7 @@ Tensor differentiable(const Tensor& grad_loss, const Tensor& grad_td_error, cons
   return THPVariable_Unpack(found.get());
 }
 
-// None where what() throws, as an op does that refuses its arguments: Python then says what is wrong.
+// None where what() throws because an op refuses its arguments: Python then says what is wrong.
 template <class What>
 PyObject* none_if_refused(What&& what) {
   try {
@@ -198,7 +199,7 @@ PyObject* call(PyObject*, PyObject* const* spec_and_batch, Py_ssize_t) {
     Numbers numbers;
     if (!read(spec_and_batch[0], numbers) || !takes(given)) Py_RETURN_NONE;
     const Inputs in = read(given, true);
-    if (PyErr_Occurred() != nullptr) {  // gamma is no double
+    if (PyErr_Occurred() != nullptr) {  // gamma does not fit a double
       PyErr_Clear();
       Py_RETURN_NONE;
     }
@@ -220,14 +221,16 @@ PyObject* record_checked(PyObject*, PyObject* const* given, Py_ssize_t) {
   END_HANDLE_TH_ERRORS
 }
 
-// (recorded_backward, FIELD_CODES).
+// (recorded_backward, FIELD_CODES, DEFAULTS).
 PyObject* prepare(PyObject*, PyObject* arguments) {
-  if (!PyArg_ParseTuple(arguments, "OO!", &recorded_backward, &PyTuple_Type, &codes)) return nullptr;
-  if (PyTuple_GET_SIZE(codes) != static_cast<Py_ssize_t>(OPTIONS)) {
+  if (!PyArg_ParseTuple(arguments, "OO!O!", &recorded_backward, &PyTuple_Type, &codes, &PyTuple_Type, &defaults))
+    return nullptr;
+  if (PyTuple_GET_SIZE(codes) != static_cast<Py_ssize_t>(OPTIONS) ||
+      PyTuple_GET_SIZE(defaults) != PyTuple_GET_SIZE(codes)) {
     PyErr_SetString(PyExc_ValueError, "expected the codes of as many options as csrc/td_loss.h has");
     return nullptr;
   }
-  for (PyObject* x : {recorded_backward, codes}) Py_INCREF(x);  // for good
+  for (PyObject* x : {recorded_backward, codes, defaults}) Py_INCREF(x);  // for good
   Py_RETURN_NONE;
 }
 

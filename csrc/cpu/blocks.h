@@ -1,5 +1,5 @@
-// How a batch is cut into blocks of samples. A block depends on the shape alone, and its sum is added in its turn: any
-// number of threads gives the same bits.
+// How a batch is cut into blocks of samples. A block depends only on the shape, and the sums of the blocks are added in
+// order: any number of threads gives the same bits.
 
 #pragma once
 

@@ -1,4 +1,4 @@
-// Columns and the values of the actions taken, read for a range of rows: which dtype is asked once a range.
+// Columns and the values of the actions taken, read for a range of rows: the dtype is tested once for each range.
 
 #pragma once
 
@@ -8,7 +8,7 @@
 
 namespace dqn_fused::cpu {
 
-constexpr int64_t MOST_ROWS = 256;  // of which a column is kept at a time
+constexpr int64_t MOST_ROWS = 256;  // of a column that are read at a time
 
 // Calls f with a value of the type that a column or a matrix holds.
 template <class F>
@@ -64,7 +64,7 @@ void read(const Column& column, int64_t begin, int64_t n, T* __restrict out) {
   });
 }
 
-// Whether the rows [begin, begin + n) bootstrap anything.
+// Which of the rows [begin, begin + n) bootstrap.
 inline void read_live(const Batch& b, int64_t begin, int64_t n, bool* live) {
   if (!b.next_q || !b.final) {
     std::fill_n(live, n, static_cast<bool>(b.next_q));

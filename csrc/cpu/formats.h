@@ -71,8 +71,8 @@ DQN_FUSED_INLINE auto largest_key(const Float* row, int64_t n, int64_t stride) {
   return best;
 }
 
-// The same of a short row without gaps: in vectors of `lanes`, the largest there are for n elements, of which the last
-// overlaps the one before it, for a remainder would take longer than the rest.
+// The same for a short contiguous row: in vectors of `lanes`, the longest that n elements fill. The last one overlaps
+// the one before it, as a remainder would take longer than the rest.
 template <class Float, int lanes = 16 / sizeof(Float)>
 DQN_FUSED_INLINE auto largest_key_of_few(const Float* row, int64_t n) {
   using F = FormatOf<Float>;

@@ -13,7 +13,7 @@
 namespace dqn_fused::cpu {
 namespace {
 
-constexpr int64_t ROW_COST = 16;  // what a row takes beside its elements, 1 being the reading of an element
+constexpr int64_t ROW_COST = 16;  // cost of a row besides its elements, where reading one costs 1
 
 SoftValue<double> soft_value_of(const Rows& rows, int64_t row, double temperature = 1) {
   const Summary found = rows(row);
@@ -41,7 +41,7 @@ struct Values {
 
   int64_t cost() const { return next.cost() + policy.cost() + conservative.cost(); }
 
-  // Whether the rows are too few for the threads, and their columns were shared out.
+  // Shares out the columns of rows that are too few for the threads; returns whether it did.
   bool share() {
     const auto all = [](int64_t) { return true; };
     bool shared = false;
@@ -51,7 +51,7 @@ struct Values {
     return shared;
   }
 
-  // Of the rows [first, first + n) of next_q those whose flag in `wanted` is set.
+  // Values of the rows [first, first + n) of next_q whose flag in `wanted` is set.
   void next_values(int64_t first, int64_t n, const bool* wanted, T* __restrict out) const {
     if (options.target == MAX && !batch.next_online && !batch.next_legal) return next.largest(first, n, wanted, out);
     for (int64_t i = 0; i < n; ++i) {
@@ -87,13 +87,13 @@ struct Block {
   bool live[MOST_ROWS];
   T taken[MOST_ROWS], rewards[MOST_ROWS], gammas[MOST_ROWS], next[MOST_ROWS], errors[MOST_ROWS], losses[MOST_ROWS];
 
-  // Rows [begin, begin + n), of which the live ones have the rows of a compacted next_q from next_row on. Fills their
-  // td and normaliser, and losses; returns whether every action is legal and every live row has a next one.
+  // Rows [begin, begin + n); the live ones have the rows of a compacted next_q from next_row on. Fills their td and
+  // normaliser, and losses; returns whether every action is legal and every live row has a next one.
   bool run(const Values<T>& values, int64_t begin, int64_t n, int64_t next_row, T* td, T* normaliser) {
     const Batch& b = values.batch;
     bool all_legal = true;
     read(b.actions, begin, n, actions);
-    prefetch_taken(b.q, actions, begin, n);  // a miss each where rows are long, and all at a time
+    prefetch_taken(b.q, actions, begin, n);  // where rows are long, each is a cache miss: all at once
     read_next(values, begin, n, next_row, all_legal);
     read_taken(b.q, actions, begin, n, taken);
     read(b.rewards, begin, n, rewards);
@@ -128,7 +128,7 @@ struct Block {
   }
 
  private:
-  // Apart, so that the ordinary loop stays what it is.
+  // Not inlined, so that the ordinary loop is compiled as if this were not there.
   [[gnu::noinline]] void transformed_errors(const Options& options, int64_t n) {
     for (int64_t i = 0; i < n; ++i) errors[i] = td_error(options, taken[i], rewards[i], live[i], gammas[i], next[i]);
   }
@@ -168,7 +168,6 @@ struct Block {
 template <class T>
 bool forward(const Batch& b, const Options& options, T* loss, T* td, T* normaliser, const Gradient<T>* gradient) {
   const int64_t A = b.q.A;
-  // A block depends on the shape alone, and its sum is added in its turn: any number of threads gives the same bits.
   const int64_t block_rows = std::clamp<int64_t>(BLOCK / A, 1, MOST_ROWS), blocks = ceil_div(b.n, block_rows);
   Values<T> values(b, options);
   const bool shared = values.share();
@@ -191,7 +190,7 @@ bool forward(const Batch& b, const Options& options, T* loss, T* td, T* normalis
       else
         sums[k] = block.sum(n);
     }
-    // By the thread that has the rows, and no second waking of threads.
+    // By the thread that has just read the rows, without waking the threads again.
     if (gradient != nullptr && !shared) gradient->write(begin * block_rows * A, std::min(end * block_rows, b.n) * A);
   });
   if (gradient != nullptr && shared) gradient->write();

@@ -6,7 +6,7 @@
 
 namespace dqn_fused::cpu {
 
-// The gradient of q, contiguous, to be written from a batch's TD errors; grad_loss is null for ones.
+// Writes the gradient of q, contiguous, from TD errors; grad_loss is null for an upstream gradient of ones.
 template <class T>
 struct Gradient {
   const Saved& saved;
@@ -15,10 +15,10 @@ struct Gradient {
   void* grad_q;
   ScalarType type;
 
-  // What an element takes, 1 being the reading of one.
+  // The cost of an element, where reading one costs 1.
   int64_t cost() const { return options.cql_alpha != 0 ? 8 : 1; }
 
-  // Elements [begin, end) of the flat gradient, whose rows' TD errors and normalisers are there.
+  // Elements [begin, end) of the flat gradient. The TD errors and normalisers of their rows must be known.
   void write(int64_t begin, int64_t end) const;
 
   // All of it, by all threads.

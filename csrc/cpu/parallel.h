@@ -13,7 +13,7 @@ constexpr int64_t GRAIN = 1 << 16;  // elements that pay for waking a thread: 64
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Thread over items of `size` elements each.
+// Run f on ranges of items, of `size` elements each, on several threads if there are enough.
 template <class F>
 void for_each_block(int64_t items, int64_t size, const F& f) {
   if (items == 0) return;

@@ -1,4 +1,4 @@
-// What needs two looks at a row takes them block by block, while the block is in the first-level cache.
+// What reads a row twice does so block by block, while the block is in the first-level cache.
 
 #include "rows.h"
 
@@ -17,8 +17,8 @@ namespace {
 constexpr int64_t WIDTH = 1024;  // elements of a block
 constexpr int64_t LANES = 32;    // partial sums; a block is padded to a multiple
 
-// Elements [first, first + n) of a row as T, n <= WIDTH, -inf where illegal and behind the last up to a multiple of
-// LANES; in the buffer, unless they lie ready.
+// Elements [first, first + n) of a row as T, n <= WIDTH, -inf where illegal and after the last up to a multiple of
+// LANES; in the buffer, unless they can be read where they are.
 template <class Stored, class T>
 DQN_FUSED_INLINE const T* block_of(const Row& row, int64_t first, int64_t n, T* __restrict buffer) {
   constexpr T NONE_LEGAL = -std::numeric_limits<T>::infinity();
@@ -52,7 +52,7 @@ struct Largest {
   }
 };
 
-// Of many rows, where the call of a function for each would cost as much as a row of few actions.
+// The same for many rows: a function call for each would cost as much as a row of few actions.
 template <class Stored, class T>
 struct LargestOfRows {
   static constexpr int64_t SHORT = 64;  // elements that cost less than a branch that goes either way

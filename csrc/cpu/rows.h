@@ -1,4 +1,4 @@
-// What is asked of a row of Q-values: its largest element, where it comes first, a sum of exponentials, the softmax.
+// Questions about a row of Q-values: its largest element, where it comes first, a sum of exponentials, the softmax.
 
 #pragma once
 
@@ -38,15 +38,15 @@ inline Row row_of(const Matrix& values, const Matrix& legal, int64_t row, int64_
 
 enum class Question { LARGEST, FIRST_LARGEST, EXPONENTIALS };
 
-// Of the legal actions: the largest value, NaN if one is NaN; where it comes first, and the sum of
-// exp((x - largest) * scale), either if asked for and unless largest is NaN, or for the sum infinite.
+// Of the legal actions: the largest value, NaN if one is NaN; and, if asked for, where it comes first, unless it is
+// NaN, or the sum of exp((x - largest) * scale), unless it is NaN or infinite.
 struct Summary {
   double largest = 0;
   int64_t index = 0;
   double sum = 0;
 };
 
-// A question to the rows of a matrix. Sums are taken in float32 or float64, in an order that depends on A alone.
+// A question to the rows of a matrix. Sums are taken in float32 or float64, in an order that depends only on A.
 class Rows {
  public:
   Rows() = default;
@@ -55,14 +55,14 @@ class Rows {
   explicit operator bool() const { return function_ != nullptr; }
   bool masked() const { return static_cast<bool>(legal_); }
 
-  // What an element takes, 1 being the reading of it. An exponential: 0.4 ns with AVX-512.
+  // The cost of an element, where reading one costs 1. An exponential takes 0.4 ns with AVX-512.
   int64_t cost() const { return function_ == nullptr ? 0 : exponentials_ ? 8 : 1; }
 
   Summary operator()(int64_t row) const {
     return values_.A <= CHUNK ? function_(row_of(values_, legal_, row, 0, values_.A), scale_) : in_chunks(row);
   }
 
-  // The largest values alone, of a question for them without a mask: of the rows [first, first + n) those whose flag in
+  // Only the largest values, for Question::LARGEST without a mask: those of the rows [first, first + n) whose flag in
   // `wanted` is set.
   template <class T>
   void largest(int64_t first, int64_t n, const bool* wanted, T* out) const {
@@ -80,7 +80,7 @@ class Rows {
     }
   }
 
-  // Where the rows are too few for the threads: splits the columns of the rows that are wanted. Returns whether it did.
+  // Splits the columns of the wanted rows where the rows are too few for the threads; returns whether it did.
   template <class F>
   bool share(const F& wanted) {
     const int64_t chunks = ceil_div(values_.A, CHUNK);

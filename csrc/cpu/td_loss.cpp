@@ -1,4 +1,4 @@
-// The CPU's part of the ops.
+// The ops on the CPU.
 
 #include <torch/csrc/stable/ops.h>
 

@@ -9,7 +9,7 @@
 
 namespace dqn_fused::cpu {
 
-// What a version calls must be inlined into it: by itself it would be compiled for any processor.
+// What a version calls must be inlined into it: otherwise it is compiled for any processor.
 #define DQN_FUSED_INLINE __attribute__((always_inline)) inline
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -19,7 +19,7 @@ namespace dqn_fused::cpu {
 enum class Capability { DEFAULT, AVX2, AVX512 };
 constexpr const char* CAPABILITIES[] = {"default", "avx2", "avx512"};
 
-// What the processor has.
+// The best that the processor has.
 inline Capability supported() {
 #ifdef DQN_FUSED_MULTIVERSION
   // Asked by hand, not by target_clones: an ifunc resolver runs before a sanitizer does, and musl has none.
@@ -32,7 +32,7 @@ inline Capability supported() {
   return Capability::DEFAULT;
 }
 
-// What is used of it, read once; dqn_fused/_backends/compiled_backend.py refuses other words.
+// The one in use, read once; dqn_fused/_backends/compiled_backend.py refuses other words.
 inline Capability capability() {
   static const Capability found = [] {
     const char* const wanted = std::getenv("DQN_FUSED_CPU_CAPABILITY");

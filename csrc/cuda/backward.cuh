@@ -25,8 +25,9 @@ struct RowGradient<T, true> {
   SoftValue<T> normaliser;
 };
 
-// grad_q as a flat array of n * A elements: every store is aligned, whatever A is. A block first collects what it needs
-// of its rows. grad_loss is null for ones. DENSE: every action gets a gradient, that of the conservative term.
+// Stores grad_q as a flat array of n * A elements, so that every store is aligned, whatever A is. A block first
+// collects what it needs of its rows. grad_loss is null for an upstream gradient of ones. DENSE: every action gets a
+// gradient, that of the conservative term.
 template <class T, class Stored, bool DENSE>
 __global__ void __launch_bounds__(THREADS, DENSE ? 3 : 4)
     backward_kernel(Stored* grad_q, const T* grad_loss, const T* td, const T* normaliser, Saved saved, Options options,

@@ -8,7 +8,7 @@
 
 namespace dqn_fused::cuda {
 
-// Threads of a block at most, for whose registers ptxas need not spill.
+// The most threads of a block for which ptxas need not spill registers.
 template <class T, class W, bool EXPONENTIALS>
 constexpr int MOST_THREADS = std::is_same_v<T, double>                   ? 384
                              : EXPONENTIALS || std::is_same_v<W, double> ? 512
@@ -31,9 +31,9 @@ __device__ void store(void* data, ScalarType type, int64_t i, T x) {
   }
 }
 
-// What forward_kernel reads and writes. loss is (n,) where the reduction is NONE, else one sum a block, over divisor;
-// normaliser is null, or (2, n); grad_q is null, or (n, A), contiguous. rank is null, or how many next rows there are
-// up to each sample: its own is one less.
+// What forward_kernel reads and writes. loss is (n,) where the reduction is NONE, and else one sum for each block, over
+// divisor; normaliser is null, or (2, n); grad_q is null, or (n, A), contiguous. rank is null, or the number of next
+// rows up to and including each sample's own.
 template <class T>
 struct Forward {
   T *loss = nullptr, *td = nullptr, *normaliser = nullptr;
@@ -47,7 +47,7 @@ struct Forward {
   T scale = 1;  // 1 / temperature, as far as T goes
 };
 
-// What the next state is worth; W is the dtype in which actions are compared.
+// The value of the next state; W is the dtype in which actions are compared.
 template <class T, class W, bool EXPONENTIALS>
 __device__ T next_value(const Forward<T>& f, int64_t row, bool known, int lane) {
   const Batch& b = f.batch;
@@ -84,8 +84,8 @@ __device__ T bonus(const Forward<T>& f, int64_t i, int64_t action, bool legal_on
   return munchausen_bonus(f.options, sum.log_policy(taken));
 }
 
-// A row is taken by neighbouring lanes, which all have its numbers; the first one stores them. EXPONENTIALS: the soft
-// and Munchausen targets and the conservative term.
+// Neighbouring lanes share a row and all have its results; the first one stores them. EXPONENTIALS: the soft and
+// Munchausen targets and the conservative term.
 template <class T, class W, bool EXPONENTIALS>
 __global__ void __launch_bounds__(MOST_THREADS<T, W, EXPONENTIALS>, 1)
     forward_kernel(const __grid_constant__ Forward<T> f) {
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(MOST_THREADS<T, W, EXPONENTIALS>, 1)
   const int64_t A = b.q.A, first = blockIdx.x * f.block_rows;
   const int64_t stop = first + f.block_rows < b.n ? first + f.block_rows : b.n;
   T sum = 0;
-  // Every lane makes every round: the shuffles need them all.
+  // Every lane takes part in every round, as the shuffles need them all.
   for (int64_t round = first; round < stop; round += groups) {
     const bool inside = round + group < stop;
     const int64_t i = inside ? round + group : first;

@@ -13,11 +13,11 @@ namespace dqn_fused::cuda {
 
 constexpr int WARP = 32;
 constexpr int THREADS = 256;              // of a block, where many of them share the work
-constexpr int64_t NARROW = 64;            // up to so many actions forward_kernel reads the rows itself
-constexpr int COLUMNS = 8;                // loads in flight a lane, there
+constexpr int64_t NARROW = 64;            // most actions of rows that forward_kernel reads itself
+constexpr int COLUMNS = 8;                // loads in flight per lane, there
 constexpr int64_t SINGLE_COLUMNS = 4096;  // of a strided row, or partial results of one, that one block may reduce
 constexpr int64_t SINGLE_ROUNDS = 3;      // rows that a group of lanes takes in turn before a second launch is cheaper
-constexpr int64_t MOST_BLOCKS = 4096;     // whose partial sums sum_kernel adds, 8 a thread
+constexpr int64_t MOST_BLOCKS = 4096;     // whose partial sums sum_kernel adds, 8 per thread
 constexpr int64_t RESIDENT = 132 * 8;     // blocks of THREADS that an H200 holds
 constexpr int64_t MIN_CHUNK = 2048;       // columns of a split, at least: 8 vectors of 16 bytes a lane and more
 constexpr int64_t MOST_VECTORS = 4;       // of 16 bytes that a thread of backward_kernel stores
@@ -42,7 +42,7 @@ struct ForwardLaunch {
   int64_t block_rows, blocks;
 };
 
-// K columns, or partial results, of the widest of the rows that it reads; most_threads of a block.
+// K: columns, or partial results, of the widest row that it reads; most_threads: of a block.
 inline ForwardLaunch forward_launch(int64_t n, int64_t K, int most_threads) {
   int lanes = 1;
   while (lanes < WARP && lanes * COLUMNS < K) lanes *= 2;
@@ -61,7 +61,7 @@ struct BackwardLaunch {
 
 inline BackwardLaunch backward_launch(int64_t size, int64_t A, int64_t itemsize) {
   const int64_t least = THREADS * (16 / itemsize);
-  // Some vectors a thread where that leaves blocks enough; not where a block would hold many rows of a few actions.
+  // Several vectors per thread where enough blocks remain, but not where a block would hold many rows of few actions.
   const int64_t vectors = A < 16 ? 1 : std::clamp<int64_t>(size / (least * RESIDENT), 1, MOST_VECTORS);
   const int64_t block = least * vectors;
   return {block, ceil_div(size, block), (block - 2) / A + 2};

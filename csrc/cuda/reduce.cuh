@@ -1,5 +1,6 @@
-// What a row of Q-values is reduced to, a pair: its largest element, and by kind where that comes first or a sum of
-// exponentials. Pairs combine again: the columns of a lane, the lanes of a row, the splits of a wide one.
+// What a row of Q-values is reduced to, a pair: its largest element and, depending on the kind, the column where that
+// comes first or a sum of exponentials. Pairs are combined over the columns of a lane, the lanes of a row and the
+// splits of a wide row.
 
 #pragma once
 
@@ -13,8 +14,8 @@
 
 namespace dqn_fused::cuda {
 
-// A pair is that of what has been added so far; NaN if there was one. -inf adds nothing, so it stands for what is
-// illegal or outside. `best` and `aux` are where pairs are kept apart.
+// A pair holds the result of what has been added so far, and NaN once a NaN has been. -inf adds nothing, so it stands
+// for an illegal action or a column outside the row. `best` and `aux` are arrays of the two parts of pairs.
 template <class W>
 struct Largest {
   using Value = W;
@@ -52,7 +53,8 @@ struct FirstLargest {
   }
 };
 
-// total is the sum of exp((x - largest) * scale), wrong by nothing as long as all are -inf.
+// total is the sum of exp((x - largest) * scale). As long as every x is -inf it counts them, and the first finite x
+// drops the count.
 template <class W>
 struct Exponentials {
   using Value = W;
@@ -78,7 +80,7 @@ struct Exponentials {
   }
 };
 
-// Combine what neighbouring lanes have found, a power of two of them; every lane has the result.
+// Combine the results of neighbouring lanes, a power of two of them; every lane has the result.
 template <class Pair>
 __device__ void combine_lanes(Pair& found, int lanes, typename Pair::Value scale) {
   for (int distance = lanes / 2; distance > 0; distance /= 2) found.combine(found.of_lane(distance), scale);
@@ -98,7 +100,8 @@ __device__ T block_sum(T x) {
   return sum;
 }
 
-// Columns first, first + lanes, ... of a row, all loads in flight at once; -inf where an action is illegal or outside.
+// Columns first, first + lanes, ... of a row, with all loads in flight at once; -inf where an action is illegal or the
+// column is outside the row.
 template <class W>
 __device__ void load(const Matrix& x, const Matrix& legal, int64_t row, int64_t first, int lanes,
                      W (&values)[COLUMNS]) {
@@ -132,7 +135,7 @@ __device__ void load(const Matrix& x, const Matrix& legal, int64_t row, int64_t 
   }
 }
 
-// What rows_kernel has left of the rows of a matrix, (rows, splits); splits is 0 where they are read as they are.
+// The results of rows_kernel for a matrix, (rows, splits); splits is 0 where forward_kernel reads the rows itself.
 struct Partial {
   const void* best = nullptr;
   const void* aux = nullptr;

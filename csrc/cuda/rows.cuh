@@ -14,7 +14,7 @@ struct alignas(16) Vector {
   Stored values[SIZE];
 };
 
-// Loaded at once with the elements they belong to, where they are aligned.
+// Flags of as many elements as a Vector has: one load where they are aligned.
 template <int SIZE>
 struct alignas(SIZE) Flags {
   uint8_t values[SIZE];
@@ -32,7 +32,7 @@ __device__ Flags<SIZE> load_flags(const uint8_t* legal, bool aligned) {
   return flags;
 }
 
-// Add neighbouring elements, which need one comparison where they are all below the largest, or one rescaling.
+// Add neighbouring elements at once: one comparison where they are all below the largest, or one rescaling.
 template <int SIZE, class W>
 __device__ void add_vector(Largest<W>& found, const W (&values)[SIZE], int64_t, W) {
 #pragma unroll
@@ -60,8 +60,8 @@ __device__ void add_vector(Exponentials<W>& found, const W (&values)[SIZE], int6
   found.combine(vector, scale);
 }
 
-// best[row, split] and aux[row, split] of the rows of x, whose columns are contiguous. With SKIP those of a terminated
-// row are not written, nor are its values read.
+// Fills best[row, split] and aux[row, split] for the rows of x, whose columns are contiguous. A terminated row is
+// neither read nor written.
 template <class Stored, class Pair, bool MASKED>
 __global__ void __launch_bounds__(THREADS, sizeof(typename Pair::Value) == 4 ? 4 : 2)
     rows_kernel(typename Pair::Value* best, typename Pair::Aux* aux, Matrix x, Matrix legal, Column terminated,
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(typename Pair::Value) == 4 ? 4
   const Stored* const values = static_cast<const Stored*>(x.values.data) + x.offset(row) + first;
   const uint8_t* flags = nullptr;
   if (MASKED) flags = static_cast<const uint8_t*>(legal.values.data) + legal.offset(row) + first;
-  // Elements before the first 16-byte boundary and behind the last are read one by one.
+  // Elements before the first 16-byte boundary and after the last are read one by one.
   constexpr int SIZE = Vector<Stored>::SIZE;
   const int64_t misaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(values) / sizeof(Stored) % SIZE);
   const int64_t head = misaligned == 0 ? 0 : (SIZE - misaligned < n ? SIZE - misaligned : n);

@@ -1,4 +1,4 @@
-// CUDA's part of the ops; nothing here synchronises or looks at a value on the host.
+// The ops on CUDA; nothing here synchronises or looks at a value on the host.
 //
 // Small (few actions, or columns that are not contiguous): forward_kernel does everything, and one block of it is the
 // whole launch. Large: rows_kernel reduces each matrix whose every action counts, 16 bytes at a time, a warp for each
@@ -42,8 +42,7 @@ T* pointer(const Maybe& x) {
   return x ? static_cast<T*>(x->mutable_data_ptr()) : nullptr;
 }
 
-// Calls f with a null pointer of the type that x is stored as, of those whose values W holds and a smaller one does
-// not.
+// Calls f with a null pointer to the type in which values are stored: double where W is, else one that float32 holds.
 template <class W, class F>
 void dispatch(ScalarType type, const F& f) {
   if constexpr (std::is_same_v<W, double>) {
@@ -60,7 +59,7 @@ void dispatch(ScalarType type, const F& f) {
   }
 }
 
-// Whether a matrix lies as the gradient does, from an address that is a multiple of a vector's on.
+// Whether a matrix is contiguous, as the gradient is, and begins at a multiple of `alignment`.
 bool flat(const Matrix& x, int64_t alignment) {
   const int64_t outer = x.inner == 0 ? 1 : x.rows / x.inner;
   return x && x.stride_action == 1 && (x.inner <= 1 || x.stride_inner == x.A) &&
@@ -86,7 +85,7 @@ void launch_backward(const Tensor& grad_q, const T* grad_loss, const T* td, cons
   });
 }
 
-// How many next rows there are up to each sample: its own is one less.
+// The number of next rows up to and including each sample's own.
 Tensor running_count(const Tensor& mask) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(mask), torch::stable::detail::from(int64_t{0}),
                                     torch::stable::detail::from(std::nullopt)};
@@ -94,7 +93,7 @@ Tensor running_count(const Tensor& mask) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// What rows_kernel leaves of the rows of a matrix; nothing where forward_kernel reads them itself.
+// The results of rows_kernel for a matrix; empty where forward_kernel reads the rows itself.
 struct Reduced {
   Maybe best, aux;
   int64_t splits = 0;
@@ -102,7 +101,7 @@ struct Reduced {
   Partial partial() const { return {pointer<void>(best), pointer<void>(aux), splits}; }
 };
 
-// x must hold no wider and no narrower floats than the pair: else it is narrow, whatever its width.
+// Only where both x and the pair hold float64, or neither does; else forward_kernel reads the rows, whatever A is.
 template <class Pair>
 Reduced reduce_rows(const Matrix& x, const Matrix& legal, const Column& terminated, typename Pair::Value scale,
                     const Tensor& like, cudaStream_t stream) {
@@ -139,7 +138,7 @@ Outputs forward(const Batch& b, const Options& options, const Tensor& q, const M
   Maybe rank, sums;
   if (b.compacted) rank = running_count(*mask);
 
-  // 1 / temperature must not leave the numbers of T: infinity times 0 is NaN.
+  // 1 / temperature must be finite and above 0 in T: infinity times 0 is NaN.
   using Limits = std::numeric_limits<T>;
   const double inverse = std::clamp<double>(1 / options.temperature, Limits::min(), Limits::max());
   const T scale = static_cast<T>(inverse);
@@ -214,7 +213,7 @@ Tensor gradient(const Saved& saved, const Options& options, const Tensor& grad_l
 }
 
 struct Cuda {
-  // check is the CPU's: looking at a value would cost a synchronisation.
+  // check is for the CPU: here a look at a value would cost a synchronisation.
   static Outputs run(const Batch& b, const Options& options, const Tensor& q, const Maybe& mask, bool, bool with_grad) {
     const ScalarType type = accumulation_type(b.q.values.type);
     if (type == ScalarType::Double) return forward<double, double>(b, options, q, mask, with_grad, type);

@@ -1,23 +1,24 @@
-"""The backends: one table, the choice between them, and why one of them is missing.
+"""The backends: one table, the choice among them, and why one of them is missing.
 
 A backend is a module with
 
 - ``unavailable() -> str | None``: why it cannot run on this machine at all;
-- ``PARTLY: str``: what of it is missing where it can run, and why, or "";
-- ``CHECKS_CPU: bool``: whether on the CPU it refuses by itself, with a RuntimeError, whatever arguments.check_batch and
+- ``PARTLY: str``: which part of it is missing where it can run, and why, or "";
+- ``CHECKS_CPU: bool``: whether on the CPU it refuses, with a RuntimeError, everything that arguments.check_batch and
   check_values would refuse;
-- ``COUNTS_MASK: bool``: whether its forward, where arguments.check_values does not look, counts the true entries of
-  non_final_mask itself and fills batch.checked;
+- ``COUNTS_MASK: bool``: whether its forward, where arguments.check_values does not look at values, counts the true
+  entries of non_final_mask itself and fills batch.checked;
 - ``NODE: bool``: whether its forward and backward are the ops that node.py records in C++;
 - ``refuses(device) -> str | None``: why it cannot serve tensors there;
 - ``forward(batch, spec) -> (loss, td_error, normaliser)``: loss (), or N for reduction="none"; td_error N; normaliser
   (2, N) if spec.cql, else None, as autograd.Saved has it; accumulation dtype;
-- ``loss_and_grad(batch, spec) -> (loss, grad_q, td_error, normaliser)``: and the gradient of the sum;
+- ``loss_and_grad(batch, spec) -> (loss, grad_q, td_error, normaliser)``: the same, and the gradient of the loss, or of
+  its sum;
 - ``backward(grad_loss, saved, spec) -> grad_q``: saved is autograd.Saved; contiguous, every element written;
-- ``sweep(work) -> Statistics``: as head.sweep.sweep, which most take; and ``auto_sweep``, what "auto" takes.
+- ``sweep(work) -> Statistics``: as head.sweep.sweep, which most use; and ``auto_sweep``, which "auto" uses;
 - ``sweep_backward(work) -> gradients``: as head.sweep_backward.sweep_backward; and ``auto_sweep_backward``.
 
-The distributional losses are on fewer: a backend has, for the device types that DISTRIBUTIONAL names,
+Not every backend has the distributional losses. For the device types in DISTRIBUTIONAL it has
 
 - ``quantile_loss(batch, taus, spec) -> (loss, td_error, slopes)``: slopes (n, K), as row_loss.SavedRows has them;
 - ``quantile_loss_and_grad(batch, taus, spec) -> (loss, gradient, td_error)``;
@@ -36,6 +37,7 @@ from typing import NamedTuple
 import torch
 
 from dqn_fused.checks import wrong_choice
+from dqn_fused.kernels.distributions_launch import MOST_ATOMS
 from dqn_fused.kernels.launch import NARROW
 
 MODULES = {
@@ -43,35 +45,38 @@ MODULES = {
     "triton": "dqn_fused._backends.triton_backend",
     "torch": "dqn_fused._backends.torch_backend",
 }
-# By device type, the fastest first. On CUDA launches are the cost up to NARROW actions, and a boxed call of a compiled
-# op takes less of the host's time than a Triton launch. Above, it is the rows, for which Triton's kernels are tuned.
+# By device type, the fastest first. On CUDA launches are the main cost up to NARROW actions, and a boxed call of a
+# compiled op takes less time on the host than a Triton launch. Above, reading the rows is, and Triton's kernels are
+# tuned for that.
 AUTO = {"cpu": ("compiled", "torch"), "cuda": ("compiled", "triton", "torch")}
 AUTO_WIDE = {**AUTO, "cuda": ("triton", "compiled", "torch")}
 AUTO_ELSEWHERE = ("torch",)
-# Device types on which a backend other than torch, which has all of them, has a distributional loss.
+# Device types on which a backend has a distributional loss; "torch" has all of them everywhere.
 DISTRIBUTIONAL: dict[str, dict[str, tuple[str, ...]]] = {
     "quantile": {"compiled": ("cpu",), "triton": ("cpu", "cuda")},
     "categorical": {"compiled": ("cpu",), "triton": ("cpu", "cuda")},
 }
 
-# In a graph of torch.compile an op is a call that Inductor cannot fuse with anything. Up to NARROW actions that is its
-# cost, and PyTorch's operations do without: network and loss are there 4 to 18 % behind eager's lines with the op, 0 to
-# 10 with them, and at 1024 x 512 the op is up to 17 % ahead (bench/results/cpu/graph.csv). On CUDA it is reasoned: two
-# or three kernels that Inductor launches itself, against a call of Python for each of an op's two.
+# In a graph of torch.compile an op is a call that Inductor cannot fuse with anything. Up to NARROW actions that call is
+# the main cost, and PyTorch's operations avoid it: network and loss are 4 to 18 % slower than the hand-written lines
+# with the op, and 0 to 10 % with the operations; at 1024 x 512 the op is up to 17 % faster
+# (bench/results/cpu/graph.csv). On CUDA this is reasoned, not measured: two or three kernels that Inductor launches
+# itself, against a call of Python for each of an op's two.
 TRACED = "torch"
-# The same of distributional losses on the CPU, up to so many quantiles or atoms. With 8 of them a graph with PyTorch's
-# operations is 2 to 11 % ahead of one with the op. With 51 and more it depends on the rest: two-hot and HL-Gauss at
-# 32 x 18 x 51 are 2 to 9 % ahead, C51 there and IQN at 32 x 18 x 64 level, C51 2 to 4 % behind at 128 x 2 x 101, 5 to
-# 11 % at 512 x 18 x 51, QR-DQN 16 % at 128 x 2 x 50 (python -m bench full --only graph).
+# The same for distributional losses on the CPU, up to this many quantiles or atoms. With 8 of them a graph with
+# PyTorch's operations is 2 to 11 % faster than one with the op. From 51 on it depends on the loss and the sizes:
+# two-hot and HL-Gauss at 32 x 18 x 51 are 2 to 9 % faster, C51 there and IQN at 32 x 18 x 64 are equal, C51 is 2 to 4 %
+# slower at 128 x 2 x 101 and 5 to 11 % at 512 x 18 x 51, QR-DQN 16 % at 128 x 2 x 50 (python -m bench full --only
+# graph).
 TRACED_UP_TO = 32
 
 
 class BackendUnavailableError(RuntimeError):
-    """A backend was asked for by name and cannot serve; the message says why."""
+    """A backend that was asked for by name cannot serve; the message says why."""
 
 
 class BackendStatus(NamedTuple):
-    """Whether a backend can run on this machine; the reason if not, and what of it is missing if only partly."""
+    """Whether a backend can run on this machine; the reason if not, or which part of it is missing."""
 
     available: bool
     reason: str
@@ -85,7 +90,7 @@ def _missing(name: str) -> str | None:
     return _import(name)
 
 
-# Dynamo traces no import. What torch.compiler.assume_constant_result sets, which itself imports Dynamo, 1 s of it.
+# Dynamo traces no import. This is what torch.compiler.assume_constant_result sets, which would import Dynamo for 1 s.
 _missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -112,7 +117,7 @@ def backends() -> dict[str, BackendStatus]:
 
 
 def serving(device: torch.device, family: str | None = None) -> list[str]:
-    """Names of the backends that serve a device: a backend can run here and yet have no library for it."""
+    """Names of the backends that serve a device: one that can run here may have no library for that device."""
     names = [name for name in MODULES if family is None or _lacks(family, name, device) is None]
     return [name for name in names if _missing(name) is None and _LOADED[name].refuses(device) is None]
 
@@ -120,27 +125,27 @@ def serving(device: torch.device, family: str | None = None) -> list[str]:
 def choose(name: str, device: torch.device, actions: int | None = None) -> ModuleType:
     """Backend module for a device: by name, which never falls back, or the first of the device's list.
 
-    There are two lists, for up to NARROW actions and for more, or those of a linear head; in a graph of torch.compile
-    TRACED stands for the first. The batch is not asked for: a guard on it would make another graph.
+    There are two lists: for up to NARROW actions, and for more or a linear head. In a graph of torch.compile TRACED
+    stands for the first. The size of the batch does not matter: a guard on it would make another graph.
     """
-    if torch.compiler.is_compiling():  # without the memo: a graph that has filled it would not pass its own guards
+    if torch.compiler.is_compiling():  # without the memo: a graph that fills it would not pass its own guards
         if name != "auto":
             return _named(name, device)
-        if actions is not None and actions <= NARROW:  # a branch: of a symbolic number Dynamo makes no bool
+        if actions is not None and actions <= NARROW:  # a branch: Dynamo makes no bool of a symbolic number
             return _named(TRACED, device)
         return _named(_first(device, True), device)
     wide = actions is None or bool(actions > NARROW)
     implementation = _CHOSEN.get((name, device, wide))
     if implementation is None:
         implementation = _named(_first(device, wide) if name == "auto" else name, device)
-        # During a capture nothing is launched to see whether Triton can: that is made up for later.
+        # During a capture nothing is launched to see whether Triton works: that is left to a later call.
         if not capturing():
             _CHOSEN[name, device, wide] = implementation
     return implementation
 
 
 def capturing() -> bool:
-    """Whether what is launched now is recorded in a CUDA graph."""
+    """Whether a CUDA graph is being captured."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
@@ -164,30 +169,32 @@ def choose_distributional(family: str, name: str, device: torch.device, K: int) 
     if torch.compiler.is_compiling():
         if name == "auto" and device.type == "cpu" and K <= TRACED_UP_TO:
             return _named(TRACED, device)
-        return _choose_distributional(family, name, device)
-    implementation = _CHOSEN_DISTRIBUTIONAL.get((family, name, device))
+        return _choose_distributional(family, name, device, K)
+    implementation = _CHOSEN_DISTRIBUTIONAL.get((family, name, device, K > MOST_ATOMS))
     if implementation is None:
-        implementation = _choose_distributional(family, name, device)
+        implementation = _choose_distributional(family, name, device, K)
         if not capturing():
-            _CHOSEN_DISTRIBUTIONAL[family, name, device] = implementation
+            _CHOSEN_DISTRIBUTIONAL[family, name, device, K > MOST_ATOMS] = implementation
     return implementation
 
 
-_CHOSEN_DISTRIBUTIONAL: dict[tuple[str, str, torch.device], ModuleType] = {}
+_CHOSEN_DISTRIBUTIONAL: dict[tuple[str, str, torch.device, bool], ModuleType] = {}
 
 
-def _choose_distributional(family: str, name: str, device: torch.device) -> ModuleType:
+def _choose_distributional(family: str, name: str, device: torch.device, K: int) -> ModuleType:
     if name != "auto" and name not in MODULES:
         wrong_choice("backend", name, ("auto", *MODULES))
     for candidate in AUTO.get(device.type, AUTO_ELSEWHERE) if name == "auto" else (name,):
-        reason = _lacks(family, candidate, device) or _missing(candidate) or _LOADED[candidate].refuses(device)
+        reason = _lacks(family, candidate, device, K) or _missing(candidate) or _LOADED[candidate].refuses(device)
         if reason is None:
             return _LOADED[candidate]
-    raise BackendUnavailableError(f"backend {name!r} cannot serve: {reason}")  # of "auto" never: torch serves
+    raise BackendUnavailableError(f"backend {name!r} cannot serve: {reason}")  # never for "auto": torch serves
 
 
-def _lacks(family: str, name: str, device: torch.device) -> str | None:
-    """Say why a backend has no losses of a family on a device."""
+def _lacks(family: str, name: str, device: torch.device, K: int = 1) -> str | None:
+    """Say why a backend does not have the losses of a family on a device."""
+    if name == "triton" and family == "categorical" and K > MOST_ATOMS:
+        return f"it takes up to {MOST_ATOMS} atoms, got {K}; 'auto' takes a backend that takes more"
     if name == "torch" or device.type in DISTRIBUTIONAL[family].get(name, ()):
         return None
     return f"it has no {family} loss for tensors on {device.type}; 'auto' takes a backend that has one"

@@ -1,12 +1,11 @@
-"""A batch and a loss as the flat arguments of an op, and an op's results as a backend gives them."""
+"""A batch and a loss as the flat arguments of an op, and the results of an op as a backend returns them."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dqn_fused.arguments import Batch, LossSpec, looks_at_values
+from dqn_fused.arguments import NOT_DISTRIBUTIONAL, UNCHECKED, Batch, LossSpec, looks_at_values
 from dqn_fused.autograd import Saved
 from dqn_fused.categorical_arguments import CategoricalSpec
 from dqn_fused.options import REDUCTIONS, packed, unpacked
@@ -17,21 +16,18 @@ REDUCTION_OF = {code: name for name, code in REDUCTIONS.items()}
 
 
 def arguments(batch: Batch, spec: LossSpec) -> tuple[object, ...]:
-    """Arguments of a general forward op, but for what is its own."""
-    (
-        q, actions, rewards, next_q, terminated, gamma, non_final_mask,
-        next_q_online, next_action_mask, weights, target_q, action_mask, *_,
-    ) = batch  # fmt: skip
-    gammas = None
-    if isinstance(gamma, Tensor):
-        gammas, gamma = gamma, 0.0
-    return (
-        q, actions, rewards, next_q, terminated, non_final_mask, gammas, gamma,
-        next_q_online, next_action_mask, weights, target_q, action_mask, packed(spec),
-    )  # fmt: skip
+    """Arguments of a forward op. A batch is unchecked only where the op looks at the values."""
+    look = batch.shape is UNCHECKED or looks_at_values(batch.q.device)
+    return *batch.flat(), packed(spec), look
 
 
-def unpack(
+def unpack(*given: Any) -> tuple[Batch, LossSpec]:
+    """Batch, of one leading dimension, and loss of the arguments of a forward op."""
+    *batch, options, _ = given
+    return unflat(*batch), unpacked(options)
+
+
+def unflat(
     q: Tensor,
     actions: Tensor,
     rewards: Tensor,
@@ -40,43 +36,25 @@ def unpack(
     non_final_mask: Tensor | None,
     gammas: Tensor | None,
     gamma: float,
-    next_q_online: Tensor | None,
-    next_action_mask: Tensor | None,
-    weights: Tensor | None,
-    target_q: Tensor | None,
-    action_mask: Tensor | None,
-    options: Sequence[float],
-) -> tuple[Batch, LossSpec]:
-    """Batch, of one leading dimension, and loss of the arguments of a general forward op."""
-    batch = Batch(
-        q, actions, rewards, next_q, terminated, gamma if gammas is None else gammas, non_final_mask,
-        next_q_online, next_action_mask, weights, target_q, action_mask, actions.shape,
-    )  # fmt: skip
-    return batch, unpacked(options)
+    *rest: Tensor | None,
+) -> Batch:
+    """The batch, of one leading dimension, whose fields, or the first of them, are given as Batch.flat returns them."""
+    given = gamma if gammas is None else gammas
+    batch = Batch(q, actions, rewards, next_q, terminated, given, non_final_mask, *rest)  # type: ignore[arg-type]
+    return batch._replace(shape=actions.shape)
 
 
 def backward_arguments(grad_loss: Tensor, saved: Saved, spec: LossSpec) -> tuple[object, ...]:
-    """Arguments of a general backward op."""
-    td_error, actions, weights, normaliser, q, action_mask, q_shape, q_dtype = saved
-    return (
-        grad_loss, td_error, actions, weights, normaliser, q, action_mask, q_shape[-1], q_dtype, packed(spec),
-    )  # fmt: skip
+    """Arguments of a backward op."""
+    *tensors, q_shape, q_dtype = saved
+    return grad_loss, *tensors, q_shape[-1], q_dtype, packed(spec)
 
 
-def unpack_backward(
-    td_error: Tensor,
-    actions: Tensor,
-    weights: Tensor | None,
-    normaliser: Tensor | None,
-    q: Tensor | None,
-    action_mask: Tensor | None,
-    A: int,
-    dtype: torch.dtype,
-    options: Sequence[float],
-) -> tuple[Saved, LossSpec]:
-    """What a backward needs, of the arguments of a general backward op."""
-    saved = Saved(td_error, actions, weights, normaliser, q, action_mask, torch.Size((actions.shape[0], A)), dtype)
-    return saved, unpacked(options)
+def unpack_backward(*given: Any) -> tuple[Saved, LossSpec]:
+    """What a backward needs, of the arguments of a backward op behind grad_loss."""
+    td_error, actions, *more, A, dtype, options = given
+    shape = torch.Size((actions.shape[0], A))
+    return Saved(td_error, actions, *more, shape, dtype), unpacked(options)  # type: ignore[call-arg]
 
 
 def shaped_forward(
@@ -84,8 +62,6 @@ def shaped_forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Give the results of a forward op the leading dimensions of the batch."""
     shape = batch.shape
-    if not spec.cql:
-        normaliser = None
     if len(shape) != 1:  # 1 us of comparing shapes
         loss, td_error = shaped(loss, shape if spec.reduction == "none" else loss.shape), shaped(td_error, shape)
         normaliser = None if normaliser is None else shaped(normaliser, (2, *shape))
@@ -99,16 +75,7 @@ def shaped(x: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
 
 def distributional_arguments(batch: Batch) -> tuple[object, ...]:
     """The arguments that the distributional ops share."""
-    (
-        q, actions, rewards, next_q, terminated, gamma, non_final_mask, next_q_online, next_action_mask, weights, *_,
-    ) = batch  # fmt: skip
-    gammas = None
-    if isinstance(gamma, Tensor):
-        gammas, gamma = gamma, 0.0
-    return (
-        q, actions, rewards, next_q, terminated, non_final_mask, gammas, gamma,
-        next_q_online, next_action_mask, weights,
-    )  # fmt: skip
+    return batch.flat()[: -len(NOT_DISTRIBUTIONAL)]
 
 
 def quantile_arguments(batch: Batch, taus: Tensor | None, spec: QuantileSpec) -> tuple[object, ...]:
@@ -130,42 +97,22 @@ def categorical_arguments(batch: Batch, spec: CategoricalSpec) -> tuple[object, 
     return *distributional_arguments(batch), support, *ends, spec.sigma, REDUCTIONS[spec.reduction], look
 
 
-def unpack_distributions(
-    q: Tensor,
-    actions: Tensor,
-    rewards: Tensor,
-    next_q: Tensor | None,
-    terminated: Tensor | None,
-    non_final_mask: Tensor | None,
-    gammas: Tensor | None,
-    gamma: float,
-    next_q_online: Tensor | None,
-    next_action_mask: Tensor | None,
-    weights: Tensor | None,
-) -> Batch:
-    """Batch, of one leading dimension, of the arguments that the distributional ops share."""
-    return Batch(
-        q, actions, rewards, next_q, terminated, gamma if gammas is None else gammas, non_final_mask,
-        next_q_online, next_action_mask, weights, shape=actions.shape,
-    )  # fmt: skip
-
-
 def unpack_quantile(*given: Any) -> tuple[Batch, Tensor | None, QuantileSpec]:
     """Batch, taus and options of the arguments of a quantile op."""
     *shared, taus, kappa, mean, reduction, _ = given
     spec = QuantileSpec(kappa, "mean" if mean else "sum", REDUCTION_OF[reduction])
-    return unpack_distributions(*shared), taus, spec
+    return unflat(*shared), taus, spec
 
 
 def unpack_categorical(*given: Any) -> tuple[Batch, CategoricalSpec]:
     """Batch and options of the arguments of a categorical op."""
     *shared, support, v_min, v_max, sigma, reduction, _ = given
     spec = CategoricalSpec((v_min, v_max) if support is None else support, sigma, REDUCTION_OF[reduction])
-    return unpack_distributions(*shared), spec
+    return unflat(*shared), spec
 
 
 def rows_arguments(saved: SavedRows) -> tuple[object, ...]:
-    """Arguments of a backward op of the distributional losses, but for the upstream gradient."""
+    """Arguments of a backward op of the distributional losses, without the upstream gradient."""
     slopes, actions, weights, shape, dtype, reduction = saved
     return slopes, actions, weights, shape[-2], dtype, REDUCTIONS[reduction]
 

@@ -1,4 +1,4 @@
-"""The ops compiled from csrc/: a library for the CPU and one for CUDA, either of which may be missing."""
+"""The ops compiled from csrc/: a library for the CPU and one for CUDA, each of which may be missing."""
 
 import ctypes
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dqn_fused import _distributional_ops, _ops, arguments, node
+from dqn_fused import _distributional_ops, _ops, node
 from dqn_fused._backends import boxed
 from dqn_fused._backends.boxed import backward_arguments, shaped, shaped_forward
 from dqn_fused.arguments import Batch, LossSpec
@@ -15,13 +15,12 @@ from dqn_fused.autograd import Saved
 from dqn_fused.categorical_arguments import CategoricalSpec
 from dqn_fused.head.sweep import sweep
 from dqn_fused.head.sweep_backward import sweep_backward
-from dqn_fused.options import REDUCTIONS
 from dqn_fused.quantile_arguments import QuantileSpec
 from dqn_fused.row_loss import SavedRows
 
 __all__ = ["sweep", "sweep_backward"]
 
-auto_sweep, auto_sweep_backward = sweep, sweep_backward  # the product is the library's
+auto_sweep, auto_sweep_backward = sweep, sweep_backward  # the matrix products are PyTorch's
 CAPABILITIES = ("default", "avx2", "avx512")  # instruction sets that the CPU's functions are compiled for
 CHECKS_CPU = True  # on CUDA a look at the values would cost a synchronisation
 COUNTS_MASK = False
@@ -29,7 +28,7 @@ NODE = True
 
 
 def _load(device: str, folder: Path = Path(__file__).parents[1]) -> str | None:
-    """Load a library; say why it cannot be."""
+    """Load a library; say why it cannot be loaded."""
     wanted = os.environ.get("DQN_FUSED_CPU_CAPABILITY")
     if device == "cpu" and wanted and wanted not in CAPABILITIES:
         return f"DQN_FUSED_CPU_CAPABILITY: expected one of {', '.join(CAPABILITIES)}, got {wanted!r}"
@@ -39,7 +38,7 @@ def _load(device: str, folder: Path = Path(__file__).parents[1]) -> str | None:
         return f"not built for {device} ({how})"
     try:
         if device == "cuda":
-            # import torch keeps these symbols to itself, and a library built beside a CPU torch does not ask for them.
+            # import torch does not make these symbols global, and a library built with a CPU torch does not link them.
             ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"), mode=ctypes.RTLD_GLOBAL)
         torch.ops.load_library(path)
     except OSError as error:
@@ -54,7 +53,7 @@ if not _REASONS["cpu"]:
 
 
 def cpu_capability() -> str | None:
-    """Instruction set in use on the CPU, the best there is or what DQN_FUSED_CPU_CAPABILITY asks for; None unbuilt."""
+    """Instruction set in use on the CPU: the best, or what DQN_FUSED_CPU_CAPABILITY names; None without a library."""
     if _REASONS["cpu"]:
         return None
     ask = ctypes.CDLL(str(Path(__file__).parents[1] / "_C_cpu.so")).dqn_fused_cpu_capability
@@ -63,7 +62,7 @@ def cpu_capability() -> str | None:
 
 
 def unavailable() -> str | None:
-    """Say why neither library is there."""
+    """Say why neither library can be used."""
     return PARTLY if all(_REASONS.values()) else None
 
 
@@ -74,62 +73,32 @@ def refuses(device: torch.device) -> str | None:
 
 def forward(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return (loss, td_error, normaliser)."""
-    plain, normaliser = _plain_arguments(batch, spec), None
-    if plain is not None:
-        loss, td_error = _ops.td_loss(*plain)
-    else:
-        loss, td_error, normaliser = _ops.general_td_loss(*_arguments(batch, spec))
+    loss, td_error, normaliser = _ops.td_loss(*_arguments(batch, spec))
     return shaped_forward(loss, td_error, normaliser, batch, spec)
 
 
 def backward(grad_loss: Tensor, saved: Saved, spec: LossSpec) -> Tensor:
     """Return grad_q."""
-    q_shape = saved.q_shape
-    if spec.loss == "mse" and saved.weights is None and saved.q is None:
-        reduction = REDUCTIONS[spec.reduction]
-        grad_q = _ops.td_loss_backward(grad_loss, saved.td_error, saved.actions, q_shape[-1], saved.q_dtype, reduction)
-    else:
-        grad_q = _ops.general_td_loss_backward(*backward_arguments(grad_loss, saved, spec))
-    return grad_q if len(q_shape) == 2 else shaped(grad_q, q_shape)
+    grad_q = _ops.td_loss_backward(*backward_arguments(grad_loss, saved, spec))
+    return grad_q if len(saved.q_shape) == 2 else shaped(grad_q, saved.q_shape)
 
 
 def loss_and_grad(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return (loss, grad_q, td_error, normaliser)."""
-    plain, normaliser = _plain_arguments(batch, spec), None
-    if plain is not None:
-        loss, grad_q, td_error = _ops.td_loss_and_grad(*plain)
-    else:
-        loss, grad_q, td_error, normaliser = _ops.general_td_loss_and_grad(*_arguments(batch, spec))
+    loss, grad_q, td_error, normaliser = _ops.td_loss_and_grad(*_arguments(batch, spec))
     loss, td_error, normaliser = shaped_forward(loss, td_error, normaliser, batch, spec)
     if len(batch.shape) != 1:
         grad_q = shaped(grad_q, (*batch.shape, grad_q.shape[-1]))
     return loss, grad_q, td_error, normaliser
 
 
-def _plain_arguments(batch: Batch, spec: LossSpec) -> tuple[object, ...] | None:
-    """Arguments of the ops of the plain loss, whose calls are cheaper; None where they will not do."""
-    (
-        q, actions, rewards, next_q, terminated, gamma, non_final_mask,
-        next_q_online, next_action_mask, weights, target_q, action_mask, *_,
-    ) = batch  # fmt: skip
-    if not spec.plain() or next_q is None:
-        return None
-    if not next_q_online is next_action_mask is weights is target_q is action_mask is None:
-        return None
-    gammas = None
-    if isinstance(gamma, Tensor):
-        gammas, gamma = gamma, 0.0
-    look = arguments.looks_at_values(q.device)
-    return q, actions, rewards, next_q, terminated, non_final_mask, gammas, gamma, REDUCTIONS[spec.reduction], look
-
-
 def _arguments(batch: Batch, spec: LossSpec) -> tuple[object, ...]:
     if len(batch.shape) == 1:
-        # Elsewhere two leading dimensions may merge in one matrix and not in another, so the op takes both.
+        # With more leading dimensions some matrices may merge them and others not, so the op takes both.
         for x in (batch.next_q_online, batch.next_action_mask, batch.target_q, batch.action_mask):
             if x is not None and x.dim() != 2:
                 raise RuntimeError(f"expected matrices of two dimensions, as q, got {x.dim()}")
-    return (*boxed.arguments(batch, spec), arguments.looks_at_values(batch.q.device))
+    return boxed.arguments(batch, spec)
 
 
 def quantile_loss(batch: Batch, taus: Tensor | None, spec: QuantileSpec) -> tuple[Tensor, Tensor, Tensor]:

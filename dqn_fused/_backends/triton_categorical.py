@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from dqn_fused._backends import torch_backend, triton_launch
-from dqn_fused._backends.triton_launch import ACC, named, run_program
-from dqn_fused._backends.triton_program import Program
-from dqn_fused._backends.triton_rows import Samples, Support, store_rows, without_signs
+from dqn_fused._backends.triton_launch import ACC, run_program
+from dqn_fused._backends.triton_program import Build, Program
+from dqn_fused._backends.triton_rows import Samples, Support, builders, without_signs
 from dqn_fused.arguments import Batch, accumulation_dtype
 from dqn_fused.categorical_arguments import CategoricalSpec
 from dqn_fused.kernels import distributions_launch, launch
@@ -29,44 +29,25 @@ def categorical_loss(batch: Batch, spec: CategoricalSpec) -> tuple[Tensor, Tenso
     """Return (loss, values, slopes) in two launches, or three where the next action is chosen in one of its own."""
     if batch.actions.numel() == 0:
         return torch_backend.categorical_loss(batch, spec)
-    given, options = _given(batch, spec)
-    loss, values, slopes = run_program(_forward, _NAMES, given, options, batch.q.device)
-    return loss, values, slopes
+    return _run(_forward, batch, spec)
 
 
 def categorical_loss_and_grad(batch: Batch, spec: CategoricalSpec) -> tuple[Tensor, Tensor, Tensor]:
     """Return (loss, gradient, values) in one launch more."""
     if batch.actions.numel() == 0:
         return torch_backend.categorical_loss_and_grad(batch, spec)
-    given, options = _given(batch, spec)
-    loss, gradient, values = run_program(_loss_and_grad, _NAMES, given, options, batch.q.device)
-    return loss, gradient, values
+    return _run(_loss_and_grad, batch, spec)
+
+
+def _run(build: Build, batch: Batch, spec: CategoricalSpec) -> tuple[Tensor, Tensor, Tensor]:
+    support, sigma, reduction = spec
+    atoms, ends = (support.resolve_neg(), None) if isinstance(support, Tensor) else (None, support)
+    given, options = (*without_signs(batch), atoms), Options(ends, sigma, reduction)
+    first, second, third = run_program(build, _NAMES, given, options, batch.q.device)
+    return first, second, third
 
 
 _NAMES = (*Batch._fields, "support")
-
-
-def _given(batch: Batch, spec: CategoricalSpec) -> tuple[tuple[Any, ...], Options]:
-    support, sigma, reduction = spec
-    if isinstance(support, Tensor):
-        return (*without_signs(batch), support.resolve_neg()), Options(None, sigma, reduction)
-    return (*without_signs(batch), None), Options(support, sigma, reduction)
-
-
-def _forward(program: Program, given: Sequence[Any], options: Options) -> None:
-    """Build what categorical_loss launches."""
-    program.returns(*_store_loss(program, given, options))
-
-
-def _loss_and_grad(program: Program, given: Sequence[Any], options: Options) -> None:
-    """Build what categorical_loss_and_grad launches."""
-    batch = Batch(*given[:-1])
-    loss, values, slopes = _store_loss(program, given, options)
-    q, at = batch.q, named(batch)
-    n, A, K = q.shape
-    gradient = program.empty("gradient", (*batch.shape, A, K), q.dtype)
-    store_rows(program, gradient, None, slopes, at.saved_actions(), at.weights, (n, A, K), q.dtype, options.reduction)
-    program.returns(loss, gradient, values)
 
 
 def _store_loss(program: Program, given: Sequence[Any], options: Options) -> tuple[str, str, str]:
@@ -104,6 +85,9 @@ def _store_loss(program: Program, given: Sequence[Any], options: Options) -> tup
     )  # fmt: skip
     samples.store_sum(loss, partial, options.reduction, plan.programs, 1)
     return loss, values, slopes
+
+
+_forward, _loss_and_grad = builders(_store_loss)
 
 
 _NO_STRIDES = (None, None, None)

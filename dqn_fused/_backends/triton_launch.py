@@ -17,9 +17,9 @@ from dqn_fused.kernels.mask import count_kernel
 from dqn_fused.kernels.td_loss import sum_kernel
 
 INTERPRETED = not isinstance(sum_kernel, triton.runtime.JITFunction)
-# Of every kernel. A product and a sum that are fused in one lane and not in the one that holds a copy of the same row
-# differ in the last bit, and both lanes store: which of them comes last is not said. It costs 4 and 9 registers in two
-# of 67 kernels on sm_90, none on sm_80 and gfx942.
+# For every kernel. If a product and a sum were fused in one lane but not in another that holds a copy of the same row,
+# the two would differ in the last bit, and both store, in no fixed order. It costs 4 and 9 registers in two of 67
+# kernels on sm_90, none on sm_80 and gfx942.
 OPTIONS = {"enable_fp_fusion": False}
 ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
 
@@ -59,7 +59,7 @@ def launch_sum(run: Run, loss: Tensor | str, partial: Tensor | str, count: int, 
 
 
 def count_mask(program: Program, n: int, num_warps: int) -> str | None:
-    """True entries of each part of a mask, where the launch that follows does not count all of them itself."""
+    """Numbers of the true entries of the parts of a mask; None if the next launch counts all of them itself."""
     programs = launch.counts(n, num_warps)
     if programs == 0:
         return None

@@ -2,9 +2,9 @@
 
 A launch asks for addresses and devices, of which a trace has none. torch.library.triton_op and wrap_triton would show
 the kernels to Inductor, but it launches them by its own rules: of the options of a launch it knows num_warps and
-num_stages, and drops enable_fp_fusion=False without a word (torch 2.13), on which results rest; where a matrix begins
-within 16 bytes, which the launch plan asks, a trace cannot say; and a plan made from symbolic sizes is a guard for each
-power of two of the batch. A small problem, where a call of Python would cost, is left to PyTorch's operations instead
+num_stages, and silently drops enable_fp_fusion=False (torch 2.13), on which results depend; a trace cannot say where a
+matrix begins within 16 bytes, which the launch plan needs; and a plan made from symbolic sizes is a guard for each
+power of two of the batch. A small problem, for which a call of Python is expensive, is left to PyTorch's operations
 (see _backends.TRACED).
 """
 
@@ -53,7 +53,8 @@ def loss_and_grad(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor,
 
 def sweep(work: Sweep, auto: bool) -> Statistics:
     """Return statistics of all actions."""
-    return unpack(work.kind, *_ops.triton_sweep(*work, auto))
+    *given, actions = work
+    return unpack(work, *_ops.triton_sweep(*given, auto, actions))
 
 
 def sweep_backward(work: SweepBackward, auto: bool) -> Gradients:
@@ -94,21 +95,16 @@ def rows_backward(grad_loss: Tensor, saved: SavedRows) -> Tensor:
     return boxed.shaped(_distributional_ops.triton_rows_backward(grad_loss, *boxed.rows_arguments(saved)), saved.shape)
 
 
-def _forward(*given: object) -> tuple[Tensor, Tensor, Tensor]:
-    batch, spec = boxed.unpack(*given)  # type: ignore[arg-type]
-    loss, td_error, normaliser = triton_td_loss.forward(batch, spec)
-    return loss, td_error, td_error.new_empty(0) if normaliser is None else normaliser
+def _forward(*given: object) -> tuple[Tensor, Tensor, Tensor | None]:
+    return triton_td_loss.forward(*boxed.unpack(*given))
 
 
-def _loss_and_grad(*given: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, spec = boxed.unpack(*given)  # type: ignore[arg-type]
-    loss, grad_q, td_error, normaliser = triton_td_loss.loss_and_grad(batch, spec)
-    return loss, grad_q, td_error, td_error.new_empty(0) if normaliser is None else normaliser
+def _loss_and_grad(*given: object) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    return triton_td_loss.loss_and_grad(*boxed.unpack(*given))
 
 
 def _backward(grad_loss: Tensor, *given: object) -> Tensor:
-    saved, spec = boxed.unpack_backward(*given)  # type: ignore[arg-type]
-    return triton_td_loss.backward(grad_loss, saved, spec)
+    return triton_td_loss.backward(grad_loss, *boxed.unpack_backward(*given))
 
 
 def _sweep(
@@ -119,9 +115,10 @@ def _sweep(
     kind: str,
     temperature: float,
     auto: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    actions: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     run = triton_sweep.auto_sweep if auto else triton_sweep.sweep
-    return pack(run(Sweep(hidden, weight, bias, mask, kind, temperature)))
+    return pack(run(Sweep(hidden, weight, bias, mask, kind, temperature, actions)))
 
 
 def _sweep_backward(*given: object) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,9 +1,9 @@
 """What a call of the Triton backend allocates and launches, kept for the next call of the same description.
 
-Triton looks at every one of some seventy arguments at every launch, which takes longer than all else on the host.
+Triton looks at each of some seventy arguments at every launch, which takes longer than everything else on the host.
 What it finds, and what the launches are, follows from the description of a call: the dtypes, shapes, strides and
-alignment of its tensors and the values of all else. So the second call of a description launches what Triton compiled
-for the first one, as Triton would launch it.
+alignment of its tensors and the values of all other arguments. So the second call with the same description launches
+what Triton compiled for the first one, as Triton would launch it.
 """
 
 import re
@@ -60,7 +60,7 @@ KEPT: dict[Any, "Program"] = {}
 
 
 def _state() -> tuple[Any, ...] | None:
-    """What is neither in the arguments nor constant and yet decides what is compiled; None where Triton must launch."""
+    """The state outside the arguments that decides what is compiled; None where Triton must launch."""
     if not KNOWN:
         return None
     runtime = knobs.runtime
@@ -73,7 +73,7 @@ def _state() -> tuple[Any, ...] | None:
 
 
 def _described(given: Sequence[Any]) -> tuple[tuple[Any, ...], list[int]]:
-    """Description of arguments, in which numbers stand as they are, and the addresses of the tensors."""
+    """The description of arguments, which contains numbers as they are, and the addresses of the tensors."""
     described: list[Any] = []
     addresses = []
     for x in given:
@@ -136,7 +136,7 @@ class Launch:
         self.compiled = run(self.kernel, self.programs, *args, **self.meta)
 
     def keep(self) -> bool:
-        """Prepare for direct launches; whether there can be any."""
+        """Prepare for direct launches; False if there can be none."""
         kernel, compiled = self.kernel, self.compiled
         if type(kernel) is not JITFunction or type(compiled) is not CompiledKernel:
             return False
@@ -197,7 +197,7 @@ class Program:
         return self._returned(tensors)
 
     def keep(self) -> bool:
-        """Prepare for direct launches; whether there can be any. Whether a pointer can be moved is not described."""
+        """Prepare for direct launches; False if there can be none. Whether a pointer moves is not described."""
         if not self.aligned or any(isinstance(step, Moved) for step in self.steps):
             return False
         return all(launch.keep() for launch in self.launches)

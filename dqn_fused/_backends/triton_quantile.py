@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from dqn_fused._backends import torch_backend, triton_launch
-from dqn_fused._backends.triton_launch import ACC, named, run_program
-from dqn_fused._backends.triton_program import Program
-from dqn_fused._backends.triton_rows import Samples, store_rows, without_signs
+from dqn_fused._backends.triton_launch import ACC, run_program
+from dqn_fused._backends.triton_program import Build, Program
+from dqn_fused._backends.triton_rows import Samples, builders, without_signs
 from dqn_fused.arguments import Batch, accumulation_dtype
 from dqn_fused.kernels import distributions_launch, launch
 from dqn_fused.kernels.quantile import quantile_fwd_kernel
@@ -21,39 +21,23 @@ def quantile_loss(batch: Batch, taus: Tensor | None, spec: QuantileSpec) -> tupl
     """Return (loss, td_error, slopes) in two launches, or three where the next action is chosen in one of its own."""
     if batch.actions.numel() == 0:
         return torch_backend.quantile_loss(batch, taus, spec)
-    loss, td_error, slopes = run_program(_forward, _NAMES, _given(batch, taus), spec, batch.q.device)
-    return loss, td_error, slopes
+    return _run(_forward, batch, taus, spec)
 
 
 def quantile_loss_and_grad(batch: Batch, taus: Tensor | None, spec: QuantileSpec) -> tuple[Tensor, Tensor, Tensor]:
     """Return (loss, gradient, td_error) in one launch more."""
     if batch.actions.numel() == 0:
         return torch_backend.quantile_loss_and_grad(batch, taus, spec)
-    loss, gradient, td_error = run_program(_loss_and_grad, _NAMES, _given(batch, taus), spec, batch.q.device)
-    return loss, gradient, td_error
+    return _run(_loss_and_grad, batch, taus, spec)
+
+
+def _run(build: Build, batch: Batch, taus: Tensor | None, spec: QuantileSpec) -> tuple[Tensor, Tensor, Tensor]:
+    given = *without_signs(batch), None if taus is None else taus.resolve_neg()
+    first, second, third = run_program(build, _NAMES, given, spec, batch.q.device)
+    return first, second, third
 
 
 _NAMES = (*Batch._fields, "taus")
-
-
-def _given(batch: Batch, taus: Tensor | None) -> tuple[Any, ...]:
-    return *without_signs(batch), None if taus is None else taus.resolve_neg()
-
-
-def _forward(program: Program, given: Sequence[Any], spec: QuantileSpec) -> None:
-    """Build what quantile_loss launches."""
-    program.returns(*_store_loss(program, given, spec))
-
-
-def _loss_and_grad(program: Program, given: Sequence[Any], spec: QuantileSpec) -> None:
-    """Build what quantile_loss_and_grad launches."""
-    batch = Batch(*given[:-1])
-    loss, td_error, slopes = _store_loss(program, given, spec)
-    q, at = batch.q, named(batch)
-    n, A, K = q.shape
-    gradient = program.empty("gradient", (*batch.shape, *q.shape[1:]), q.dtype)
-    store_rows(program, gradient, None, slopes, at.saved_actions(), at.weights, (n, A, K), q.dtype, spec.reduction)
-    program.returns(loss, gradient, td_error)
 
 
 def _store_loss(program: Program, given: Sequence[Any], spec: QuantileSpec) -> tuple[str, str, str]:
@@ -92,6 +76,9 @@ def _store_loss(program: Program, given: Sequence[Any], spec: QuantileSpec) -> t
     )  # fmt: skip
     samples.store_sum(loss, partial, spec.reduction, plan.programs, plan.splits)
     return loss, td_error, slopes
+
+
+_forward, _loss_and_grad = builders(_store_loss)
 
 
 def _tau_strides(taus: Tensor | None) -> tuple[int | None, int | None]:

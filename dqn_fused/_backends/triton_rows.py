@@ -1,13 +1,13 @@
-"""Triton: what the losses of distributions share, the gradient of (n, A, K) above all."""
+"""Triton: what the distributional losses share, above all the gradient of (n, A, K)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dqn_fused._backends.triton_launch import ACC, count_mask, launch_sum, named, run_program
-from dqn_fused._backends.triton_program import Program
+from dqn_fused._backends.triton_program import Build, Program
 from dqn_fused.arguments import Batch, accumulation_dtype
 from dqn_fused.kernels import distributions_launch, launch
 from dqn_fused.kernels.distributions import sum_rows_kernel, values_kernel
@@ -45,7 +45,7 @@ def store_rows(
     program: Program, gradient: str, grad_loss: str | None, slopes: str, actions: str, weights: str | None,
     shape: tuple[int, int, int], dtype: torch.dtype, reduction: str,
 ) -> None:  # fmt: skip
-    """Write a gradient of (n, A, K) elements: slopes, (n, K), in the rows of the actions; grad_loss None is ones."""
+    """Write a gradient of (n, A, K) elements: slopes, (n, K), in the rows of the actions; grad_loss is ones if None."""
     n, A, K = shape
     block, run_length = launch.backward(K, dtype.itemsize, dense=True)
     program.launch(
@@ -56,6 +56,34 @@ def store_rows(
     )  # fmt: skip
 
 
+def gradient_of(program: Program, batch: Batch, slopes: str, reduction: str) -> str:
+    """The gradient by batch.q of a loss whose slopes, (n, K), are known, for an upstream gradient of ones."""
+    at, q = named(batch), batch.q
+    n, A, K = q.shape
+    gradient = program.empty("gradient", (*batch.shape, A, K), q.dtype)
+    store_rows(program, gradient, None, slopes, at.saved_actions(), at.weights, (n, A, K), q.dtype, reduction)
+    return gradient
+
+
+StoreLoss = Callable[[Program, Sequence[Any], Any], tuple[str, str, str]]
+
+
+def builders(store_loss: StoreLoss) -> tuple[Build, Build]:
+    """What builds a forward, and a forward with its gradient, around the launches that store (loss, values, slopes).
+
+    Both get the fields of a batch with one more tensor behind them, and a description with a reduction.
+    """
+
+    def forward(program: Program, given: Sequence[Any], spec: Any) -> None:
+        program.returns(*store_loss(program, given, spec))
+
+    def loss_and_grad(program: Program, given: Sequence[Any], spec: Any) -> None:
+        loss, values, slopes = store_loss(program, given, spec)
+        program.returns(loss, gradient_of(program, Batch(*given[:-1]), slopes, spec.reduction), values)
+
+    return forward, loss_and_grad
+
+
 def without_signs(batch: Batch) -> Batch:
     """A pointer does not carry the lazy minus sign of conj().imag; per-sample tensors lost it when made contiguous."""
     next_q, online = (None if x is None else x.resolve_neg() for x in (batch.next_q, batch.next_q_online))
@@ -63,7 +91,7 @@ def without_signs(batch: Batch) -> Batch:
 
 
 class Chooser(NamedTuple):
-    """What the program of a sample reads to choose the next action, and how."""
+    """What the program of a sample compares to choose the next action, and how it reads it."""
 
     name: str
     strides: tuple[int, int, int]  # of row and action, in units of vec, and of column
@@ -75,7 +103,7 @@ class Chooser(NamedTuple):
 
 
 class Support(NamedTuple):
-    """Atoms as atom_values takes them."""
+    """Atoms, as atom_values takes them."""
 
     atoms: str | None
     low: float | str | None
@@ -88,7 +116,7 @@ NO_SUPPORT = Support(None, None, None, None, None)
 
 
 class Samples:
-    """What the launches of a loss of distributions take of a batch."""
+    """What the launches of a distributional loss take of a batch."""
 
     def __init__(self, program: Program, batch: Batch) -> None:
         self.program, self.batch, self.names = program, batch, named(batch)
@@ -123,7 +151,7 @@ class Samples:
         self, name: str, shape: tuple[int, int, int], strides: tuple[int, int, int], vec: int, dtype: torch.dtype,
         atoms: Support | None,
     ) -> str:  # fmt: skip
-        """Reduce each row of (m, A, K) to what chooses, (m, A)."""
+        """Reduce each row of (m, A, K) to the values that are compared, (m, A)."""
         (m, A, K), support = shape, atoms or NO_SUPPORT
         warps = distributions_launch.warps(K, dtype.itemsize, distributions_launch.MOST_WARPS) if atoms else 0
         tile = distributions_launch.choice(None, m, A, K, dtype.itemsize, vec > 1, warps)
@@ -150,7 +178,7 @@ class Samples:
 
     @property
     def gamma_kind(self) -> str:
-        """What load_discount has to know of it."""
+        """The GAMMA of load_discount."""
         gamma = self.batch.gamma
         return "number" if not isinstance(gamma, Tensor) else "per_sample" if gamma.dim() else "scalar"
 
@@ -161,7 +189,7 @@ class Samples:
         return count_mask(self.program, self.n, distributions_launch.WARPS)
 
     def loss(self, reduction: str, programs: int, splits: int) -> tuple[str, str]:
-        """The loss, and where programs store: it, or their parts of it."""
+        """The loss, and where the programs store it or their parts of it."""
         each = reduction == "none"
         loss = self.program.empty("loss", self.batch.shape if each else (), self.dtype)
         if (splits if each else programs) == 1:

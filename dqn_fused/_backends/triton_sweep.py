@@ -10,6 +10,7 @@ from torch import Tensor
 from dqn_fused._backends import BackendUnavailableError, triton_launch
 from dqn_fused.head import sweep as tiles
 from dqn_fused.head.sweep import Statistics, Sweep
+from dqn_fused.head.taken import taken_values
 from dqn_fused.kernels import sweep_launch
 from dqn_fused.kernels.launch import cdiv
 from dqn_fused.kernels.sweep import sweep_combine_kernel, sweep_fwd_kernel
@@ -18,7 +19,7 @@ COMBINE_ROWS, COMBINE_SPLITS = 16, 64  # a tile of 8 elements a thread
 OPERAND = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 AUX = {"argmax": torch.int32, "soft": torch.float32}  # beside the maximum of a split; of all, an index is int64
 
-# What pays() reckons with, of an H100. That the ratios of A100 and B200 are within twice of it is all that it needs.
+# The figures of pays(), of an H100. The ratios of an A100 and a B200 are within a factor of 2, which is all it needs.
 FLOPS = {"half": 800e12, "tf32": 400e12, "ieee": 50e12}  # a second, of the library
 SHARE = {"half": 0.6, "tf32": 0.6, "tf32x3": 0.2, "ieee": 0.4}  # of the library's, of a Triton kernel; assumed
 MEMORY, CACHE = 3e12, 5e12  # bytes a second
@@ -46,7 +47,8 @@ def sweep(work: Sweep) -> Statistics:
     largest = torch.empty(m, dtype=torch.float32, device=device)
     first = torch.empty(m, dtype=torch.int64, device=device) if kind == "argmax" else None
     total = torch.empty_like(largest) if kind == "soft" else None
-    found, aux = Statistics(largest, first, total), total if first is None else first
+    taken = None if work.actions is None else taken_values(hidden, weight, bias, work.actions)
+    found, aux = Statistics(largest, first, total, taken), total if first is None else first
     if m == 0:
         return found
     itemsize, vec = vectors(hidden, weight)
@@ -86,7 +88,7 @@ def auto_sweep(work: Sweep) -> Statistics:
 
 
 def vectors(hidden: Tensor, weight: Tensor) -> tuple[int, int]:
-    """The larger size of an element, and how many elements are read at once: as many as divide every row."""
+    """The larger size of an element, and how many elements are read at once, which divides every row."""
     itemsizes = hidden.element_size(), weight.element_size()
     vec = 16 // min(itemsizes)
     if weight.stride(1) != 1 or any(size % vec for size in (hidden.shape[1], hidden.stride(0), weight.stride(0))):
@@ -95,7 +97,7 @@ def vectors(hidden: Tensor, weight: Tensor) -> tuple[int, int]:
 
 
 def operand_of(dtype: torch.dtype, interpreted: bool) -> tl.dtype:
-    """What is multiplied; the interpreter multiplies no bfloat16."""
+    """The dtype that is multiplied; the interpreter cannot multiply bfloat16."""
     return tl.float32 if interpreted else OPERAND[dtype]
 
 
@@ -146,7 +148,7 @@ def _precision() -> str:
 
 
 def units_of(dtype: torch.dtype, interpreted: bool) -> tuple[str, str]:
-    """What multiplies, as sweep_launch.sweep has it, and the precision of tl.dot."""
+    """The units that multiply, as in sweep_launch.TILES, and the precision of tl.dot."""
     precision = _precision() if dtype is torch.float32 else "ieee"
     if interpreted:
         return "interpreter", precision
@@ -160,6 +162,6 @@ def units_of(dtype: torch.dtype, interpreted: bool) -> tuple[str, str]:
 
 
 def _power_of_two(temperature: float) -> float:
-    """What exponents are multiplied by: one instruction computes powers of two."""
+    """The factor of exponents in base 2, which one instruction computes."""
     limits = torch.finfo(torch.float32)
     return min(max(1 / (temperature * math.log(2)), limits.tiny), limits.max)

@@ -1,6 +1,6 @@
 """Triton: the gradient of a tile of Q-values of a linear head, multiplied once more and scaled in one launch.
 
-The two products that are left of each tile, for hidden and for the weight, are the library's.
+The other two products of each tile, for the gradients of hidden and of the weight, are left to the library.
 """
 
 import torch
@@ -32,7 +32,7 @@ def sweep_backward(work: SweepBackward) -> Gradients:
 
 
 def auto_sweep_backward(work: SweepBackward) -> Gradients:
-    """Gradients by the kernel where the sweep was: what is subtracted here is what was found there."""
+    """Gradients by the kernel if the sweep was by its kernel, whose statistics are subtracted here."""
     hidden = work.hidden
     swept = Sweep(hidden, work.weight, work.bias, work.mask, "soft", 1.0)
     kernel = refuses(hidden.dtype, hidden.device) is None and pays(swept)

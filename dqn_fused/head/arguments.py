@@ -20,7 +20,7 @@ from dqn_fused.checks import BOOL, FLOATS, dense, matrix, show, wrong_device
 class Head(NamedTuple):
     """Hidden states and the layers on top of them; checked, the leading dimensions are flattened.
 
-    A ready target leaves out all of the next state and of the target network.
+    With a ready target, the fields of the next state and of the target network are None.
     """
 
     hidden: Tensor  # (n, D)
@@ -36,9 +36,9 @@ class Head(NamedTuple):
 
 
 def check_head(head: Head, samples: Batch, spec: LossSpec, sharded: bool = False) -> tuple[Head, Batch]:
-    """Check shapes, dtypes, devices and values; flatten. Of samples what there is one of for each sample is read.
+    """Check shapes, dtypes, devices and values, and flatten. Of ``samples`` only the per-sample fields are read.
 
-    Sharded, the layers have the rows of a rank, maybe none, and the range of the actions is left to the ranks.
+    If sharded, the layers hold the rows of one rank, possibly none, and the ranks check the range of the actions.
     """
     hidden = head.hidden
     dense("hidden", hidden, FLOATS)
@@ -58,7 +58,7 @@ def check_head(head: Head, samples: Batch, spec: LossSpec, sharded: bool = False
 
 
 def check_layers(head: Head, least: int) -> int:
-    """Check weights and biases, of at least so many rows; return how many."""
+    """Check weights and biases, which need at least ``least`` rows; return the number of rows."""
     hidden, weight = head.hidden, head.weight
     D, device = hidden.shape[-1], hidden.device
     dense("weight", weight, FLOATS)
@@ -81,7 +81,7 @@ def check_layers(head: Head, least: int) -> int:
 
 
 def _check_state(head: Head, spec: LossSpec, A: int) -> Head:
-    """Check and flatten what is said of the state itself."""
+    """Check and flatten the arguments about the state itself."""
     hidden, target_hidden, mask = head.hidden, head.target_hidden, head.action_mask
     if target_hidden is not None:
         if spec.target != "munchausen":
@@ -97,7 +97,7 @@ def _check_state(head: Head, spec: LossSpec, A: int) -> Head:
 
 
 def _check_next_state(head: Head, non_final_mask: Tensor | None, spec: LossSpec, A: int) -> Head:
-    """Check and flatten what is said of the next states, if there are any."""
+    """Check and flatten the arguments about the next states, if there are any."""
     next_hidden, online, mask = head.next_hidden, head.next_hidden_online, head.next_action_mask
     if next_hidden is None:
         return head
@@ -117,7 +117,7 @@ def _check_next_state(head: Head, non_final_mask: Tensor | None, spec: LossSpec,
 
 
 def autocast(head: Head) -> Head:
-    """Hidden states as ``nn.Linear`` would read them: under autocast in its dtype, float64 excepted."""
+    """Hidden states as ``nn.Linear`` reads them: under autocast in its dtype, except float64."""
     device = head.hidden.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):  # meta has none
         return head

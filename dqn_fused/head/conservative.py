@@ -1,4 +1,4 @@
-"""The conservative term of a linear head: log-sum-exp over all actions less the value of the one taken."""
+"""The conservative term of a linear head: log-sum-exp over all actions minus the value of the action taken."""
 
 from types import ModuleType
 from typing import Any, NoReturn
@@ -9,15 +9,23 @@ from torch import Tensor
 from dqn_fused.arguments import LossSpec
 from dqn_fused.head.arguments import Head
 from dqn_fused.head.second_order import SecondOrder, second_order
-from dqn_fused.head.sweep import Statistics, Sweep, log_total
+from dqn_fused.head.sweep import Statistics, Sweep
 from dqn_fused.head.sweep_backward import Gradients, SweepBackward, sweep_backward
 from dqn_fused.head.taken import taken_values
-from dqn_fused.head.whole import WHOLE, Whole
+from dqn_fused.head.whole import Whole
 
 
-def state_sweep(head: Head, spec: LossSpec) -> Sweep | None:
-    """What the conservative term needs of all actions; None without it."""
-    return Sweep(head.hidden, head.weight, head.bias, head.action_mask, "soft", 1.0) if spec.cql else None
+def state_sweep(head: Head, actions: Tensor, spec: LossSpec, shards: Whole) -> Sweep | None:
+    """The sweep that the conservative term needs; None if the term is not asked for.
+
+    In half precision it also returns the values of the actions taken, rounded like all others, because the term is a
+    small difference between them.
+    """
+    if not spec.cql:
+        return None
+    halves = head.hidden.dtype.itemsize == 2
+    index = shards.locate(actions, head.weight.shape[0])[0] if halves else None
+    return Sweep(head.hidden, head.weight, head.bias, head.action_mask, "soft", 1.0, index)
 
 
 def largest_legal(found: Statistics, mask: Tensor | None) -> Tensor:
@@ -25,17 +33,16 @@ def largest_legal(found: Statistics, mask: Tensor | None) -> Tensor:
     return found.largest if mask is None else torch.where(found.largest == -torch.inf, torch.nan, found.largest)
 
 
-def conservative_term(taken: Tensor, found: Statistics, mask: Tensor | None) -> Tensor:
+def conservative_term(taken: Tensor, largest: Tensor, total: Tensor) -> Tensor:
     """logsumexp_a q[i, a] - q[i, a_i], (n,), the term of CQL(H) (Kumar et al., 2020)."""
-    return (largest_legal(found, mask) - taken) + log_total(found, 1.0)
+    return (largest - taken) + total.log()
 
 
 class ConservativeValues(torch.autograd.Function):
-    """(taken, rest), each (n,): the value of the action taken, and what the log-sum-exp is above the largest Q-value.
+    """(taken, term), each (n,): the value of the action taken, and the conservative term.
 
-    By the weights, rest has the derivative of the whole log-sum-exp, and largest none: on it their sum does not depend.
-    taken and rest are NaN where the action is illegal, and the gradient of that row is zero. Every action has a share
-    in the gradient of the weight, which is dense.
+    Both are NaN where the action is illegal, and the gradient of that row is zero. Every action contributes to the
+    gradient of the weight, so it is dense.
     """
 
     @staticmethod
@@ -48,25 +55,28 @@ class ConservativeValues(torch.autograd.Function):
         mask: Tensor | None,
         largest: Tensor,
         total: Tensor,
+        swept: Tensor | None,
         backend: ModuleType,
         auto: bool,
         shards: Whole,
     ) -> tuple[Tensor, Tensor]:
-        """Of what a sweep has found: largest, of the legal actions, and total, (n,)."""
-        taken, rest = taken_values(hidden, weight, bias, actions, shards), total.log()
-        legal = shards.legal(actions, weight.shape[0])
-        if legal is not None:
-            rest = torch.where(legal, rest, torch.nan)
+        """From the results of a sweep, each (n,): largest, over the legal actions; total; and swept, the value taken.
+
+        swept is None if the sweep was not asked for it.
+        """
+        taken = taken_values(hidden, weight, bias, actions, shards)
+        term = conservative_term(taken if swept is None else swept, largest, total)
         ctx.save_for_backward(hidden, weight, bias, actions, mask, largest, total)
         ctx.about, ctx.shards = (backend, auto), shards
         ctx.set_materialize_grads(False)
-        return taken, rest
+        return taken, term
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of hidden, (n, D), of weight, (A, D), and of bias, (A,)."""
         hidden, weight, bias, actions, mask, largest, total = ctx.saved_tensors
-        taken, rest = (torch.zeros_like(total) if x is None else x for x in grads)
+        of_taken, of_term = (torch.zeros_like(total) if x is None else x for x in grads)
+        taken, rest = (ctx.shards.enter(x) for x in (of_taken - of_term, of_term))
         index, here = ctx.shards.locate(actions, weight.shape[0])
         if here is not None:
             taken = torch.where(here, taken, 0)
@@ -79,7 +89,7 @@ class ConservativeValues(torch.autograd.Function):
             found = RecordedGradients.apply(*given, needs, *ctx.about, ctx.shards)
         else:
             found = gradients(*given, needs, *ctx.about)
-        return *found, None, None, None, None, None, None, None
+        return *found, None, None, None, None, None, None, None, None
 
 
 def gradients(
@@ -96,21 +106,21 @@ def gradients(
     backend: ModuleType,
     auto: bool,
 ) -> Gradients:
-    """Those of hidden, weight and bias, from what came upstream of taken and rest, (n,)."""
-    policy = torch.where(total == 0, 0, rest / total)  # without a legal action
+    """Gradients of hidden, weight and bias, from those of taken and of the log-sum-exp, rest, each (n,)."""
+    policy = torch.where(total == 0, 0, rest / total)  # total is 0 where no action is legal
     run = backend.auto_sweep_backward if auto else backend.sweep_backward
-    if weight.shape[0] == 0:  # of a rank
+    if weight.shape[0] == 0:  # a rank without rows
         run = sweep_backward
     found: Gradients = run(SweepBackward(hidden, weight, bias, mask, largest, policy, index, taken, needs))
     return found
 
 
 class RecordedGradients(torch.autograd.Function):
-    """gradients, where they may be differentiated once more."""
+    """gradients, recorded so that they can be differentiated again."""
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Gradients:
-        """Sweep once more."""
+        """Compute the gradients."""
         ctx.save_for_backward(*given[:9])
         ctx.set_materialize_grads(False)
         ctx.has_bias, ctx.shards = given[2] is not None, given[-1]
@@ -118,24 +128,22 @@ class RecordedGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Gradients of hidden, weight, bias and of what came upstream of taken and rest; a third order raises."""
-        if ctx.shards is not WHOLE:
-            raise NotImplementedError("the second derivative of the conservative term over ranks is not implemented")
-        hidden, weight, bias, taken, rest = SecondOrderGradients.apply(*ctx.saved_tensors, *grads)
+        """Gradients of hidden, weight, bias, taken and rest; a third order raises."""
+        hidden, weight, bias, taken, rest = SecondOrderGradients.apply(*ctx.saved_tensors, *grads, ctx.shards)
         return (
             hidden, weight, bias if ctx.has_bias else None, None, None, None, None, taken, rest, None, None, None, None,
         )  # fmt: skip
 
 
 class SecondOrderGradients(torch.autograd.Function):
-    """second_order, so that a third order leads here and raises.
+    """second_order, recorded so that a third order raises here.
 
-    The error of once_differentiable is passed by where torch.autograd.grad is asked for some inputs only.
+    The error of once_differentiable is not raised if torch.autograd.grad is asked for only some of the inputs.
     """
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> tuple[Tensor, ...]:
-        """Sweep twice."""
+        """Compute the second-order gradients."""
         return second_order(SecondOrder(*given))
 
     @staticmethod

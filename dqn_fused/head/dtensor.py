@@ -11,13 +11,18 @@ LAYERS = ("weight", "bias", "next_weight", "next_bias")
 
 
 def is_dtensor(x: object) -> bool:
-    """Whether x is a DTensor; where nobody has imported them, there is none."""
+    """Whether x is a DTensor. There is none unless torch.distributed.tensor has been imported."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(x, module.DTensor)
 
 
+def has_dtensor(head: Head) -> bool:
+    """Whether a layer is a DTensor."""
+    return "torch.distributed.tensor" in sys.modules and any(is_dtensor(getattr(head, name)) for name in LAYERS)
+
+
 def local_layers(head: Head, group: "dist.ProcessGroup | None") -> "tuple[Head, dist.ProcessGroup | None]":
-    """The head with the rows of this rank, whose gradients become DTensors again, and the group that has all."""
+    """The head with the rows of this rank, whose gradients become DTensors again, and the group that holds all rows."""
     given: dict[str, Any] = {name: x for name in LAYERS if (x := getattr(head, name)) is not None}
     if not any(map(is_dtensor, given.values())):
         return head, group
@@ -39,12 +44,12 @@ def local_layers(head: Head, group: "dist.ProcessGroup | None") -> "tuple[Head, 
 
 
 def check_placement(name: str, x: Any) -> None:
-    """Check that a layer has its rows shared out, and nothing else."""
+    """Check that a layer is sharded by rows, on a mesh of one dimension."""
     from torch.distributed.tensor import Shard
 
     if x.device_mesh.ndim != 1:
         raise ValueError(
-            f"{name}: expected a DTensor on a mesh of one dimension, the ranks that its rows are shared out to, got "
+            f"{name}: expected a DTensor on a mesh of one dimension, whose ranks share its rows, got "
             f"{x.device_mesh}; write mesh['name of that dimension'] where it is distributed"
         )
     if tuple(x.placements) != (Shard(0),):
@@ -55,7 +60,7 @@ def check_placement(name: str, x: Any) -> None:
 
 
 def refuse_dtensors(*arguments: tuple[Any, ...]) -> None:
-    """Refuse what must be an ordinary tensor: it is the same on every rank, or has the columns of this one."""
+    """Refuse DTensors among arguments that are the same on every rank, or hold the columns of this rank."""
     for found in arguments:
         for name, x in found._asdict().items():  # type: ignore[attr-defined]
             if is_dtensor(x):

@@ -1,4 +1,4 @@
-"""The loss of a linear head: what is left when the actions are reduced is a loss of one action a sample."""
+"""The loss of a linear head: once its actions are reduced, it is a loss with one action per sample."""
 
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Options(NamedTuple):
-    """How a head's loss is computed, where that does not change its value."""
+    """How the loss is computed. None of this changes its value."""
 
     backend: ModuleType
     auto: bool  # the backend was not asked for by name
@@ -35,10 +35,10 @@ class Options(NamedTuple):
 
 
 def head_loss(head: Head, samples: Batch, spec: LossSpec, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(loss, td_error, cql) of checked arguments; cql, N, if it is asked for."""
+    """(loss, td_error, cql) of checked arguments; cql, of shape N, is None if it is not asked for."""
     backend, shards = options.backend, options.shards
     with torch.no_grad():
-        works = (next_sweep(head, spec), bonus_sweep(head, spec), state_sweep(head, spec))
+        works = (next_sweep(head, spec), bonus_sweep(head, spec), state_sweep(head, samples.actions, spec, shards))
         of_next, of_target, of_state = shards.sweeps(options.sweep(), works)
         rewards, next_q = samples.rewards, next_values(head, spec, of_next, shards)
         if of_target is not None:
@@ -66,15 +66,20 @@ def head_loss(head: Head, samples: Batch, spec: LossSpec, options: Options) -> t
 def _values_of_state(
     head: Head, actions: Tensor, spec: LossSpec, found: Statistics | None, options: Options
 ) -> tuple[Tensor, Tensor | None]:
-    """Value of the action taken, and the conservative term if it is asked for, both (n,); NaN where one is illegal."""
+    """Value of the action taken, (n,), and the conservative term, (n,) or None; NaN where the action is illegal."""
     hidden, weight, bias, mask = head.hidden, head.weight, head.bias, head.action_mask
-    if found is not None and spec.dense_gradient():
-        largest = largest_legal(found, mask)
-        how = (options.backend, options.auto, options.shards)
-        taken, rest = ConservativeValues.apply(hidden, weight, bias, actions, mask, largest, found.total, *how)
-        return taken, (largest - taken) + rest
-    taken = TakenValues.apply(hidden, weight, bias, actions, options.sparse_grad, options.shards)
     if found is None:
-        return taken, None
+        return TakenValues.apply(hidden, weight, bias, actions, options.sparse_grad, options.shards), None
+    shards, largest, swept = options.shards, largest_legal(found, mask), found.taken
+    assert found.total is not None
+    if swept is not None:
+        swept = shards.select(swept, shards.locate(actions, weight.shape[0])[1])
+    if spec.dense_gradient():
+        swept_values = (largest, found.total, swept)
+        taken, term = ConservativeValues.apply(
+            hidden, weight, bias, actions, mask, *swept_values, options.backend, options.auto, shards
+        )
+        return taken, term
+    taken = TakenValues.apply(hidden, weight, bias, actions, options.sparse_grad, shards)
     with torch.no_grad():
-        return taken, conservative_term(taken, found, mask)
+        return taken, conservative_term(taken if swept is None else swept, largest, found.total)

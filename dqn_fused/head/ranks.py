@@ -1,7 +1,8 @@
-"""A head whose weight is shared out to ranks, each with some of its rows: what they tell each other.
+"""A head whose weight is sharded over ranks, each with some of its rows: the collectives between them.
 
-Collectives of a number or two a sample. They compare and add integers, whose result no order of the ranks changes, so
-that every rank has the same bits. What only one rank knows is selected, never multiplied by zero.
+Each sends one or two numbers per sample. The forward compares and adds integers, whose result does not depend on the
+order of the ranks, so every rank has the same bits. A value that only one rank has is selected, never multiplied by
+zero.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ HIDDEN_GRADS = ("sum", "partial")
 
 
 class Ranks(Whole):
-    """Each rank of a group has some rows, this one those from ``start`` on, of all the ``actions``."""
+    """Each rank of a group holds some of the ``actions`` rows; those of this rank begin at ``start``."""
 
     def __init__(self, group: "dist.ProcessGroup", start: int, actions: int) -> None:
         self.group, self.start, self.actions = group, start, actions
@@ -37,9 +38,9 @@ class Ranks(Whole):
         shares = [_share(mine[i], largest[i], works[i]) for i in soft]
         totals = dict(zip(soft, self._joined(self._sum, shares), strict=True))
         for i, x in largest.items():
-            # Infinite or NaN as the largest is, as in one process.
+            # Where the largest is inf or NaN so is the total, as in one process.
             total = torch.where(x < torch.inf, totals[i], x) if i in totals else None
-            merged[i] = Statistics(x, None, total)
+            merged[i] = Statistics(x, None, total, mine[i].taken)  # of the actions whose rows are here
         return [merged.get(i) for i in range(len(works))]
 
     def locate(self, actions: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -52,6 +53,10 @@ class Ranks(Whole):
         """No collective."""
         return super().legal(actions, self.actions)
 
+    def present(self, here: Tensor | None, *values: Tensor) -> tuple[Tensor, ...]:
+        """The host must know how many there are, so on a GPU it waits."""
+        return tuple(x[here] for x in values)
+
     def select(self, values: Tensor, here: Tensor | None) -> Tensor:
         """One collective."""
         nothing = torch.iinfo(WORD[values.dtype]).min
@@ -62,6 +67,10 @@ class Ranks(Whole):
         """One collective, in the backward."""
         entered: Tensor = ToRanks.apply(x, self)
         return entered
+
+    def total(self, x: Tensor) -> Tensor:
+        """One collective."""
+        return self._reduce(x.clone(), dist.ReduceOp.SUM)
 
     def _joined(self, reduce: Callable[[Tensor], Tensor], parts: list[Tensor]) -> list[Tensor]:
         """Reduce several tensors at once; each keeps its dtype."""
@@ -75,7 +84,7 @@ class Ranks(Whole):
         return numbers(self._reduce(ordered(values), dist.ReduceOp.MAX), values.dtype)
 
     def _first_of_largest(self, values: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
-        """Largest value and the lowest index where it is; of float32 both in one word."""
+        """Largest value and the lowest index that has it; for float32 both in one word."""
         key, dtype = ordered(values), values.dtype
         index = first.clamp(max=LOW - self.start) + self.start
         if dtype is torch.float32:
@@ -85,7 +94,7 @@ class Ranks(Whole):
         return numbers(best, dtype), self._reduce(torch.where(key == best, index, self.actions), dist.ReduceOp.MIN)
 
     def _sum(self, values: Tensor) -> Tensor:
-        """Sum of numbers in [0, A], itself 1 or more: of float32 in one fixed-point word, of float64 in two."""
+        """Sum, at least 1, of numbers in [0, A]: one fixed-point word for float32, two for float64."""
         step = 2.0 ** (61 - self.actions.bit_length())
         scaled = torch.where(values.isfinite(), values, 0).double() * step
         words = [scaled.to(torch.int64)]
@@ -101,11 +110,11 @@ class Ranks(Whole):
 
 def _swept(sweep: Sweeper, work: Sweep) -> Statistics:
     """Statistics of the rows of this rank, which may be none."""
-    return sweep(work) if work.weight.shape[0] else no_actions(work.hidden, work.kind)
+    return sweep(work) if work.weight.shape[0] else no_actions(work)
 
 
 def _share(mine: Statistics, largest: Tensor, work: Sweep | None) -> Tensor:
-    """Sum of exponentials of this rank, below the largest Q-value of all ranks."""
+    """Sum of exponentials of this rank, relative to the largest Q-value of all ranks."""
     assert mine.total is not None
     assert work is not None
     below = torch.where(mine.largest == largest, 0, mine.largest - largest)  # inf - inf would be NaN
@@ -121,15 +130,15 @@ def ordered(x: Tensor) -> Tensor:
 
 
 def numbers(key: Tensor, dtype: torch.dtype) -> Tensor:
-    """What ordered made integers of; of the lowest integer, which is no number's, NaN."""
+    """The inverse of ordered. The lowest integer, which no number maps to, becomes NaN."""
     return torch.where(key < 0, key ^ torch.iinfo(key.dtype).max, key).view(dtype)
 
 
 class ToRanks(torch.autograd.Function):
-    """Hidden states on their way to the rows of each rank: the identity, whose gradient is summed over the ranks.
+    """The identity, for hidden states that each rank multiplies with its rows; the gradient is summed over the ranks.
 
-    Megatron's copy-to region (Shoeybi et al., 2019, f), as FromRanks is its reduce-from region, g. Each is the other's
-    derivative.
+    It is Megatron's copy-to region, f (Shoeybi et al., 2019), and FromRanks its reduce-from region, g. Each is the
+    derivative of the other.
     """
 
     @staticmethod

@@ -10,7 +10,7 @@ from dqn_fused.arguments import accumulation_dtype
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of x, (n, D), whose derivative is add_rows: that of index_select adds by atomics on a GPU."""
+    """Rows of x, (n, D). The derivative is add_rows, because that of index_select uses atomic additions on a GPU."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         taken: Tensor = TakeRows.apply(x, index)
         return taken
@@ -39,7 +39,7 @@ class TakeRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        """Sum of what came for each row, in the accumulation dtype."""
+        """Sum of the gradients of each row, in the accumulation dtype."""
         (index,) = ctx.saved_tensors
         (grad,) = grads
         A, dtype = ctx.about
@@ -58,16 +58,16 @@ class AddRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        """What came for the row that each was added to."""
+        """The gradient of the row that each was added to."""
         (index,) = ctx.saved_tensors
         (grad,) = grads
         return take_rows(grad, index).to(ctx.dtype), None, None, None
 
 
 def _sum_rows(values: Tensor, index: Tensor, A: int, dtype: torch.dtype) -> Tensor:
-    """add_rows: within the dtype of values, which a narrower weight's gradient is rounded from once.
+    """add_rows. Sums are kept in the dtype of values, and rounded once where ``dtype`` is narrower.
 
-    Without a look at how many different indices there are, which would cost a synchronisation.
+    The number of different indices is not computed, since that would synchronise.
     """
     if dtype is values.dtype:
         return torch.ops.aten.embedding_dense_backward(values, index, A, -1, False)
@@ -76,7 +76,7 @@ def _sum_rows(values: Tensor, index: Tensor, A: int, dtype: torch.dtype) -> Tens
     segment = torch.cat([index.new_zeros(1), (index[1:] != index[:-1]).cumsum(0)])[: index.shape[0]]
     sums = torch.ops.aten.embedding_dense_backward(values[order], segment, max(index.shape[0], 1), -1, False)
     total = torch.zeros((A, values.shape[1]), dtype=dtype, device=values.device)
-    # Where an index stands several times, the same sum is written several times.
+    # An index that occurs several times is written several times, with the same sum.
     return total.index_copy_(0, index, sums.to(dtype)[segment])
 
 

@@ -1,4 +1,4 @@
-"""The derivative of sweep_backward: what a gradient penalty asks of the conservative term, by tiles as well."""
+"""The derivative of sweep_backward, which a gradient penalty needs; it is computed by tiles, too."""
 
 from typing import NamedTuple
 
@@ -9,11 +9,15 @@ from torch import Tensor
 from dqn_fused.arguments import accumulation_dtype
 from dqn_fused.head.sweep import column_blocks, origin, row_blocks, tile
 from dqn_fused.head.sweep_backward import without_autocast
+from dqn_fused.head.whole import WHOLE, Whole
 
 
 class SecondOrder(NamedTuple):
-    """The gradients of S = sum(g * z), where g = rest * softmax(q) and taken more where the action was taken, (n, A),
-    is the gradient of Q-values, and z the change of Q-values by what came upstream of the gradients."""
+    """The work of ``second_order``: the gradients of S = sum(g * z), where g and z are (n, A).
+
+    g is the gradient of the Q-values, rest * softmax(q), plus taken at the action taken. z is the change of the
+    Q-values when hidden, weight and bias change by the upstream gradients of_hidden, of_weight and of_bias.
+    """
 
     hidden: Tensor  # (n, D)
     weight: Tensor  # (A, D)
@@ -24,14 +28,15 @@ class SecondOrder(NamedTuple):
     actions: Tensor  # (n,) int64, in [0, A)
     taken: Tensor  # (n,)
     rest: Tensor  # (n,)
-    # What came upstream of the gradients of hidden, weight and bias, each as the gradient itself.
+    # Upstream gradients of the gradients of hidden, weight and bias, each of the same shape.
     of_hidden: Tensor | None
     of_weight: Tensor | None
     of_bias: Tensor | None
+    shards: Whole = WHOLE
 
 
 def second_order(work: SecondOrder) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight, bias, taken and rest, by two sweeps: means of z under the policy, and the rest."""
+    """Gradients of hidden, weight, bias, taken and rest, in two sweeps; the first finds means of z under the policy."""
     with without_autocast(work.hidden.device):
         return _by_tiles(work)
 
@@ -49,9 +54,10 @@ def _by_tiles(work: SecondOrder) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor
         mean[rows] += (policy * change).sum(1)
         inside, column = _column(work, rows, columns)
         taken[rows] += torch.where(inside, change.gather(1, column).squeeze(1), 0)
+    mean_of_all = work.shards.total(mean)
     for rows, columns in tiles:
         share = _policy(work, rows, columns) * work.rest[rows].unsqueeze(1)
-        off = share * (_change(work, rows, columns) - mean[rows].unsqueeze(1))
+        off = share * (_change(work, rows, columns) - mean_of_all[rows].unsqueeze(1))
         inside, column = _column(work, rows, columns)
         gradient = share.scatter(
             1, column, share.gather(1, column) + torch.where(inside, work.taken[rows], 0).unsqueeze(1)
@@ -76,7 +82,7 @@ def _policy(work: SecondOrder, rows: slice, columns: slice) -> Tensor:
 
 
 def _change(work: SecondOrder, rows: slice, columns: slice) -> Tensor:
-    """Change of a tile of Q-values by that of hidden, weight and bias, (rows, columns)."""
+    """A tile of z, (rows, columns)."""
     dtype = work.rest.dtype
     change = work.rest.new_zeros(work.rest[rows].shape[0], columns.stop - columns.start)
     if work.of_hidden is not None:

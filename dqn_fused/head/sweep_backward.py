@@ -1,4 +1,4 @@
-"""Gradients of a layer through the softmax of its Q-values: tiles are multiplied again and used up in the cache."""
+"""Gradients of a layer through the softmax of its Q-values, whose tiles are multiplied again and used in the cache."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -16,9 +16,9 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class SweepBackward(NamedTuple):
-    """Which gradients, from coefficients of each sample in the accumulation dtype: the work of ``sweep_backward``.
+    """The work of ``sweep_backward``: coefficients of each sample, in the accumulation dtype, and the gradients needed.
 
-    The gradient of Q-values is ``policy * exp(q - largest)``, and ``taken`` more where the action was taken.
+    The gradient of the Q-values is ``policy * exp(q - largest)``, plus ``taken`` at the action taken.
     """
 
     hidden: Tensor  # (n, D)
@@ -26,8 +26,8 @@ class SweepBackward(NamedTuple):
     bias: Tensor | None  # (A,)
     mask: Tensor | None  # (n, A), true where an action is legal
     largest: Tensor  # (n,), of the legal Q-values
-    policy: Tensor  # (n,), what came upstream, divided by the sum of exp(q - largest)
-    actions: Tensor  # (n,) int64; what lies outside of [0, A) was not taken
+    policy: Tensor  # (n,), the upstream gradient divided by the sum of exp(q - largest)
+    actions: Tensor  # (n,) int64; one outside of [0, A) has no part in the gradient
     taken: Tensor  # (n,)
     needs: tuple[bool, bool, bool]  # hidden, weight and bias
 
@@ -40,8 +40,8 @@ TileGradient = Callable[[SweepBackward, Tensor, Tensor, slice, slice], tuple[Ten
 def sweep_backward(work: SweepBackward) -> Gradients:
     """Gradients of hidden, (n, D), weight, (A, D), and bias, (A,), in their dtypes; None where none is needed.
 
-    A tile's share is rounded as nn.Linear's backward rounds the whole, and added up in the accumulation dtype in a
-    fixed order. Rows of the weight are written by their tile; all of them, since every action has a share.
+    The gradient of a tile is rounded as nn.Linear's backward rounds that of the matrix. Products are added up in the
+    accumulation dtype, in a fixed order. Each tile writes its own rows of the weight's gradient, so all are written.
     """
     if torch.compiler.is_compiling():
         return unpack(work.needs, *_ops.sweep_backward(*pack(work)))
@@ -49,7 +49,7 @@ def sweep_backward(work: SweepBackward) -> Gradients:
 
 
 def sweep_backward_by(tile_gradient: TileGradient, work: SweepBackward) -> Gradients:
-    """sweep_backward, with the gradients of tiles from elsewhere."""
+    """sweep_backward with another function for the gradient of a tile."""
     with without_autocast(work.hidden.device):
         return _by_tiles(tile_gradient, work)
 
@@ -98,7 +98,7 @@ def _tile_gradient(work: SweepBackward, h: Tensor, w: Tensor, rows: slice, colum
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool = False) -> None:
     """total += a @ b, or total = a @ b the first time; the product is rounded to the dtype of its factors."""
     if total.dtype is a.dtype:
-        total.addmm_(a, b, beta=0 if first else 1)  # with 0 what was in total does not count, be it NaN
+        total.addmm_(a, b, beta=0 if first else 1)  # with beta=0, NaN in total is ignored
     elif first:
         total.copy_(a @ b)
     else:
@@ -106,7 +106,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool = False) -> No
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Products in the dtypes of their factors, also where a backward is called under autocast."""
+    """Turn autocast off, if it is on: a backward that is called under it multiplies in the dtypes of its factors."""
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
@@ -118,7 +118,7 @@ def pack(work: SweepBackward) -> tuple[object, ...]:
 
 
 def unpack(needs: tuple[bool, bool, bool], *grads: Tensor) -> Gradients:
-    """Gradients as an op returns them, where (0,) stands for None."""
+    """Gradients from the outputs of an op, where (0,) stands for None."""
     hidden, weight, bias = (grad if need else None for grad, need in zip(grads, needs, strict=True))
     return hidden, weight, bias
 
@@ -135,7 +135,7 @@ def run_packed(
     taken: Tensor,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """An op, of arguments as pack gives them."""
+    """Run an op on arguments from pack."""
     for_hidden, for_weight, for_bias = needs
     grads = run(
         SweepBackward(

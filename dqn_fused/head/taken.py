@@ -1,4 +1,4 @@
-"""The value of the action taken: one dot product a sample, and a gradient for one row of the weight."""
+"""The value of the action taken: one dot product per sample, whose gradient goes to one row of the weight."""
 
 from typing import Any
 
@@ -19,9 +19,9 @@ def taken_values(
     shards: Whole = WHOLE,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Q-values of one action a row, (n,): dot products in the accumulation dtype.
+    """Q-values of one action per row, (n,): dot products in the accumulation dtype.
 
-    NaN where the action is out of range, -inf where the mask, (n, A), has it illegal.
+    NaN where the action is out of range, -inf where it is illegal by the mask, (n, A).
     """
     dtype = accumulation_dtype(hidden)
     index, here = shards.locate(actions, weight.shape[0])
@@ -35,15 +35,15 @@ def taken_values(
 
 
 def _with_a_row(weight: Tensor) -> Tensor:
-    """Of a rank without rows one of zeros: no action is it, but what is made of it takes part in the backward."""
+    """Give a rank without rows a row of zeros, which no action has, so that it takes part in the backward."""
     return weight if weight.shape[0] else F.pad(weight, (0, 0, 0, 1))
 
 
 class TakenValues(torch.autograd.Function):
     """taken_values, with gradients for hidden, weight and bias.
 
-    The rows of the weight's gradient are added up in a fixed order, in the accumulation dtype, where several samples
-    took the same action. A backward that is itself recorded is written in differentiable operations.
+    Where several samples took the same action, the rows of the weight's gradient are added up in a fixed order, in the
+    accumulation dtype. The backward consists of differentiable operations.
     """
 
     @staticmethod
@@ -61,24 +61,34 @@ class TakenValues(torch.autograd.Function):
         hidden, weight, actions = ctx.saved_tensors
         A = weight.shape[0]
         index, here = ctx.shards.locate(actions, A)
-        grad = ctx.shards.enter(grads[0])
-        if here is not None:
-            grad = torch.where(here, grad, 0)
-        grad = grad.unsqueeze(1)
+        grad = ctx.shards.enter(grads[0]).unsqueeze(1)
+
+        def of_rows(values: Tensor, dtype: torch.dtype, column: bool = False) -> Tensor:
+            values, rows = _selected(values, here), index
+            if A == 0:
+                values, rows = values[:0], rows[:0]
+            elif ctx.sparse:
+                values, rows = ctx.shards.present(here, values, rows)
+            return _add_rows(values, rows, A, dtype, ctx.sparse, column)
+
         grad_hidden = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_hidden = (grad * take_rows(_with_a_row(weight), index).to(grad.dtype)).to(hidden.dtype)
-        if A == 0:
-            grad, hidden, index = grad[:0], hidden[:0], index[:0]
+            of_hidden = grad * take_rows(_with_a_row(weight), index).to(grad.dtype)
+            grad_hidden = _selected(of_hidden, here).to(hidden.dtype)
         if ctx.needs_input_grad[1]:
-            grad_weight = _add_rows(grad * hidden.to(grad.dtype), index, A, weight.dtype, ctx.sparse)
+            grad_weight = of_rows(grad * hidden.to(grad.dtype), weight.dtype)
         if ctx.needs_input_grad[2]:
-            grad_bias = _add_rows(grad, index, A, ctx.bias_dtype, ctx.sparse, column=True)
+            grad_bias = of_rows(grad, ctx.bias_dtype, column=True)
         return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
+def _selected(x: Tensor, here: Tensor | None) -> Tensor:
+    """Rows of the samples whose action is here, and zeros: for others a product with any row may be inf or NaN."""
+    return x if here is None else torch.where(here.unsqueeze(1), x, 0)
+
+
 def _add_rows(values: Tensor, index: Tensor, A: int, dtype: torch.dtype, sparse: bool, column: bool = False) -> Tensor:
-    """Rows added up by their index, (A, D), or (A,) of a column; equal indices in the order of the samples."""
+    """Rows added up by their index, (A, D), or (A,) for a column; equal indices in the order of the samples."""
     if sparse:
         values = (values.squeeze(1) if column else values).to(dtype)
         return torch.sparse_coo_tensor(index.unsqueeze(0), values, (A, *values.shape[1:]), check_invariants=False)

@@ -1,4 +1,4 @@
-"""What a target network's linear head says: the value of the next states, and Munchausen's bonus of the state."""
+"""From a target network's linear head: the value of the next states, and Munchausen's bonus."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from dqn_fused.head.whole import Whole
 
 
 def next_sweep(head: Head, spec: LossSpec) -> Sweep | None:
-    """What next_values needs of all actions; None where a target is ready."""
+    """The sweep that next_values needs; None if the target is ready."""
     if head.next_hidden is None or head.next_weight is None:
         return None
     mask = head.next_action_mask
@@ -22,7 +22,7 @@ def next_sweep(head: Head, spec: LossSpec) -> Sweep | None:
 
 
 def next_values(head: Head, spec: LossSpec, found: Statistics | None, shards: Whole) -> Tensor | None:
-    """What each next state is worth, (m,), in the accumulation dtype; None where a target is ready."""
+    """Value of each next state, (m,), in the accumulation dtype; None if the target is ready."""
     if found is None or head.next_hidden is None or head.next_weight is None:
         return None
     if found.first is not None:
@@ -30,12 +30,12 @@ def next_values(head: Head, spec: LossSpec, found: Statistics | None, shards: Wh
         value = torch.where(found.largest.isnan(), torch.nan, value)
     else:
         value = found.largest if found.total is None else found.largest + log_total(found, spec.temperature)
-    # With a mask, -inf says that no action was legal.
+    # With a mask, -inf means that no action was legal.
     return value if head.next_action_mask is None else torch.where(found.largest == -torch.inf, torch.nan, value)
 
 
 def bonus_sweep(head: Head, spec: LossSpec) -> Sweep | None:
-    """What bonus needs of all actions; None without Munchausen."""
+    """The sweep that bonus needs; None without Munchausen."""
     if head.target_hidden is None or head.next_weight is None:
         return None
     return Sweep(head.target_hidden, head.next_weight, head.next_bias, head.action_mask, "soft", spec.temperature)

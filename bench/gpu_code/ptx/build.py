@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
+from filelock import FileLock  # a requirement of torch
+
 from bench.measure.machine import ROOT
 
 ENGINE = Path(__file__).parent / "engine"
@@ -27,20 +29,23 @@ def folder() -> Path:
 
 
 def once(name: str, key: Sequence[bytes], make: Callable[[Path], None]) -> Path:
-    """The folder that make has filled for this key, now or before. Processes may race for it."""
+    """The folder that make has filled for this key, now or earlier. Processes may race for it."""
     digest = hashlib.sha256(b"\0".join(key)).hexdigest()[:16]
-    target = folder() / f"{name}-{digest}"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            make(Path(scratch))
-            Path(scratch).chmod(0o755)
-            try:
-                Path(scratch).rename(target)
-                Path(scratch).mkdir()
-            except OSError:  # another process was first
-                if not target.exists():
-                    raise
+    return filled(folder() / f"{name}-{digest}", make)
+
+
+def filled(target: Path, make: Callable[[Path], None]) -> Path:
+    """The folder, which make fills unless it is there already. One process fills it, the others wait."""
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if not target.exists():
+            with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+                made = Path(scratch) / target.name
+                made.mkdir()
+                make(made)
+                made.rename(target)  # whole or not at all
     return target
 
 

@@ -28,7 +28,7 @@ LIBRARY = "dqn_fused_ptx"
 SOURCES = ROOT / "csrc"
 RUNTIME = Path(__file__).parent / "runtime" / "runtime.cpp"
 INCLUDE = Path(torch.__file__).parent / "include"
-# Headers first: below the definition CUDA is the CPU.
+# Headers first: behind the definition, CUDA stands for the CPU.
 WRAPPER = """
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -42,7 +42,7 @@ OPS = tuple(name for name in _ops.NAMES if not name.startswith("triton_"))
 
 
 class NotExecutedError(NotImplementedError):
-    """What is left out by design."""
+    """Something that is left out by design."""
 
 
 class Executed(NamedTuple):
@@ -127,7 +127,7 @@ class Executor:
         def called(*given: Any) -> Any:
             if any(isinstance(x, Tensor) and torch._C._functorch.is_legacy_batchedtensor(x) for x in given):
                 raise NotExecutedError("a batch of gradients, which PyTorch unpacks below the op, has no address")
-            # As the dispatcher would do on the way: a copy of what has a lazy minus sign.
+            # As the dispatcher would: a tensor with a lazy minus sign is copied.
             args = [x.resolve_neg() if isinstance(x, Tensor) else x for x in given]
             self.ranges = self.memory.ranges(x for x in args if isinstance(x, Tensor))
             self.error = None
@@ -140,7 +140,8 @@ class Executor:
             finally:
                 self.library.ptx_release()
             for x in result if isinstance(result, tuple) else (result,):
-                self.check_written(name, x)
+                if x is not None:
+                    self.check_written(name, x)
             return result
 
         return called

@@ -20,18 +20,18 @@ CATEGORIES = (
 MEMORY = (
     "warps", "instructions", "load_bytes", "store_bytes", "load_sectors", "store_sectors", "wavefronts", "conflicts"
 )  # fmt: skip
-MOST_INSTRUCTIONS = 1_000_000_000  # of all warps of a launch, before it is taken not to end
+MOST_INSTRUCTIONS = 1_000_000_000  # of all warps of a launch, after which it is considered endless
 
 
 class PtxError(RuntimeError):
-    """What the executor found wrong; the message names kernel, instruction and thread."""
+    """An error that the executor found; the message names kernel, instruction and thread."""
 
 
 Flags = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 class Range(NamedTuple):
-    """Bytes of memory that a kernel may access; written has a flag a byte, None where every one is."""
+    """Bytes of memory that a kernel may access; written has a flag for each byte, or is None if all are written."""
 
     address: int
     size: int
@@ -91,7 +91,7 @@ class Kernel:
         return Counts(zip((*MEMORY, *CATEGORIES), values, strict=True))
 
     def line(self, instruction: int) -> int:
-        """Line of the text that an instruction stands in."""
+        """The line of the text that contains an instruction."""
         place = library().ptx_text(ctypes.c_void_p(self.handle), instruction).decode()
         return int(place.split(",")[0].removeprefix("line "))
 
@@ -107,7 +107,7 @@ class Trace(NamedTuple):
 
 
 def trace() -> Trace:
-    """Of the last launch with trace=True."""
+    """The trace of the last launch with trace=True."""
 
     def taken(which: int, columns: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
         count = ctypes.c_uint64()
@@ -159,7 +159,7 @@ class Memory:
             self.flags[storage.data_ptr()] = storage, np.zeros(storage.nbytes(), np.uint8)
 
     def ranges(self, tensors: Iterable[Tensor]) -> list[Range]:
-        """What may be accessed through tensors; those that overlap become one."""
+        """The memory that may be accessed through tensors; ranges that overlap become one."""
         spans: list[tuple[int, int, int]] = []  # first, after, storage
         for x in tensors:
             first, size = extent(x)

@@ -12,10 +12,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from bench.gpu_code.aot import StubDriver
+from bench.gpu_code.aot import StubDriver, serving_cpu
 from bench.gpu_code.ptx.executor import Counts, Kernel, Memory, Trace, trace
-from dqn_fused import _backends
-from dqn_fused._backends import triton_backend, triton_launch
+from dqn_fused._backends import triton_launch
 
 TARGETS = ("sm_75", "sm_80", "sm_90", "sm_120")
 NOT_EXECUTED = ("wgmma", "tcgen05")
@@ -27,7 +26,7 @@ C_TYPES: dict[str, Any] = {
 
 
 class NotExecutedError(NotImplementedError):
-    """The kernel has instructions that are out of the executor's scope."""
+    """The kernel has instructions that the executor leaves out by design."""
 
 
 class Executed(NamedTuple):
@@ -72,7 +71,7 @@ class Executor:
             parsed = self._kernels[ptx] = Kernel(self.change(name, ptx) if self.change else ptx, name)
         named = dict(zip(kernel.arg_names, args, strict=False)) | meta
         values = packed(compiled, kernel.arg_names, named)
-        # Behind the kernel's own there are two pointers to scratch memory, which is not used.
+        # Behind the kernel's own parameters there are two pointers to scratch memory, which is not used.
         values += [ctypes.c_uint64(0) for _ in range(len(parsed.sizes) - len(values))]
         assert [ctypes.sizeof(x) for x in values] == parsed.sizes, f"{name}: {values} for {parsed.sizes}"
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(x) for x in values))
@@ -88,7 +87,7 @@ class Executor:
             self.launches.append(Executed(name, compiled, parsed, programs, named, counts))
 
     def empty(self, allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """torch.empty, of which the executor knows that a kernel of ours has to write it before it is read."""
+        """torch.empty, whose result the executor expects a kernel to write before it is read."""
 
         def allocated(*args: Any, **kwargs: Any) -> Tensor:
             x = allocate(*args, **kwargs)
@@ -100,7 +99,7 @@ class Executor:
 
 
 def packed(compiled: Any, names: list[str], given: dict[str, Any]) -> list[Any]:
-    """The arguments that the compiled kernel takes, by its own signature: what is constant has no parameter."""
+    """The arguments of the compiled kernel, by its own signature: a constant has no parameter."""
     values = []
     for key, kind in compiled.src.signature.items():
         name = names[key] if isinstance(key, int) else key
@@ -113,7 +112,7 @@ def packed(compiled: Any, names: list[str], given: dict[str, Any]) -> list[Any]:
 
 @contextmanager
 def targeting(target: str) -> Iterator[None]:
-    """Compile for a GPU that is not here; each has a device number of its own, because kernels are cached by it."""
+    """Compile for a GPU that is not here. Each has its own device number, by which kernels are cached."""
     arch = int(target.removeprefix("sm_"))
     driver.set_active(StubDriver(2000 + arch, GPUTarget("cuda", arch, 32)))
     try:
@@ -130,27 +129,16 @@ _KERNELS: dict[str, Kernel] = {}
 def executing(target: str, **options: Any) -> Iterator[Executor]:
     """Let the Triton backend serve CPU tensors by executing what it compiles for a target."""
     executor = Executor(kernels=_KERNELS, **options)
-    missing = _backends._missing
-
-    def found(name: str) -> str | None:
-        if name != "triton":
-            return missing(name)
-        _backends._LOADED[name] = triton_backend
-        return None
-
     with ExitStack() as stack:
         stack.enter_context(targeting(target))
+        stack.enter_context(serving_cpu())
         for owner, name, value in (
-            (_backends, "_missing", found),
-            (triton_backend, "refuses", lambda device: None if device.type == "cpu" else "expected CPU tensors"),
             (triton_launch, "run", executor.run),
             (torch, "empty", executor.empty(torch.empty)),
             (torch, "empty_like", executor.empty(torch.empty_like)),
             (torch, "empty_strided", executor.empty(torch.empty_strided)),
         ):
             stack.enter_context(patch.object(owner, name, value))
-        for chosen in (_backends._CHOSEN, _backends._CHOSEN_DISTRIBUTIONAL):
-            stack.enter_context(patch.dict(chosen, clear=True))
         yield executor
 
 

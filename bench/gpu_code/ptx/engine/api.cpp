@@ -1,4 +1,4 @@
-// What Python calls, and the table of opcodes. A function that fails returns null or false and writes what is wrong.
+// The functions that Python calls, and the table of opcodes. One that fails returns null or false and writes the error.
 
 #include <algorithm>
 #include <cstdio>
@@ -59,7 +59,7 @@ void* ptx_parse(const char* text, const char* name, char* error, int size) {
 
 void ptx_free(void* kernel) { delete static_cast<ptx::Kernel*>(kernel); }
 
-// Sizes of the parameters, as many as there is room for; returns how many there are.
+// Writes the sizes of the parameters, as far as there is room; returns how many there are.
 int ptx_parameters(const void* kernel, int* sizes, int room) {
   const auto& parameters = static_cast<const ptx::Kernel*>(kernel)->parameters;
   for (int i = 0; i < std::min<int>(room, parameters.size()); ++i) sizes[i] = parameters[i].size;

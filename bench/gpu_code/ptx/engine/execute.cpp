@@ -1,6 +1,6 @@
 // The schedule: blocks in a random order, two of them resident at a time, their warps interleaved at random.
 //
-// Lanes of a warp that have parted are fragments. The one that stands lowest in the code runs, so that they meet again;
+// Lanes of a warp that have diverged are fragments. The one that is lowest in the code runs, so that they meet again;
 // at an instruction that exchanges something between lanes a fragment waits for the others.
 
 #include "execute.h"
@@ -81,7 +81,7 @@ class Schedule {
     w.index = index;
     w.live = threads >= LANES ? ALL : (1u << threads) - 1;
     w.fragments.push_back({0, w.live});
-    // A register that nobody wrote is NaN, or large.
+    // A register that was never written is NaN, or large.
     w.registers.assign(static_cast<size_t>(kernel_.rows) * LANES, 0x7ff8dead7fc0dead);
     w.predicates.assign(kernel_.predicates, 0);
     if (kernel_.local_bytes) w.local.assign(LANES, std::vector<uint8_t>(kernel_.local_bytes, 0xff));

@@ -17,24 +17,12 @@ using Float2 = Pair<float>;
 
 template <class T, bool FTZ, class F>
 Form unary(F) {
-  return {[](Warp& w, const Instr& in, uint32_t lanes) {
-            uint64_t* const d = w.row(in.v[0]);
-            const uint64_t* const a = w.row(in.v[1]);
-            each(lanes, [&](int i) { put<T>(d, i, result<FTZ>(static_cast<T>(F{}(flush<FTZ>(get<T>(a, i)))))); });
-          },
-          2};
+  return lanewise<T, T>([](T a) { return result<FTZ>(static_cast<T>(F{}(flush<FTZ>(a)))); });
 }
 
 template <class T, bool FTZ, class F>
 Form binary(F) {
-  return {[](Warp& w, const Instr& in, uint32_t lanes) {
-            uint64_t* const d = w.row(in.v[0]);
-            const uint64_t *const a = w.row(in.v[1]), *const b = w.row(in.v[2]);
-            each(lanes, [&](int i) {
-              put<T>(d, i, result<FTZ>(static_cast<T>(F{}(flush<FTZ>(get<T>(a, i)), flush<FTZ>(get<T>(b, i))))));
-            });
-          },
-          3};
+  return lanewise<T, T, T>([](T a, T b) { return result<FTZ>(static_cast<T>(F{}(flush<FTZ>(a), flush<FTZ>(b)))); });
 }
 
 template <class T, bool FTZ>
@@ -80,8 +68,8 @@ struct BFloat16 {
   static uint16_t to(float x) { return to_bf16(x); }
 };
 
-// One rounding only: a sum, difference or product of two halves is exact in float64, and what float32 rounds to odd
-// rounds like it.
+// Rounded once: a sum, difference or product of two halves is exact in float64, and rounds the same when float32 rounds
+// it to odd first.
 float to_odd(double x) {
   const float nearest = static_cast<float>(x);
   if (static_cast<double>(nearest) == x || std::isnan(x) || std::isinf(nearest)) return nearest;

@@ -5,77 +5,19 @@
 #include "warp.h"
 
 namespace ptx {
+
+uint32_t twice(uint16_t);
+int32_t twice(int16_t);
+uint64_t twice(uint32_t);
+int64_t twice(int32_t);
+unsigned __int128 twice(uint64_t);
+__int128 twice(int64_t);
+
+// The type with twice the bits.
+template <class T>
+using Twice = decltype(twice(T{}));
+
 namespace {
-
-template <class T, class F>
-Form unary(F) {
-  return {[](Warp& w, const Instr& in, uint32_t lanes) {
-            uint64_t* const d = w.row(in.v[0]);
-            const uint64_t* const a = w.row(in.v[1]);
-            each(lanes, [&](int i) { put<T>(d, i, F{}(get<T>(a, i))); });
-          },
-          2};
-}
-
-template <class T, class F>
-Form binary(F) {
-  return {[](Warp& w, const Instr& in, uint32_t lanes) {
-            uint64_t* const d = w.row(in.v[0]);
-            const uint64_t *const a = w.row(in.v[1]), *const b = w.row(in.v[2]);
-            each(lanes, [&](int i) { put<T>(d, i, F{}(get<T>(a, i), get<T>(b, i))); });
-          },
-          3};
-}
-
-template <class T, class F>
-Form shift(F) {  // by a 32-bit number
-  return {[](Warp& w, const Instr& in, uint32_t lanes) {
-            uint64_t* const d = w.row(in.v[0]);
-            const uint64_t *const a = w.row(in.v[1]), *const b = w.row(in.v[2]);
-            each(lanes, [&](int i) { put<T>(d, i, F{}(get<T>(a, i), get<uint32_t>(b, i))); });
-          },
-          3};
-}
-
-template <class To, class T, class F>
-Form ternary(F) {
-  return {[](Warp& w, const Instr& in, uint32_t lanes) {
-            uint64_t* const d = w.row(in.v[0]);
-            const uint64_t *const a = w.row(in.v[1]), *const b = w.row(in.v[2]), *const c = w.row(in.v[3]);
-            each(lanes, [&](int i) { put<To>(d, i, F{}(get<T>(a, i), get<T>(b, i), get<To>(c, i))); });
-          },
-          4};
-}
-
-template <class T>
-struct Double;
-template <>
-struct Double<uint16_t> {
-  using type = uint32_t;
-};
-template <>
-struct Double<int16_t> {
-  using type = int32_t;
-};
-template <>
-struct Double<uint32_t> {
-  using type = uint64_t;
-};
-template <>
-struct Double<int32_t> {
-  using type = int64_t;
-};
-template <>
-struct Double<uint64_t> {
-  using type = unsigned __int128;
-};
-template <>
-struct Double<int64_t> {
-  using type = __int128;
-};
-
-template <class T>
-using Twice = typename Double<T>::type;
 
 void add(Table& table, const std::string& name, Form form, Category category = Category::INTEGER) {
   add_opcode(table, name, form, category);
@@ -93,22 +35,23 @@ template <class T>
 void add_arithmetic(Table& table, const std::string& type) {
   using U = std::make_unsigned_t<T>;
   constexpr int BITS = sizeof(T) * 8;
-  add(table, "add." + type, binary<U>([](U a, U b) { return static_cast<U>(a + b); }));
-  add(table, "sub." + type, binary<U>([](U a, U b) { return static_cast<U>(a - b); }));
-  add(table, "mul.lo." + type, binary<U>([](U a, U b) { return static_cast<U>(static_cast<uint64_t>(a) * b); }));
+  add(table, "add." + type, lanewise<U, U, U>([](U a, U b) { return static_cast<U>(a + b); }));
+  add(table, "sub." + type, lanewise<U, U, U>([](U a, U b) { return static_cast<U>(a - b); }));
+  add(table, "mul.lo." + type,
+      lanewise<U, U, U>([](U a, U b) { return static_cast<U>(static_cast<uint64_t>(a) * b); }));
   add(table, "mul.hi." + type,
-      binary<T>([](T a, T b) { return static_cast<T>(static_cast<Twice<T>>(a) * b >> BITS); }));
+      lanewise<T, T, T>([](T a, T b) { return static_cast<T>(static_cast<Twice<T>>(a) * b >> BITS); }));
   add(table, "mad.lo." + type,
-      ternary<U, U>([](U a, U b, U c) { return static_cast<U>(static_cast<uint64_t>(a) * b + c); }));
+      lanewise<U, U, U, U>([](U a, U b, U c) { return static_cast<U>(static_cast<uint64_t>(a) * b + c); }));
   add(table, "mad.hi." + type,
-      ternary<T, T>([](T a, T b, T c) { return static_cast<T>((static_cast<Twice<T>>(a) * b >> BITS) + c); }));
-  add(table, "div." + type, binary<T>([](T a, T b) { return divide(a, b); }));
-  add(table, "rem." + type, binary<T>([](T a, T b) {
+      lanewise<T, T, T, T>([](T a, T b, T c) { return static_cast<T>((static_cast<Twice<T>>(a) * b >> BITS) + c); }));
+  add(table, "div." + type, lanewise<T, T, T>([](T a, T b) { return divide(a, b); }));
+  add(table, "rem." + type, lanewise<T, T, T>([](T a, T b) {
         return b == 0 ? a : static_cast<T>(static_cast<U>(a) - static_cast<U>(static_cast<uint64_t>(divide(a, b)) * b));
       }));
-  add(table, "min." + type, binary<T>([](T a, T b) { return b < a ? b : a; }));
-  add(table, "max." + type, binary<T>([](T a, T b) { return a < b ? b : a; }));
-  add(table, "shr." + type, shift<T>([](T a, uint32_t n) {
+  add(table, "min." + type, lanewise<T, T, T>([](T a, T b) { return b < a ? b : a; }));
+  add(table, "max." + type, lanewise<T, T, T>([](T a, T b) { return a < b ? b : a; }));
+  add(table, "shr." + type, lanewise<T, T, uint32_t>([](T a, uint32_t n) {
         return static_cast<T>(n < BITS ? a >> n : a < 0 ? -1 : 0);
       }));
   if constexpr (BITS < 64) {
@@ -120,13 +63,13 @@ void add_arithmetic(Table& table, const std::string& type) {
            });
          },
          3});
-    add(table, "mad.wide." + type, ternary<W, T>([](T a, T b, W c) {
+    add(table, "mad.wide." + type, lanewise<W, T, T, W>([](T a, T b, W c) {
           return static_cast<W>(static_cast<std::make_unsigned_t<W>>(static_cast<W>(a) * b) + c);
         }));
   }
   if constexpr (std::is_signed_v<T>) {
-    add(table, "neg." + type, unary<U>([](U a) { return static_cast<U>(0 - a); }));
-    add(table, "abs." + type, unary<T>([](T a) { return a < 0 ? static_cast<T>(0 - static_cast<U>(a)) : a; }));
+    add(table, "neg." + type, lanewise<U, U>([](U a) { return static_cast<U>(0 - a); }));
+    add(table, "abs." + type, lanewise<T, T>([](T a) { return a < 0 ? static_cast<T>(0 - static_cast<U>(a)) : a; }));
   }
   if constexpr (BITS >= 32) {
     // bfe: bits [b, b + c) of a, the uppermost of them extended if signed.
@@ -153,13 +96,15 @@ void add_arithmetic(Table& table, const std::string& type) {
 template <class U>
 void add_bits(Table& table, const std::string& type) {
   constexpr uint32_t BITS = sizeof(U) * 8;
-  add(table, "and." + type, binary<U>([](U a, U b) { return static_cast<U>(a & b); }));
-  add(table, "or." + type, binary<U>([](U a, U b) { return static_cast<U>(a | b); }));
-  add(table, "xor." + type, binary<U>([](U a, U b) { return static_cast<U>(a ^ b); }));
-  add(table, "not." + type, unary<U>([](U a) { return static_cast<U>(~a); }));
-  add(table, "shl." + type,
-      shift<U>([](U a, uint32_t n) { return static_cast<U>(n < BITS ? static_cast<uint64_t>(a) << n : 0); }));
-  add(table, "shr." + type, shift<U>([](U a, uint32_t n) { return static_cast<U>(n < BITS ? a >> n : 0); }));
+  add(table, "and." + type, lanewise<U, U, U>([](U a, U b) { return static_cast<U>(a & b); }));
+  add(table, "or." + type, lanewise<U, U, U>([](U a, U b) { return static_cast<U>(a | b); }));
+  add(table, "xor." + type, lanewise<U, U, U>([](U a, U b) { return static_cast<U>(a ^ b); }));
+  add(table, "not." + type, lanewise<U, U>([](U a) { return static_cast<U>(~a); }));
+  add(table, "shl." + type, lanewise<U, U, uint32_t>([](U a, uint32_t n) {
+        return static_cast<U>(n < BITS ? static_cast<uint64_t>(a) << n : 0);
+      }));
+  add(table, "shr." + type,
+      lanewise<U, U, uint32_t>([](U a, uint32_t n) { return static_cast<U>(n < BITS ? a >> n : 0); }));
   if constexpr (BITS >= 32) {
     add(table, "popc." + type,
         {[](Warp& w, const Instr& in, uint32_t lanes) {
@@ -175,7 +120,7 @@ void add_bits(Table& table, const std::string& type) {
            });
          },
          2});
-    add(table, "brev." + type, unary<U>([](U a) {
+    add(table, "brev." + type, lanewise<U, U>([](U a) {
           U x = 0;
           for (uint32_t k = 0; k < BITS; ++k) x |= (a >> k & 1) << (BITS - 1 - k);
           return x;
@@ -199,7 +144,7 @@ void add_bits(Table& table, const std::string& type) {
 // Integers and floats alike are moved and selected as bits.
 template <class U>
 void add_moves(Table& table, const std::string& type) {
-  add(table, "mov." + type, unary<U>([](U a) { return a; }), Category::MOVE);
+  add(table, "mov." + type, lanewise<U, U>([](U a) { return a; }), Category::MOVE);
   add(table, "selp." + type,
       {[](Warp& w, const Instr& in, uint32_t lanes) {
          uint64_t* const d = w.row(in.v[0]);
@@ -306,11 +251,11 @@ void add_integers(Table& table) {
   add(table, "shf.r.wrap.b32", {funnel<false, true>, 4});
   add(table, "shf.l.clamp.b32", {funnel<true, false>, 4});
   add(table, "shf.r.clamp.b32", {funnel<false, false>, 4});
-  // Generic addresses are those of global memory, but for a window.
+  // Generic addresses are those of global memory, except a window.
   for (const char* name : {"cvta.to.global.u64", "cvta.global.u64"})
-    add(table, name, unary<uint64_t>([](uint64_t a) { return a; }));
-  add(table, "cvta.shared.u64", unary<uint64_t>([](uint64_t a) { return a + SHARED_WINDOW; }));
-  add(table, "cvta.to.shared.u64", unary<uint64_t>([](uint64_t a) { return a - SHARED_WINDOW; }));
+    add(table, name, lanewise<uint64_t, uint64_t>([](uint64_t a) { return a; }));
+  add(table, "cvta.shared.u64", lanewise<uint64_t, uint64_t>([](uint64_t a) { return a + SHARED_WINDOW; }));
+  add(table, "cvta.to.shared.u64", lanewise<uint64_t, uint64_t>([](uint64_t a) { return a - SHARED_WINDOW; }));
 }
 
 }  // namespace ptx

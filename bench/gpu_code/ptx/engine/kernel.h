@@ -53,7 +53,7 @@ enum class Category : uint8_t {
 
 enum class Space : uint8_t { GENERIC, GLOBAL, SHARED, PARAM, LOCAL };
 
-// What a load, store or atomic says of itself.
+// What the spelling of a load, store or atomic says.
 struct Access {
   Space space = Space::GENERIC;
   uint8_t size = 0;   // bytes of an element
@@ -97,7 +97,7 @@ struct Kernel {
   std::vector<std::pair<int, std::string>> specials;
 };
 
-// What is wrong, at parsing or executing. A lane of -1 stands for the whole warp.
+// An error of parsing or executing. A lane of -1 stands for the whole warp.
 struct Fault {
   std::string what;
   int lane = -1;

@@ -8,7 +8,7 @@
 namespace ptx {
 namespace {
 
-// Lanes of one instruction that store different values to one address: PTX does not say which of them stays.
+// Lanes of one instruction that store different values to one address: PTX does not say which value remains.
 void check_same(const uint64_t* addresses, const uint8_t (*bytes)[32], int size, uint32_t lanes) {
   int slots[64];
   std::fill(slots, slots + 64, -1);
@@ -28,7 +28,7 @@ void check_same(const uint64_t* addresses, const uint8_t (*bytes)[32], int size,
   });
 }
 
-// What several lanes ask for at once is moved once.
+// A byte that several lanes request at once is moved once.
 void count_global(const uint64_t* addresses, int size, uint32_t lanes, uint64_t& bytes, uint64_t& sectors) {
   uint64_t distinct[LANES], touched[LANES];
   int n = 0;
@@ -53,7 +53,7 @@ void count(Warp& w, Space space, const uint64_t* addresses, int size, uint32_t l
   }
 }
 
-// Where the lanes point, and in which space if that is generic: all lanes of an instruction in the same.
+// The addresses of the lanes, and their space if that is generic: the same for all lanes of an instruction.
 Space addresses_of(Warp& w, const Instr& in, int operand, uint32_t lanes, uint64_t* addresses) {
   Space space = in.op.access.space;
   const bool narrow = space == Space::SHARED;

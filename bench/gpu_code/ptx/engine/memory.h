@@ -1,4 +1,4 @@
-// Global and shared memory with a shadow: who wrote and read each byte last, and whether it was written at all.
+// Global and shared memory with a shadow: which warp last wrote and read each byte, and whether it was written at all.
 //
 // Two accesses conflict where one of them writes, nothing orders them, and they come from two blocks of a launch, or
 // from two warps of a block without a barrier between. Warps of one block may write the same value to a byte.
@@ -20,7 +20,7 @@ struct Actor {
   uint32_t epoch = 0;
 };
 
-// Bytes of a tensor. written has a flag a byte, or is null where every byte is.
+// Bytes of a tensor. written has a flag for each byte, or is null if every byte is written.
 struct Range {
   uint64_t begin = 0, size = 0;
   uint8_t* written = nullptr;
@@ -79,7 +79,7 @@ class GlobalMemory {
   std::unordered_map<uint64_t, std::vector<Acquire>> relaxed_;  // atomics of a warp that no fence has followed
 };
 
-// An access to shared memory as it happened, with nothing concluded from it.
+// An access to shared memory, as it happened.
 struct Event {
   uint64_t block, warp, epoch, address, size;
   uint64_t stored;  // 0 for a load, else 1 + a hash of the bytes

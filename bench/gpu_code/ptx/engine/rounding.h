@@ -1,4 +1,4 @@
-// Half precision as the hardware has it: to the nearest, ties to even, one NaN; and its maxima.
+// Half precision as in the hardware: rounding to the nearest, ties to even, one NaN; and its maxima.
 
 #pragma once
 
@@ -64,7 +64,7 @@ struct Minimum {
   T operator()(T a, T b) const { return -Maximum<T, NAN_WINS>{}(-a, -b); }
 };
 
-// What tensor cores read of a float32: the lowest 13 bits are ignored.
+// The part of a float32 that tensor cores read: the lowest 13 bits are ignored.
 inline float tf32(uint32_t bits) { return bits_as<float>(bits & 0xffffe000); }
 
 // As cvt.rna.tf32.f32: to the nearest, ties away from zero.
@@ -88,7 +88,7 @@ T flush(T x) {
   }
 }
 
-// What arithmetic gives: of float there is one NaN, whatever NaN went in; of double PTX leaves open which one.
+// The result of arithmetic: float has one NaN, whichever went in; for double, PTX leaves open which one.
 template <bool FTZ, class T>
 T result(T x) {
   if constexpr (std::is_floating_point_v<T>) {

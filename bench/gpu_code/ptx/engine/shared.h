@@ -1,4 +1,4 @@
-// Which lane is at fault, and how many passes over the banks of shared memory an access takes.
+// Finds the lane at fault, and the number of passes over the banks of shared memory that an access takes.
 
 #pragma once
 

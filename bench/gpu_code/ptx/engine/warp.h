@@ -6,6 +6,7 @@
 #include <deque>
 #include <memory>
 #include <random>
+#include <utility>
 
 #include "kernel.h"
 #include "memory.h"
@@ -16,7 +17,7 @@ struct Dim {
   uint32_t x = 1, y = 1, z = 1;
 };
 
-// What a GPU would show of a launch.
+// What a GPU could count of a launch.
 struct Counts {
   uint64_t warps = 0, instructions = 0;
   uint64_t load_bytes = 0, store_bytes = 0;      // of global memory, distinct ones of each instruction of a warp
@@ -109,6 +110,22 @@ struct Form {
   size_t operands;
 };
 
+template <class F, class To, class... From, size_t... I>
+void run_lanewise(Warp& w, const Instr& in, uint32_t lanes, std::index_sequence<I...>) {
+  uint64_t* const d = w.row(in.v[0]);
+  const uint64_t* const operands[] = {w.row(in.v[1 + I])...};
+  each(lanes, [&](int i) { put<To>(d, i, F{}(get<From>(operands[I], i)...)); });
+}
+
+// An instruction that computes, lane by lane, a To from operands of the types From, by a function without state.
+template <class To, class... From, class F>
+Form lanewise(F) {
+  return {[](Warp& w, const Instr& in, uint32_t lanes) {
+            run_lanewise<F, To, From...>(w, in, lanes, std::index_sequence_for<From...>{});
+          },
+          1 + sizeof...(From)};
+}
+
 using Table = std::unordered_map<std::string, Opcode>;
 
 inline void add_opcode(Table& table, const std::string& name, Form form, Category category) {
@@ -124,7 +141,7 @@ void add_floats(Table& table);
 void add_conversions(Table& table);
 void add_warp_operations(Table& table);
 void add_matrices(Table& table);
-// Opcodes with many modifiers: null where it is none of these.
+// Opcodes with many modifiers; null for any other.
 Opcode memory_opcode(const std::string& spelling);
 
 }  // namespace ptx

@@ -1,4 +1,4 @@
-// What the lanes of a warp tell each other, and barriers.
+// Exchange between the lanes of a warp, and barriers.
 
 #include "rounding.h"
 #include "warp.h"

@@ -1,5 +1,5 @@
-// As much of the CUDA runtime, and of LibTorch's CUDA part, as csrc/cuda calls: launches go to Python, and so does what
-// the ops allocate.
+// The part of the CUDA runtime, and of LibTorch's CUDA functions, that csrc/cuda calls. Launches and allocations of the
+// ops go to Python.
 
 #include <dlfcn.h>
 
@@ -33,11 +33,11 @@ std::unordered_map<const void*, std::string>& names() {
 
 thread_local std::vector<Configuration> configurations;
 thread_local int last_error = 0;
-thread_local std::vector<Tensor> kept;  // so that no address is given away twice within a call
+thread_local std::vector<Tensor> kept;  // so that no address is used twice within a call
 Launched launched = nullptr;
 Allocated allocated = nullptr;
 
-// The function of LibTorch that one of ours stands before.
+// The function of LibTorch that one of ours hides.
 template <class F>
 F* behind(const char* name) {
   static void* const library = dlopen("libtorch_cpu.so", RTLD_NOW | RTLD_NOLOAD);
