@@ -110,7 +110,7 @@ release-check: $(READY)
 PACKAGES ?= torch
 environment:
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	grep -vE "^(torch|triton)==" requirements-dev.txt > $(VENV)/requirements.txt
+	grep -vE "^(torch|triton)[=>]" requirements-dev.txt > $(VENV)/requirements.txt
 	$(PIP) $(foreach package,$(PACKAGES),"$(package)") --requirement $(VENV)/requirements.txt
 
 $(VENV)/.ready: requirements-dev.txt requirements-extras.txt pyproject.toml setup.py dqn_fused/__init__.py $(CSRC)

@@ -1,8 +1,8 @@
-"""Build of dqn_fused: pure Python, and from csrc/ what this machine can compile.
+"""Build of dqn_fused: pure Python, and the libraries of csrc/ that this machine can compile.
 
 ``DQN_FUSED_BUILD`` says what to compile: ``auto`` (what can be), ``0``, or one or more of ``cpu``, ``cuda`` and
-``autograd``, with commas between them (those or an error). The first two know torch's stable ABI and no Python;
-``autograd`` is for the very torch and Python it is built with, and its file is named so.
+``autograd``, with commas between them (those or an error). The first two use only torch's stable ABI and no Python;
+``autograd`` fits only the torch and the Python it is built with, and both are in its file's name.
 ``TORCH_CUDA_ARCH_LIST`` says for which GPUs. torch must be importable: ``pip install --no-build-isolation .``.
 The folder kernels/ is installed as the package dqn_fused.kernels.
 """
@@ -63,7 +63,7 @@ def leave_out(which: str, reason: object, then: str = RETRY) -> None:
 
 
 def cuda_home(torch: Any) -> str:
-    """Toolkit that has a compiler of torch's CUDA major."""
+    """Root of the toolkit, whose nvcc must be of torch's CUDA major version."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = shutil.which(f"{home}/bin/nvcc" if home else "nvcc")
     if nvcc is None:
@@ -82,7 +82,7 @@ def cuda_home(torch: Any) -> str:
 
 
 def default_gpus(home: str) -> str:
-    """Those that this nvcc knows, and PTX for what comes after them."""
+    """GPUs that this nvcc knows, and PTX for later ones."""
     known = subprocess.run([f"{home}/bin/nvcc", "--list-gpu-code"], capture_output=True, text=True).stdout.split()
     return ";".join(gpu for gpu in GPUS if f"sm_{gpu.replace('.', '')}" in known) + "+PTX"
 
@@ -100,13 +100,13 @@ def library(which: str, torch: Any) -> Extension:
             library_dirs=[str(root / "lib")],
             extra_compile_args={"cxx": ["-O3", "-g0", "-fvisibility=hidden"]},
         )
-    # Not c10: it exports parts of std::, which would then be asked of it, and other versions of torch export others.
+    # Without c10: it exports parts of std::, which the library would take from it, and which differ between versions.
     include, libraries, link = [str(root / "include")], ["torch_cpu"], [str(root / "lib")]
     if which == "cuda":
         from torch.utils import cpp_extension
 
         home = cuda_home(torch)
-        cpp_extension.CUDA_HOME = home  # torch looks for none where it has no CUDA itself
+        cpp_extension.CUDA_HOME = home  # a torch without CUDA does not look for it
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_gpus(home))
         include.append(f"{home}/include")
         libraries.append("cudart")
@@ -131,7 +131,7 @@ def libraries() -> tuple[list[Extension], dict[str, Any]]:
     """Libraries to try and the command that builds them."""
     wanted = {"auto": list(SOURCES), "0": []}.get(MODE, MODE.split(","))
     if not set(wanted) <= SOURCES.keys():
-        raise SystemExit(f"DQN_FUSED_BUILD: expected auto, 0, or of {', '.join(SOURCES)} one or more, got {MODE!r}")
+        raise SystemExit(f"DQN_FUSED_BUILD: expected auto, 0, or one or more of {', '.join(SOURCES)}, got {MODE!r}")
     if not wanted:
         return [], {}
     if sys.platform == "win32" or (sys.platform == "darwin" and MODE == "auto"):

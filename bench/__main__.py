@@ -1,8 +1,8 @@
-"""Measure the DQN loss.
+"""Measure the losses.
 
-full: everything; quick: under a minute; gpu: all that a GPU can show, in one folder; kernels: what the compiled GPU
-kernels take, and their launches of the host, without a GPU; report: README and pictures from the CSV; demo: an agent
-and its own replay batches.
+full: everything; quick: under a minute; gpu: everything that needs a GPU, in one folder; kernels: the resources of the
+compiled GPU kernels and the host's time per launch, without a GPU; report: tables and pictures from the CSV; demo: an
+agent and its own replay batches.
 """
 
 import argparse
@@ -21,9 +21,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "what", nargs="?", choices=("quick", "full", "gpu", "report", "kernels", "demo"), default="full"
     )
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of CSV and pictures (default: out)")
-    parser.add_argument("--seconds", type=float, help="of each provider at each size (default: 0.5; quick: 0.1)")
+    parser.add_argument("--seconds", type=float, help="per provider and size (default: 0.5; quick: 0.1)")
     parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS), help="kinds (default: all)")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="of the loss")
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="of the loss (default: all)"
+    )
     parser.add_argument("--results", type=Path, help="folder that report reads (default: all in bench/results)")
     parser.add_argument("--limit", type=float, default=450, help="seconds that gpu may take (default: 450)")
     parser.add_argument("--plot", default="cartpole.png", help="where the demo saves its learning curve")

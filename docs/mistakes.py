@@ -1,4 +1,4 @@
-"""Make mistakes.md: mistakes that people make, and what the library says to each, by making them.
+"""Make mistakes.md: common mistakes, and what the library says to each, by running the calls.
 
 python docs/mistakes.py docs/mistakes.md
 """
@@ -13,7 +13,7 @@ from torch import nn
 
 import dqn_fused
 
-# What is meant, and the call. Each is made with the tensors of prepared().
+# The mistake and the call, which runs with the names of prepared().
 MISTAKES = [
     ("networks instead of their outputs", "fused_dqn_loss(q_network, actions, rewards, target_network)"),
     ("arrays of NumPy", "fused_dqn_loss(q, actions.numpy(), rewards, next_q)"),

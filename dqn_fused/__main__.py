@@ -15,7 +15,7 @@ from dqn_fused._backends.compiled_backend import cpu_capability
 
 
 def facts() -> dict[str, Any]:
-    """What is installed, what it runs on, and which backends can run here; all of it can be written as JSON."""
+    """What is installed, what it runs on, and which backends can run here, as values that JSON can hold."""
     try:
         triton = version("triton")
     except PackageNotFoundError:
@@ -50,7 +50,7 @@ def facts() -> dict[str, Any]:
 
 
 def report(found: dict[str, Any]) -> str:
-    """The facts as text, one a line."""
+    """The facts as text, one per line."""
     torch, cpu, autograd = found["torch"], found["cpu"], found["autograd"]
     lines = [
         f"dqn_fused  {found['dqn_fused']}",

@@ -15,6 +15,7 @@ import pytest
 import setuptools
 import setuptools.command.bdist_wheel  # what setup.py imports, before a test says that this is another platform
 import torch
+from packaging.requirements import Requirement
 
 import dqn_fused
 
@@ -130,6 +131,19 @@ def test_the_version_is_written_once() -> None:
     assert [node.value for node in literals] == [dqn_fused.__version__]
 
 
+def test_interpreters_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """release_check changes its folder: the relative path that wheels.yml gives was then looked for in out/release."""
+    from tools.release_check import interpreter
+
+    python = tmp_path / "build/newest/bin/python"
+    python.parent.mkdir(parents=True)
+    python.symlink_to(sys.executable)
+    monkeypatch.chdir(tmp_path)
+    assert interpreter("build/newest/bin/python") == str(python)
+    monkeypatch.setenv("PATH", str(python.parent))
+    assert interpreter("python") == str(python)
+
+
 def test_workflows_call_targets_of_the_makefile() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     called = set()
@@ -150,6 +164,20 @@ def test_workflows_have_the_versions_that_are_supported() -> None:
     assert f'requires-python = ">={pythons[0]}"' in project
     assert f'target-version = "py{pythons[0].replace(".", "")}"' in project
     assert f'python_version = "{pythons[0]}"' in project
+
+
+def test_the_tests_install_on_every_supported_python() -> None:
+    """With triton==3.9.0 pip found no solution where torch came from PyPI, whose CUDA build of 2.13.0 requires 3.7.1,
+    and no wheel for Python 3.10. A machine with a CPU build and Python 3.11 did not show it."""
+    lines = (ROOT / "requirements-dev.txt").read_text().splitlines()
+    requirements = {x.name: x.specifier for x in map(Requirement, [x for x in lines if not x.startswith("#")])}
+    assert {"3.7.1", "3.8.0", "3.9.0"} == set(
+        requirements["triton"].filter(["3.5.0", "3.7.1", "3.8.0", "3.9.0", "3.10.0"])
+    )
+    for command in ((ROOT / "Makefile").read_text(), (ROOT / ".github/workflows/test.yml").read_text()):
+        (pattern,) = re.findall(r'grep -vE "(\S+)" requirements-dev.txt', command)
+        others = [x for x in lines if not re.search(pattern, x)]
+        assert not [x for x in others if x.startswith(("torch", "triton"))], "another version of them is asked for"
 
 
 def test_a_bug_report_asks_for_the_facts() -> None:

@@ -4,7 +4,7 @@
 2. The wheel: one for every Python, and a library that asks for the stable ABI of torch 2.10 and nothing else
    (tools/symbols.py). auditwheel, where it is given, says on which Linux it runs, and names the wheel so.
 3. In an environment without a compiler, which sees the torch of this one, the wheel is installed and the numerical
-   tests (those of tests/anywhere.py, but for what torch.compile compiles) run from a copy of tests/. With --python also
+   tests (those of tests/anywhere.py, without graphs of torch.compile) run from a copy of tests/. With --python also
    on the torch of other interpreters.
 4. In another one the sdist is installed: pure Python, and the tests of SDIST_TESTS run on it.
 """
@@ -26,14 +26,14 @@ from tools.symbols import asked, foreign
 ROOT = Path(__file__).parents[1]
 COMPILERS = ("c++", "g++", "gcc", "cc", "clang", "clang++", "nvcc")
 SDIST_TESTS = ("test_golden", "test_loss", "test_reference")
-# Tests of code that a compiler compiles for them, and of what is no number.
+# Tests that need a compiler, and tests that are not numerical.
 LEFT_OUT = ["-m", "not ptx and not graph", "-k", "not opcheck and not torch_compile"]
 SDIST = "import sys, setuptools.build_meta as backend; print(backend.build_sdist(sys.argv[1]))"
 SITE = "import sys; print(*[path for path in sys.path if path.endswith(('site-packages', 'dist-packages'))], sep='\\n')"
 
 
 class Check:
-    """Prints what was found, and the time it took; stops at what is wrong."""
+    """Prints what was found and the time it took; stops at the first failure."""
 
     def __init__(self) -> None:
         self.start = self.last = time.monotonic()
@@ -48,7 +48,7 @@ class Check:
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:
-    """Output of a command, which must succeed. What the caller's environment says of this package is left out."""
+    """Output of a command, which must succeed. The caller's settings of this package are left out."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("DQN_FUSED", "PYTHON", "TRITON"))}
     result = subprocess.run(
         [str(part) for part in command], cwd=cwd, env=kept | environment,
@@ -74,7 +74,7 @@ def build(out: Path) -> tuple[Path, Path, Path]:
 
 
 def look_into(wheel: Path, check: Check) -> None:
-    """One wheel for every Python, whose library asks for the stable ABI alone."""
+    """One wheel for every Python, whose library asks only for the stable ABI."""
     import torch
 
     with zipfile.ZipFile(wheel) as file:
@@ -134,6 +134,11 @@ class Environment:
         return self.run("-m", "pytest", *options, *LEFT_OUT, *files).splitlines()[-1]
 
 
+def interpreter(name: str) -> str:
+    """Absolute path of a Python; not resolved, as an environment's is a link."""
+    return os.path.abspath(shutil.which(name) or name)
+
+
 def numerical_tests() -> list[str]:
     spec = importlib.util.spec_from_file_location("anywhere", ROOT / "tests" / "anywhere.py")
     assert spec is not None
@@ -169,7 +174,7 @@ def main() -> None:
     for archive in (sdist, wheel, pure):
         shutil.copy(archive, dist)
 
-    for number, python in enumerate([sys.executable, *args.python]):
+    for number, python in enumerate([sys.executable, *map(interpreter, args.python)]):
         environment = Environment(out / f"wheel-{number}", python)
         environment.install(wheel)
         facts = environment.facts()

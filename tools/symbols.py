@@ -28,7 +28,7 @@ def stable_abi(include: Path) -> set[str]:
 
 
 def asked(library: Path) -> list[str]:
-    """Symbols that must be found in other libraries, but for those of the system's libraries, which have versions."""
+    """Symbols that must be found in other libraries, except those of the system's libraries, which have versions."""
     lines = [line.split() for line in run("nm", "-D", "--undefined-only", str(library)).splitlines()]
     return sorted(name for kind, name in lines if kind == "U" and not SYSTEM.search(name))
 
@@ -39,7 +39,7 @@ def needed(library: Path) -> list[str]:
 
 
 def foreign(library: Path, include: Path) -> list[str]:
-    """Symbols and libraries that it asks for and that not every torch from the target on has."""
+    """Symbols and libraries that it asks for, and that some torch from the target on does not have."""
     stable = stable_abi(include)
     symbols = [name for name in asked(library) if name not in stable]
     return symbols + [name for name in needed(library) if not LIBRARIES.fullmatch(name)]

@@ -1,4 +1,4 @@
-"""What only a GPU has: CUDA graphs, and time in kernels as the profiler sees it."""
+"""What needs a GPU: CUDA graphs, and the time in kernels that the profiler reports."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -59,7 +59,7 @@ def reduce_overhead(
 
 
 def launches(call: Callable[[], object], device: str = "cuda", times: int = 10) -> list[Launch]:
-    """What a call launches, in one call of `times`, the longest first; empty where the profiler sees no kernels."""
+    """What one call launches, a mean of `times` calls, the longest first; empty where the profiler sees no kernels."""
     for _ in range(WARM_UP):
         call()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
@@ -72,7 +72,7 @@ def launches(call: Callable[[], object], device: str = "cuda", times: int = 10) 
     us: dict[str, float] = defaultdict(float)
     wanted = DeviceType.CUDA if device == "cuda" else DeviceType.CPU
     for event in recorded.events():
-        # An annotation is shown on the device as well, as long as all that it stands for.
+        # An annotation appears on the device, too, with the duration of everything it covers.
         if event.device_type == wanted and not event.is_user_annotation:
             counts[event.name] += 1
             us[event.name] += event.time_range.elapsed_us() if device == "cuda" else event.self_cpu_time_total

@@ -1,4 +1,4 @@
-"""A deadline divided over pieces of work; what did not fit is kept, to be named and not silently dropped."""
+"""A deadline divided over pieces of work; what did not fit is recorded, so that it can be named."""
 
 import math
 import time

@@ -13,7 +13,7 @@ from examples.cartpole import Args, Run, plot, report, train
 
 
 def run(plot_path: str, seed: int) -> None:
-    torch.set_num_threads(1)  # the layers are too small to share out among threads
+    torch.set_num_threads(1)  # the layers are too small for several threads
     result = train(Args(seed=seed, plot=plot_path))
     report(result)
     plot(result, plot_path)

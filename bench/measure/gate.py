@@ -1,4 +1,4 @@
-"""No figure without the right result: what each provider computes against what eager does."""
+"""No figure without the right result: each provider is compared with eager before it is timed."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, TypeVar
@@ -6,7 +6,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-# Of eager in the same dtype, which rounds gamma * max(next_q) to it.
+# Against eager in the same dtype, which rounds gamma * max(next_q) to it.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
@@ -20,7 +20,7 @@ P = TypeVar("P", bound=HasCall)
 
 
 def passed(makers: Mapping[K, Callable[[], P]], dtype: torch.dtype, where: object, problems: list[str]) -> dict[K, P]:
-    """The providers that run and agree with the first of them; of the others problems says what is wrong."""
+    """The providers that run and agree with the first; problems gets a line for each of the others."""
     found: dict[K, P] = {}
     expected: list[Tensor] = []
     for name, make in makers.items():

@@ -1,6 +1,6 @@
-"""All that a GPU can show, by one command and in one folder: tests, launches, figures, pictures and a log.
+"""Everything that needs a GPU, by one command and in one folder: tests, launches, figures, pictures and a log.
 
-No network and no package beside torch, triton and this project is needed; what else is missing is named in the log.
+It needs no network, and only torch, triton and this project; other packages that are missing are named in the log.
 """
 
 import platform

@@ -1,6 +1,6 @@
 """Network and loss as one graph of torch.compile, forward and backward: what the loss adds, by each backend.
 
-Without the optimizer, which a graph leaves as it is, so that a share of this time is less of a whole update.
+The optimizer is left out, because the graph does not change it: a share of this time is less of a whole update.
 """
 
 import math
@@ -27,7 +27,7 @@ from dqn_fused import fused_dqn_loss
 from dqn_fused._backends import serving
 
 FAMILY_SIZES = [(32, 18), (1024, 18), (1024, 512)]
-# K from where a call costs more than the loss to where the loss is what counts.
+# From sizes at which the call costs more than the loss to sizes at which the loss dominates.
 DISTRIBUTIONAL_SIZES = {
     "QR-DQN": [(32, 4, 8), (128, 2, 50), (32, 18, 200)],
     "IQN": [(32, 18, 8), (32, 18, 64)],
@@ -35,7 +35,7 @@ DISTRIBUTIONAL_SIZES = {
     "two-hot": [(32, 4, 8), (32, 18, 51)],
     "HL-Gauss": [(32, 4, 8), (32, 18, 51), (512, 18, 51)],
 }
-SERIAL = 2**16  # elements of q: below, one thread, as the layers are too small to share out
+SERIAL = 2**16  # elements of q: below, one thread, as the layers are too small for several
 
 # A loss of the outputs of the two networks, q and next_q.
 Loss = Callable[[Tensor, Tensor], Any]
@@ -89,7 +89,7 @@ def loss_of(work: Work, device: str, kind: str) -> Loss:
     names = [x] if given.get(f"next_{x}") is None else [x, f"next_{x}"]
     others = given[names[-1]][1:] if isinstance(given[names[-1]], list) else []  # of more target networks than one
     given = {name: value for name, value in given.items() if name not in names}
-    if kind == NOTHING:  # and the sum of next_q, lest the compiler leave the target network out
+    if kind == NOTHING:  # and the sum of next_q, so that the compiler keeps the target network
         some_grad = torch.randn(work.shape, device=device) / work.n
         return lambda q, next_q: (q * some_grad).sum() + (next_q.sum() if len(names) > 1 else 0)
     if kind == EAGER:

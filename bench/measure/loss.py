@@ -42,7 +42,7 @@ def quick(device: str, variants: list[str]) -> list[Work]:
 
 
 def full(device: str, variants: list[str]) -> list[Work]:
-    """What matters most comes first, for where the time does not do for all of it."""
+    """The most important first, in case the time does not suffice for all."""
     work = [Work("dqn", n, A) for n, A in SIZES]
     halves = (torch.bfloat16, torch.float16) if device == "cuda" else (torch.bfloat16,)
     family = [Work(name, n, A) for name in VARIANTS if name != "dqn" for n, A in FAMILY_SIZES]
@@ -67,7 +67,7 @@ def measure(work: Work, device: str, seconds: float, problems: list[str], rlax: 
     rows = []
     for name in found:
         measured = figures(times[name], times["eager"])
-        # A replay is free of what the host takes to issue the work.
+        # A replay does not include the host's time to issue the work.
         rate = {
             key: sizes[key] / (graphs[key] if name in graphs else median(times[key]) * 1e6) for key in (name, FLOOR)
         }

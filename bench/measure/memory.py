@@ -1,4 +1,4 @@
-"""Bytes that a call holds at once beyond what was there before it."""
+"""Bytes that a call allocates at its peak, beyond what was allocated before it."""
 
 import gc
 import os
@@ -10,9 +10,9 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_memory(call: Callable[[], object]) -> int:
-    """Largest sum of live allocations during a call that has run before: of PyTorch's allocator, results included."""
+    """Largest sum of live allocations of PyTorch's allocator during a call, results included; it has run before."""
     gc.collect()
-    gc.disable()  # garbage of before that is freed during the call would count for it
+    gc.disable()  # earlier garbage that is freed during the call would lower the sum
     try:
         return _peak_on_a_gpu(call) if torch.cuda.is_available() else _peak_on_the_cpu(call)
     finally:

@@ -1,4 +1,4 @@
-"""The same loss, forward and backward, by each way there is to compute it."""
+"""The same loss, forward and backward, computed in every way that can run here."""
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -43,7 +43,7 @@ def step(loss: Callable[..., Any], batch: Arguments) -> Callable[[], tuple[Tenso
 def providers(
     name: str, batch: Arguments, device: str, compiled: bool = True, rlax: RlaxProcess | None = None
 ) -> dict[str, Callable[[], Provider]]:
-    """Name -> how to make the provider, of all that can run here; eager first."""
+    """Name -> how to make the provider, for all that can run here; eager first."""
     variant = VARIANTS[name]
     eager = step(variant.eager, batch)
     found: dict[str, Callable[[], Provider]] = {"eager": lambda: Provider(eager, capturable=True)}
@@ -77,7 +77,7 @@ def ours(variant: Variant, batch: Arguments, device: str) -> dict[str, Callable[
 
 
 def floor(variant: Variant, batch: Arguments, size: int) -> Provider:
-    """The least there is to do, by PyTorch's own operations, and no loss.
+    """The least work possible with PyTorch's own operations, without a loss.
 
     On the CPU each matrix is read once, by amax, and one of zeros is written; on a GPU `size` bytes are copied.
     """

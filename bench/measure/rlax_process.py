@@ -1,4 +1,4 @@
-"""rlax in a process of its own: JAX's threads and PyTorch's, in one, take the cores from each other."""
+"""rlax in a process of its own: in one process, the threads of JAX and of PyTorch compete for the cores."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ from bench.measure.variants import GAMMA, Arguments
 
 
 class RlaxProcess:
-    """Starts with the first arguments; only for the CPU, in float32, and the losses that rlax has."""
+    """Starts with the first arguments; serves only the CPU, float32, and the losses that rlax has."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[str] | None = None

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-Timer = Callable[[int], float]  # how often -> seconds in all
+Timer = Callable[[int], float]  # number of calls -> seconds for all of them
 
 
 class Figures(NamedTuple):
@@ -19,7 +19,7 @@ class Figures(NamedTuple):
 
 
 def timer(call: Callable[[], object]) -> Timer:
-    """Time a call here; on a GPU until everything it has issued is done."""
+    """Time a call in this process; on a GPU, until everything it has issued is done."""
 
     def run(repeats: int) -> float:
         _synchronize()
@@ -62,7 +62,7 @@ def spread(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def _once(timer: Timer, enough: float) -> float:
-    """Seconds of one call when warm: the least of a few, lest one hiccup settle how often it is repeated."""
+    """Seconds of one warm call: the least of a few, so that one hiccup does not decide how often it is repeated."""
     seconds = [timer(1)]
     while len(seconds) < 6 and sum(seconds) < 4 * enough:
         seconds.append(timer(1))

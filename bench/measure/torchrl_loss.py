@@ -1,6 +1,6 @@
-"""TorchRL's DQNLoss of Q-values that are already there: the value network is the identity, the observation the matrix.
+"""TorchRL's DQNLoss on precomputed Q-values: the value network is the identity, and the observation is the matrix.
 
-With such a network a delayed copy of it would compute the same; without one TorchRL has a little less to do.
+There is no delayed copy of the network, which would compute the same; TorchRL has a little less to do without it.
 """
 
 import warnings

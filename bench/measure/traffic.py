@@ -1,4 +1,4 @@
-"""The fewest bytes that a loss and its gradient have to move, whoever computes them."""
+"""The fewest bytes that a loss and its gradient have to move, however they are computed."""
 
 from bench.measure.variants import Variant
 
@@ -8,9 +8,9 @@ GIGA = 1e9
 def least_bytes(variant: Variant, n: int, A: int, itemsize: int) -> int:
     """Every element of each matrix in `reads` once, and of the gradient once.
 
-    A matrix of q's dtype is n*A*itemsize bytes, a mask n*A. The conservative term has q in its list although only its
-    backward depends on the result of its forward: q is read in both. Left out is what there is one of for each sample
-    (actions, rewards, q of the action taken, losses), and whatever a cache may save.
+    A matrix of q's dtype is n*A*itemsize bytes, a mask n*A. The conservative term lists q twice: its backward needs the
+    result of its forward, so q is read in both. Per-sample values (actions, rewards, q of the action taken, losses)
+    are left out, and so is what a cache may save.
     """
     return sum(matrix_bytes(name, n, A, itemsize) for name in variant.reads) + n * A * itemsize
 

@@ -28,13 +28,13 @@ class Work(NamedTuple):
     network: str
     n: int
     A: int
-    threads: int | None  # of PyTorch; None: as many as it takes by itself
+    threads: int | None  # of PyTorch; None: its default
 
     def __str__(self) -> str:
         return f"{self.network} {self.n} x {self.A}"
 
 
-CARTPOLE = Work("CartPole MLP 120-84", 128, 2, 1)  # its layers are too small to share out among threads
+CARTPOLE = Work("CartPole MLP 120-84", 128, 2, 1)  # its layers are too small for several threads
 ATARI = Work("Atari CNN", 32, 18, None)
 
 
@@ -91,9 +91,9 @@ class Learner:
         return self.online(self.obs), next_q
 
     def loss(self, kind: str) -> Tensor:
-        """Whose backward gives the gradients; where there is no loss, a product with some gradient of q.
+        """The value whose backward gives the gradients; without a loss, a product with some gradient of q.
 
-        And the sum of next_q, lest a compiler leave the target network out.
+        The sum of next_q is added to the product, so that a compiler keeps the target network.
         """
         q, next_q = self.q_values()
         if kind == NOTHING:

@@ -8,7 +8,7 @@ from typing import Any
 from bench.reporting import tables
 from bench.reporting.results import Row, read
 
-# This project's providers in colour, of the others each in a grey or brown of its own.
+# This project's providers are in colours, the others in greys and browns.
 STYLE: dict[str, dict[str, Any]] = {
     "eager": {"color": "0.25", "linestyle": "--"},
     "eager, CUDA graph": {"color": "0.25", "linestyle": ":"},
@@ -23,7 +23,7 @@ STYLE: dict[str, dict[str, Any]] = {
     "fused[compiled], without node": {"color": "tab:blue", "marker": "s", "linestyle": "-.", "alpha": 0.6},
 }
 OURS = {"compiled": "-", "triton": "--", "torch": ":"}  # a line style for each backend
-# Two lines lie on two others.
+# Two lines coincide with two others.
 AROUND = {
     name: {"marker": "o", "markersize": 10, "markerfacecolor": "none", "zorder": 3} for name in ("eager", "expert")
 }
@@ -45,7 +45,7 @@ def style(provider: str) -> dict[str, Any]:
 
 
 def draw_all(results: Path, out: Path, prefix: str = "bench_") -> str:
-    """Every picture that there are figures for; says which, or why there are none."""
+    """Draw every picture that has figures; return which were drawn, or why none was."""
     if find_spec("matplotlib") is None:
         return "no pictures: matplotlib is not installed"
     out.mkdir(parents=True, exist_ok=True)

@@ -95,7 +95,7 @@ def of_folder(folder: Path) -> dict[str, str]:
 
 
 def columns(rows: Sequence[Row]) -> list[str]:
-    """What a table has room for: the PyTorch backend, and who has few of the losses, are in the CSV."""
+    """What a table has room for: the PyTorch backend, and providers that have few of the losses, are in the CSV."""
     counts = Counter(row["provider"] for row in rows)
     names = [name for name in tables.seen(rows) if 2 * counts[name] >= counts["eager"]]
     ours = [name for name in names if "[" in name and not name.endswith("[torch]")]
@@ -111,7 +111,7 @@ def machine(row: Row) -> str:
 
 
 def noise(rows: Sequence[Row]) -> str:
-    """How far the rounds of a typical cell are apart."""
+    """Spread of the rounds of a typical cell."""
     apart = median((row["us_p80"] - row["us_p20"]) / row["us"] for row in rows)
     return f"From the 20th to the 80th percentile of its rounds a typical cell spans {100 * apart:.0f} % of its time."
 
@@ -141,7 +141,7 @@ def gradient(rows: Sequence[Row]) -> str:
 
 
 def pairs(rows: Sequence[Row]) -> str:
-    """What the gradients take, and from what commit the figures are."""
+    """Memory of the gradients, and the commit of the figures."""
     largest = max(rows, key=lambda row: row["n"] * row["A"] * row["K"])
     size = 4 * largest["n"] * largest["A"] * largest["K"] / 1e6
     return (
@@ -151,7 +151,7 @@ def pairs(rows: Sequence[Row]) -> str:
 
 
 def heads(rows: Sequence[Row]) -> str:
-    """The gradient of the weight, and which heads are better off with the matrix."""
+    """Memory of the gradient of the weight, and the heads for which the matrix is faster."""
     us = {(row["provider"], tables.head_of(row)): row["us"] for row in rows}
     sizes = [size for name, size in us if name == "fused"]
     better = [size for size in sizes if us.get(("matrix", size), inf) < us["fused", size]]
@@ -179,7 +179,7 @@ def shares(rows: Sequence[Row]) -> str:
 
 
 def worst(rows: Sequence[Row]) -> str:
-    """How far each backend's graph is behind that of eager's lines where it is furthest."""
+    """How far each backend's graph is behind that of eager's lines, where it is furthest behind."""
     text = []
     compared = [row for row in rows if row["adds_us"] != "" and row["provider"] not in ("eager", tables.AGAIN)]
     for name in tables.seen(compared):

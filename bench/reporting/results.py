@@ -29,7 +29,7 @@ COLUMNS = {
     "kernels": (
         *ABOUT, "target", "language", "call", "case", "shape", "dtype", "kernel", "registers", "spill_bytes",
         "shared_bytes", "load_bits", "store_bits", "block_threads", "programs", "occupancy", "bytes",
-        # Counted by bench/gpu_code/ptx: of the launch, but for instructions of PTX a warp, and those of them by kind.
+        # Counted by bench/gpu_code/ptx for the launch; instructions are of PTX and per warp, in all and by kind.
         "loaded_bytes", "stored_bytes", "sectors", "bank_conflicts",
         "instructions", "integer", "float", "special", "shuffle", "barrier", "shared_access",
     ),
@@ -63,7 +63,7 @@ class Table:
 
 
 def read(path: Path) -> list[Row]:
-    """Rows with their numbers as numbers; none where there is no such file."""
+    """Rows with their numbers as numbers; none if there is no such file."""
     if not path.exists():
         return []
     with path.open(newline="") as file:

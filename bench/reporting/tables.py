@@ -40,7 +40,7 @@ SUMMARY_HEAD = (50257, 512)
 
 
 def summary(loss: Sequence[Row], distributional: Sequence[Row], linear: Sequence[Row]) -> str:
-    """A line each for some sizes of every family: eager's lines, the loss with its backward, loss and gradient."""
+    """A line for each of some sizes of every family: eager's lines, the loss with its backward, loss and gradient."""
     found: dict[str, dict[str, Row]] = {}
     for row in (*loss, *distributional):
         size = " x ".join(str(row[name]) for name in ("n", "A", "K") if name in row)
