@@ -150,6 +150,8 @@ def variant(family: Family, name: str, dtype: torch.dtype) -> tuple[Arguments, d
     ids=lambda x: x.input if isinstance(x, Family) else x,
 )
 def test_variants(target: Target, compiled: Compiled, family: Family, name: str, dtype: torch.dtype) -> None:
+    if triton.__version__.startswith("3.7.") and (family, name, dtype) == (CATEGORICAL, "strided", torch.float64):
+        pytest.xfail("only Triton 3.7 takes up to 168 registers for strided float64 logits, 3.6, 3.8 and 3.9 up to 86")
     arguments, options = variant(family, name, dtype)
     for call in family.calls(arguments, **options).values():
         call()
