@@ -105,7 +105,7 @@ def fused_categorical_loss(
         logits, actions, rewards, next_logits, terminated, gamma, non_final_mask,
         next_logits_online, next_action_mask, weights,
     )  # fmt: skip
-    loss, values = _run(_loss, batch, spec, backend, process_group)
+    loss, values = _run(categorical_loss, batch, spec, backend, process_group)
     return (loss, values[0]) if return_td_error else loss
 
 
@@ -205,7 +205,7 @@ def fused_categorical_td_loss(
     if unknown:
         hints.unexpected("fused_categorical_td_loss", unknown)
     spec = check_categorical_options(support, reduction, projection, sigma)
-    found = _run(_loss, Batch(logits, actions, target, None, weights=weights), spec, backend, process_group)
+    found = _run(categorical_loss, Batch(logits, actions, target, None, weights=weights), spec, backend, process_group)
     return _returned(found, return_td_error, return_expectation)
 
 
@@ -271,10 +271,6 @@ def _with_next_states(logits: Tensor, actions: Tensor, rewards: Tensor, next_log
     return Batch(logits, actions, rewards, next_logits, *rest)  # type: ignore[arg-type]
 
 
-def _loss(x: Tensor, batch: Batch, spec: CategoricalSpec, implementation: ModuleType) -> tuple[Tensor, ...]:
-    return categorical_loss(x, batch, spec, implementation)
-
-
 def _loss_and_grad(x: Tensor, batch: Batch, spec: CategoricalSpec, implementation: ModuleType) -> tuple[Tensor, ...]:
     refuse_tangent(x)
     found: tuple[Tensor, ...] = implementation.categorical_loss_and_grad(batch, spec)
@@ -286,7 +282,7 @@ def _run(
 ) -> tuple[Tensor, ...]:
     """Check the arguments and run a backend."""
     if backend in node.serves and process_group is None and not torch.compiler.is_compiling() and known(spec.support):
-        found = node.categorical_calls[what is _loss](spec, given)
+        found = node.categorical_calls[what is categorical_loss](spec, given)
         if found is not None:
             return found
     check_call("the categorical losses", "categorical", spec, process_group)

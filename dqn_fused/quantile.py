@@ -103,7 +103,7 @@ def fused_quantile_loss(
         quantiles, actions, rewards, next_quantiles, terminated, gamma, non_final_mask,
         next_quantiles_online, next_action_mask, weights,
     )  # fmt: skip
-    loss, td_error = _run(_loss, samples, taus, kappa, quantile_reduction, reduction, backend, process_group)
+    loss, td_error = _run(quantile_loss, samples, taus, kappa, quantile_reduction, reduction, backend, process_group)
     return (loss, td_error) if return_td_error else loss
 
 
@@ -164,12 +164,6 @@ def fused_quantile_loss_and_grad(
 Run = Callable[[Tensor, Batch, Tensor | None, QuantileSpec, ModuleType], tuple[Any, ...]]
 
 
-def _loss(
-    x: Tensor, batch: Batch, taus: Tensor | None, spec: QuantileSpec, implementation: ModuleType
-) -> tuple[Any, ...]:
-    return quantile_loss(x, batch, taus, spec, implementation)
-
-
 def _loss_and_grad(
     x: Tensor, batch: Batch, taus: Tensor | None, spec: QuantileSpec, implementation: ModuleType
 ) -> tuple[Any, ...]:
@@ -191,7 +185,7 @@ def _run(
     """Check the arguments and run a backend."""
     spec = check_quantile_options(kappa, quantile_reduction, reduction)
     if backend in node.serves and process_group is None and not torch.compiler.is_compiling():
-        found = node.quantile_calls[what is _loss](spec, given, taus)
+        found = node.quantile_calls[what is quantile_loss](spec, given, taus)
         if found is not None:
             return found
     check_call("fused_quantile_loss", "quantile", spec, process_group)
