@@ -35,9 +35,9 @@ suite: $(READY)
 interpret: $(READY)
 	TRITON_INTERPRET=1 $(PYTEST) -m interpret
 
-# Every case that is compiled, ahead of time or by torch.compile, or run in Triton's interpreter.
+# Every case that is compiled, ahead of time or by torch.compile, runs in long processes or in Triton's interpreter.
 test-all: $(READY)
-	$(PYTEST) --sample 1 -m "(aot or graph) and not ptx"
+	$(PYTEST) --sample 1 -m "(aot or graph or processes) and not ptx"
 	TRITON_INTERPRET=1 $(PYTEST) --sample 1 -m interpret
 
 # The numerical tests with other vector instructions, numbers of threads and seeds: twenty runs.

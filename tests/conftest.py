@@ -31,8 +31,8 @@ CUDA_SOURCES = shutil.which("nvcc") is not None and (Path(__file__).parents[1] /
 PTX_TARGETS = ("sm_75", "sm_80", "sm_90", "sm_120")
 # Tests of torch's graphs and memory rather than of kernels; the executor itself allocates memory.
 NOT_ON_PTX = ("memory", "compile", "graph", "batched")
-# Of the slow cases (GPU code, graphs of torch.compile) one in so many is run by default; --sample=1 runs all of them.
-SAMPLE = {"ptx": 36, "interpret": 8, "aot": 12, "graph": 6}
+# Of the slow cases one in so many is run by default; --sample=1 runs all of them.
+SAMPLE = {"ptx": 36, "interpret": 8, "aot": 12, "graph": 6, "processes": 3}
 # Which one: .ci/run takes it from the commit, so that the commits together run every case.
 SAMPLED = int(os.environ.get("DQN_FUSED_TEST_SAMPLE", SEED))
 

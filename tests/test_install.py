@@ -99,6 +99,7 @@ def test_an_nvcc_of_another_cuda_is_left_out(tree: Path) -> None:
     assert "nvcc is of CUDA 1 and torch of" in log or "this torch has no CUDA" in log
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(shutil.which(CXX) is None, reason="no compiler")
 def test_a_wheel_with_the_cpu_library(tree: Path) -> None:
     """The library knows no Python: one wheel serves every version."""
@@ -120,6 +121,7 @@ def test_a_wheel_with_the_cpu_library(tree: Path) -> None:
     assert result.stdout.split() == [str(target / "dqn_fused" / "__init__.py"), "True"]
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(shutil.which(CXX) is None, reason="no compiler")
 def test_a_wheel_with_the_node_is_for_one_python(tree: Path) -> None:
     compiler = without_optimisation(tree.parent)

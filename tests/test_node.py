@@ -197,14 +197,15 @@ def in_graphs() -> int:
 def test_nothing_is_left_behind() -> None:
     """The node holds the TD errors, whose grad_fn it is: a cycle, were the result saved as another tensor is."""
     given = arguments(weights=torch.rand(7))
-    before = sys.getrefcount(given["weights"]), sys.getrefcount(given["q"]), in_graphs()
+    before, others = (sys.getrefcount(given["weights"]), sys.getrefcount(given["q"])), in_graphs()
     for _ in range(20):
         fused_dqn_loss(**given, cql_alpha=0.5)
         fused_dqn_loss(**given).backward()
         grad = torch.autograd.grad(fused_dqn_loss(**given), given["q"], create_graph=True)[0]
         grad.sum().backward()
     del grad
-    assert (sys.getrefcount(given["weights"]), sys.getrefcount(given["q"]), in_graphs()) == before
+    assert (sys.getrefcount(given["weights"]), sys.getrefcount(given["q"])) == before
+    assert in_graphs() <= others  # fewer, if what an earlier test has left goes meanwhile
 
 
 @pytest.mark.graph

@@ -328,6 +328,7 @@ def trained(name: str, processes: int, folder: Path, *options: str) -> list[Tens
     return [torch.load(folder / f"{rank}.pt") for rank in range(processes)]
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 @pytest.mark.parametrize("weighted", [False, True], ids=["equal", "weighted"])
 def test_ddp_is_one_process_on_the_joined_batch(weighted: bool, tmp_path: Path) -> None:
@@ -367,6 +368,7 @@ class TestMicroBatches:
         assert whole > 0
         assert parts <= 2 * whole + rounding
 
+    @pytest.mark.processes
     @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
     def test_processes(self, tmp_path: Path) -> None:
         """With AMP as far from float32 as one process with the whole batch is, which rounds as often."""
