@@ -36,8 +36,8 @@ for _kind in ("", "triton_"):
 # first is empty, (0,), except with "argmax", total except with "soft", and taken except with actions.
 for _kind, _more in (("", ""), ("triton_", ", bool auto")):
     _library.define(
-        f"{_kind}sweep(Tensor hidden, Tensor weight, Tensor? bias, Tensor? mask, str kind, float temperature{_more}, "
-        "Tensor? actions=None) -> (Tensor largest, Tensor first, Tensor total, Tensor taken)"
+        f"{_kind}sweep(Tensor hidden, Tensor weight, Tensor? bias, Tensor? mask, str kind, float temperature, "
+        f"Tensor? actions{_more}) -> (Tensor largest, Tensor first, Tensor total, Tensor taken)"
     )
 # taken and policy are coefficients; a gradient that is not needed is empty, (0,).
 for _kind, _more in (("", ""), ("triton_", ", bool auto")):
@@ -87,10 +87,9 @@ def _sweep(
     mask: Tensor | None,
     kind: str,
     temperature: float,
-    *rest: object,
-    actions: Tensor | None = None,
+    actions: Tensor | None,
+    auto: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    actions = next((x for x in rest if isinstance(x, Tensor)), actions)  # behind auto, if there is one
     on_one_device(hidden, weight, bias, mask, actions)
     m, dtype = hidden.shape[0], accumulation_dtype(hidden)
     return (

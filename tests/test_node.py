@@ -222,6 +222,15 @@ def test_compiled_autograd() -> None:
         given["q"].grad = None
 
 
+def in_threads(work: Callable[[int], None]) -> None:
+    """Call work(0) to work(3), each in a thread of its own."""
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 def test_threads() -> None:
     """Calls from several threads at once, whose backwards need Python and the node's lock."""
     given = [arguments(weights=torch.rand(7)) for _ in range(4)]
@@ -237,11 +246,7 @@ def test_threads() -> None:
             if not torch.equal(plain, expected[i]):
                 wrong.append(i)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work)
     assert wrong == []
 
 

@@ -1,7 +1,6 @@
 """The node of the distributional losses in C++: what row_loss.RowLoss does, for the compiled ops, only where it may."""
 
 import sys
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +8,7 @@ import pytest
 import quantile_data
 import torch
 from distributional_data import LOSSES, Loss, every_loss
-from test_node import Seen, Sub, in_graphs
+from test_node import Seen, Sub, in_graphs, in_threads
 from test_node import recorded as recorded_as
 from torch import Tensor
 from torch._dynamo import compiled_autograd
@@ -290,11 +289,7 @@ def test_threads(family: Loss) -> None:
             if not close or not torch.equal(family.gradient(given[i]), expected[i]):
                 wrong.append(i)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work)
     assert wrong == []
 
 

@@ -8,6 +8,8 @@ power of two of the batch. A small problem, for which a call of Python is expens
 (see _backends.TRACED).
 """
 
+from typing import Any
+
 from torch import Tensor
 from torch.library import Library
 
@@ -53,8 +55,7 @@ def loss_and_grad(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor,
 
 def sweep(work: Sweep, auto: bool) -> Statistics:
     """Return statistics of all actions."""
-    *given, actions = work
-    return unpack(work, *_ops.triton_sweep(*given, auto, actions))
+    return unpack(work, *_ops.triton_sweep(*work, auto))
 
 
 def sweep_backward(work: SweepBackward, auto: bool) -> Gradients:
@@ -107,18 +108,10 @@ def _backward(grad_loss: Tensor, *given: object) -> Tensor:
     return triton_td_loss.backward(grad_loss, *boxed.unpack_backward(*given))
 
 
-def _sweep(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    kind: str,
-    temperature: float,
-    auto: bool,
-    actions: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _sweep(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *work, auto = given
     run = triton_sweep.auto_sweep if auto else triton_sweep.sweep
-    return pack(run(Sweep(hidden, weight, bias, mask, kind, temperature, actions)))
+    return pack(run(Sweep(*work)))
 
 
 def _sweep_backward(*given: object) -> tuple[Tensor, Tensor, Tensor]:
