@@ -10,7 +10,7 @@ holds for every order; beyond, where the worst case is far from anything seen, i
 import math
 import os
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from dqn_fused.arguments import accumulation_dtype
 TRUNCATES = os.environ.get("TRITON_INTERPRET") == "1"  # to bfloat16, which a GPU rounds to the nearest
 EXP, LOG = 4, 4  # units of roundoff: GPUs compute powers and logarithms of two to 2 ulp, and multiply
 SQRT, QUOTIENT = 2, 4  # of a GPU's fast square root, 2^-23 of float32, and of its quotient, 2 ulp
+AGREEMENT = 2.0**-36  # of float64: 2^17 units of roundoff, and far less than a mistake changes
 ARGUMENT = 5  # of an exponential: a difference, a temperature inverted and multiplied, the base changed and rounded
 
 
@@ -188,3 +189,20 @@ def assert_close(name: str, got: Tensor, expected: Values, yardstick: Tensor | N
         ours, theirs = (np.sqrt(np.mean(np.square(x[known] / bound[known]))) for x in (error, eager))
         limit = 2 * theirs + 0.5 + 0.5 / math.sqrt(known.sum())
         assert ours <= limit, f"{name}: root mean square {ours:.2f} bounds, eager's {theirs:.2f}, limit {limit:.2f}"
+
+
+def assert_agree(got: Any, expected: Any, size: float | None = None) -> None:
+    """Assert that tensors of float64, or tuples of them, are the same but for rounding.
+
+    For tests of structure (graphs, modules, transforms, forms of the arguments), where two codes compute the same in
+    another order. What they may differ by is measured by the size of the terms: the largest element of the expected
+    tensor, unless a size is given, as it must be where everything cancels.
+    """
+    if not isinstance(expected, Tensor):
+        for x, y in zip(got, expected, strict=True):
+            assert_agree(x, y, size)
+        return
+    assert expected.dtype is torch.float64, f"expected float64, got {expected.dtype}: use assert_close and a bound"
+    if size is None:
+        size = float(expected.detach().abs().where(expected.isfinite(), 0).max()) if expected.numel() else 0.0
+    torch.testing.assert_close(got, expected, rtol=0, atol=AGREEMENT * size, equal_nan=True)
