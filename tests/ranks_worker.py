@@ -218,7 +218,7 @@ OTHER_VALUES: dict[str, Callable[[Arguments], Arguments]] = {
     "hidden": lambda a: {"hidden": a["hidden"].nextafter(a["hidden"] + 1)},
     "next_hidden": lambda a: {"next_hidden": a["next_hidden"].flip(0)},
     "next_hidden_online": lambda a: {"next_hidden_online": -a["next_hidden_online"]},
-    "actions": lambda a: {"actions": a["actions"].flip(0)},
+    "actions": lambda a: {"actions": a["actions"] + 1},
     "rewards": lambda a: {"rewards": a["rewards"] + 1},
     "terminated": lambda a: {"terminated": ~a["terminated"]},
     "weights": lambda a: {"weights": a["weights"].flip(0)},

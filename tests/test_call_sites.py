@@ -1,20 +1,22 @@
 """Calls with the shapes and dtypes of well-known libraries, against the lines that they write.
 
-Each test is named after its library; the lines are its loss, written in PyTorch.
+Each test is named after its library; the lines are its loss, written in PyTorch. Networks are float64, so that the
+comparison is of what is computed and not of roundings, which test_loss.py bounds.
 """
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from bounds import assert_agree, assert_close
 from conftest import Setting
 from data import SEED
+from oracle import oracle
 from torch import Tensor, nn
 
 from dqn_fused import Munchausen, fused_dqn_loss, fused_td_loss
 
 B, A, GAMMA = 32, 6, 0.99
-CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 
 @pytest.fixture(autouse=True)
@@ -22,22 +24,22 @@ def seed() -> None:
     torch.manual_seed(SEED)
 
 
-def networks(setting: Setting) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
+def networks(setting: Setting, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
     """Online and target network, states and next states."""
-    q_network, target_network = (nn.Linear(8, A).to(setting.device) for _ in "ab")
-    return q_network, target_network, *(torch.randn(B, 8, device=setting.device) for _ in "ab")
+    q_network, target_network = (nn.Linear(8, A).to(setting.device, dtype) for _ in "ab")
+    return q_network, target_network, *(torch.randn(B, 8, dtype=dtype, device=setting.device) for _ in "ab")
 
 
 def column(setting: Setting, x: Tensor) -> Tensor:
     return x.to(setting.device).unsqueeze(1)
 
 
-def same_update(network: nn.Module, ours: Tensor, theirs: Tensor, **tolerance: float) -> None:
+def same_update(network: nn.Module, ours: Tensor, theirs: Tensor) -> None:
     """Assert that both losses are the same number and move the network the same way."""
     parameters = list(network.parameters())
     got, expected = (torch.autograd.grad(loss, parameters, retain_graph=True) for loss in (ours, theirs))
-    torch.testing.assert_close(ours, theirs.to(ours.dtype), **(tolerance or CLOSE))
-    torch.testing.assert_close(got, expected, **(tolerance or CLOSE))
+    assert_agree(ours, theirs)
+    assert_agree(got, expected)
 
 
 def test_cleanrl(setting: Setting) -> None:
@@ -99,7 +101,7 @@ def test_tianshou(setting: Setting) -> None:
         weights=weight, return_td_error=True, backend=setting.backend,
     )  # fmt: skip
     same_update(q_network, ours, (td_error.pow(2) * weight).mean())
-    torch.testing.assert_close(td, -td_error.detach(), **CLOSE)
+    assert_agree(td, -td_error.detach())
 
 
 @pytest.mark.parametrize("one_hot", [False, True])
@@ -107,14 +109,14 @@ def test_torchrl(setting: Setting, one_hot: bool) -> None:
     """objectives/dqn.py: (*, 1) rewards and bool terminated, gamma**steps, weights (*,), and a mean over their sum."""
     T = 5
     q_network, target_network = networks(setting)[:2]
-    obs, next_obs = (torch.randn(B, T, 8, device=setting.device) for _ in "ab")
+    obs, next_obs = (torch.randn(B, T, 8, dtype=torch.float64, device=setting.device) for _ in "ab")
     action = torch.randint(A, (B, T)).to(setting.device)
     if one_hot:
         action = F.one_hot(action, A).argmax(-1)
     reward = torch.randn(B, T, 1).to(setting.device)
     terminated = (torch.rand(B, T, 1) < 0.3).to(setting.device)
     gamma = GAMMA ** torch.randint(1, 4, (B, T, 1)).float().to(setting.device)
-    weights = torch.rand(B, T).to(setting.device)
+    weights = torch.rand(B, T, dtype=torch.float64).to(setting.device)  # of which theirs takes the sum
     pred = torch.gather(q_network(obs), -1, index=action.unsqueeze(-1)).squeeze(-1)
     with torch.no_grad():
         value = target_network(next_obs).max(-1, keepdim=True).values
@@ -125,13 +127,13 @@ def test_torchrl(setting: Setting, one_hot: bool) -> None:
         loss="smooth_l1", reduction="weighted_mean", return_td_error=True, backend=setting.backend,
     )  # fmt: skip
     same_update(q_network, ours, (loss * weights).sum() / weights.sum())
-    torch.testing.assert_close(td.square(), (pred - target).square().detach(), **CLOSE)
+    assert_agree(td.square(), (pred - target).square().detach())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
 def test_skrl(setting: Setting, dtype: torch.dtype) -> None:
     """agents/torch/ddqn: half-precision Q-values under autocast meet float32 rewards; (B, 1), terminated is bool."""
-    q_network, target_network, obs, next_obs = networks(setting)
+    q_network, target_network, obs, next_obs = networks(setting, torch.float32)
     actions, rewards = column(setting, torch.randint(A, (B,))), column(setting, torch.randn(B))
     terminated = column(setting, torch.rand(B) < 0.3)
     with torch.autocast(setting.device, dtype=dtype):
@@ -145,7 +147,10 @@ def test_skrl(setting: Setting, dtype: torch.dtype) -> None:
             q, actions, rewards, next_q, terminated, GAMMA, next_q_online=online, backend=setting.backend
         )
     assert ours.dtype == torch.float32
-    same_update(q_network, ours, theirs, rtol=2e-2, atol=1e-2)
+    expected = oracle(q, actions, rewards, next_q, terminated, GAMMA, next_q_online=online)
+    got, yardstick = (torch.autograd.grad(loss, q, retain_graph=True)[0] for loss in (ours, theirs))
+    assert_close("loss", ours, expected.loss, theirs)
+    assert_close("grad_q", got, expected.grad_q, yardstick)
 
 
 @pytest.mark.parametrize("final", [0.3, 1.0])
@@ -154,7 +159,7 @@ def test_pytorch_tutorial(setting: Setting, final: float) -> None:
     policy_net, target_net, state_batch, next_states = networks(setting)
     action_batch, reward_batch = column(setting, torch.randint(A, (B,))), torch.randn(B).to(setting.device)
     non_final_mask = (torch.rand(B) >= final).to(setting.device)
-    next_state_values = torch.zeros(B, device=setting.device)
+    next_state_values = torch.zeros(B, dtype=torch.float64, device=setting.device)
     with torch.no_grad():
         next_q = target_net(next_states[non_final_mask])
         if len(next_q):
@@ -186,7 +191,7 @@ def test_rllib(setting: Setting) -> None:
         next_q_online=q_network(next_obs), weights=weights, loss="huber", return_td_error=True, backend=setting.backend,
     )  # fmt: skip
     same_update(q_network, ours, theirs)
-    torch.testing.assert_close(td.abs(), (taken - target).abs().detach(), **CLOSE)
+    assert_agree(td.abs(), (taken - target).abs().detach())
 
 
 def test_agilerl(setting: Setting) -> None:
@@ -216,8 +221,8 @@ def test_agilerl(setting: Setting) -> None:
 def test_ilql(setting: Setting) -> None:
     """Token-level Q-learning: (B, T, V) sliced in time, V(s') as the target, and CQL as a cross-entropy."""
     T, V = 7, 90
-    head = nn.Linear(8, V).to(setting.device)
-    hidden = torch.randn(4, T, 8, device=setting.device)
+    head = nn.Linear(8, V).to(setting.device, torch.float64)
+    hidden = torch.randn(4, T, 8, dtype=torch.float64, device=setting.device)
     tokens = torch.randint(V, (4, T), device=setting.device)
     rewards, values = (torch.randn(4, T - 1, device=setting.device) for _ in "ab")
     terminals = (torch.rand(4, T - 1) < 0.2).long().to(setting.device)
@@ -228,7 +233,7 @@ def test_ilql(setting: Setting) -> None:
     theirs = (taken - target).square().mean() + 0.01 * cross_entropy
     ours, cql = fused_td_loss(q, tokens[:, 1:], target, cql_alpha=0.01, return_cql=True, backend=setting.backend)
     same_update(head, ours, theirs)
-    torch.testing.assert_close(cql.mean(), cross_entropy.detach(), **CLOSE)
+    assert_agree(cql.mean(), cross_entropy.detach())
 
 
 def test_munchausen_of_acme(setting: Setting) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from bounds import assert_agree
 from data import SEED
 from processes import run_once
 from test_loss import make
@@ -219,7 +220,7 @@ def test_gradient_of_the_joined_batch(results: dict[str, dict[str, Tensor]], way
     got = results[f"{way}-{share}"]
     assert set(got) == set(expected) == {"loss", "weight", "bias"}
     for name, value in expected.items():
-        assert torch.allclose(got[name], value, rtol=1e-12, atol=1e-12), name
+        assert_agree(got[name], value)
 
 
 def test_what_is_no_process_group() -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from bounds import Arithmetic, Values, assert_close, roundings
+from bounds import Arithmetic, Values, assert_agree, assert_close, roundings
 from conftest import Setting
 from data import source
 from eager import eager
@@ -263,20 +263,21 @@ def test_dtypes(setting: Setting, name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", ["plain", "double", "mask", "soft-mask", "munchausen", "cql"])
 @pytest.mark.parametrize("shape", [(7, 3), (2, 3, 5)], ids=shape_id)
 def test_non_final_mask(setting: Setting, name: str, shape: tuple[int, ...]) -> None:
-    arguments = make(shape)
-    arguments |= OPTIONS[name](arguments)
-    both = check(setting, compact(arguments)), check(setting, arguments)
-    for k in both[0]:
-        torch.testing.assert_close(both[0][k], both[1][k])
+    for dtype in (torch.float32, torch.float64):
+        arguments = make(shape, dtype=dtype)
+        arguments |= OPTIONS[name](arguments)
+        both = check(setting, compact(arguments)), check(setting, arguments)
+    assert_agree(both[0].values(), [*both[1].values()])
     check(setting, compact({**arguments, "terminated": torch.ones(shape[:-1], dtype=torch.bool)}))
 
 
 @pytest.mark.parametrize("name", ["plain", "double-mask-weights-huber", "no_bias"])
 def test_sparse_gradients(setting: Setting, name: str) -> None:
-    arguments = make((33, 8))
-    arguments |= OPTIONS[name](arguments)
-    rows = check(setting, arguments, sparse=True)["weight"]
-    torch.testing.assert_close(rows, check(setting, arguments)["weight"])
+    for dtype in (torch.float32, torch.float64):
+        arguments = make((33, 8), dtype=dtype)
+        arguments |= OPTIONS[name](arguments)
+        rows = check(setting, arguments, sparse=True)["weight"]
+    assert_agree(rows, check(setting, arguments)["weight"])
 
 
 def test_only_taken_rows_have_a_gradient(setting: Setting) -> None:
@@ -413,17 +414,16 @@ def test_only_what_asks_for_a_gradient_gets_one(setting: Setting) -> None:
 
 
 def test_module_and_reference(setting: Setting) -> None:
-    layer, next_layer = nn.Linear(6, 41).to(setting.device), nn.Linear(6, 41).to(setting.device)
-    a = {k: to_device(x, setting.device) for k, x in make((7, 6)).items()}
+    layer, next_layer = (nn.Linear(6, 41).to(setting.device, torch.float64) for _ in range(2))
+    a = {k: to_device(x, setting.device) for k, x in make((7, 6), dtype=torch.float64).items()}
     criterion = FusedLinearDQNLoss(gamma=0.9, loss="huber", backend=setting.backend)
     assert not list(criterion.parameters())
     ours = criterion(layer, a["hidden"], a["actions"], a["rewards"], next_layer, a["next_hidden"], a["terminated"])
     theirs = dqn_loss(
         layer(a["hidden"]), a["actions"], a["rewards"], next_layer(a["next_hidden"]), a["terminated"], 0.9, loss="huber"
     )
-    torch.testing.assert_close(ours, theirs)
-    got, expected = (torch.autograd.grad(x, list(layer.parameters())) for x in (ours, theirs))
-    torch.testing.assert_close(got, expected)
+    assert_agree(ours, theirs)
+    assert_agree(*(torch.autograd.grad(x, list(layer.parameters())) for x in (ours, theirs)))
 
 
 def test_layers_of_the_module() -> None:
@@ -592,7 +592,7 @@ def test_illegal_actions_where_nothing_looks(setting: Setting, monkeypatch: pyte
 
 def test_the_head_trains_with_sparse_adam() -> None:
     layer = nn.Linear(4, 50)
-    arguments = make((6, 4), 50)
+    arguments = make((6, 4), 50) | {"actions": torch.arange(6) * 7}  # a row for each sample, so that all can be met
     optimizer = torch.optim.SparseAdam(layer.parameters(), lr=0.1)
     arguments |= {"next_weight": torch.zeros(50, 4), "next_bias": torch.zeros(50)}
     losses = []

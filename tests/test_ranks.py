@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from bounds import assert_agree
 from conftest import Setting
 from torch import Tensor
 
@@ -163,7 +164,7 @@ def test_second_order(ranks: list[Found], name: str) -> None:
     expected = second_order(SECOND_ORDER[name]())
     found = joined_gradients([{"grads": each["second order"][name]} for each in ranks])
     for k, x in expected.items():
-        assert torch.allclose(found[k], x, rtol=1e-12, atol=1e-12), k
+        assert_agree(found[k], x)
 
 
 def test_dtensors(ranks: list[Found]) -> None:
@@ -204,11 +205,11 @@ def test_ready_targets_the_module_and_partial_gradients(ranks: list[Found]) -> N
     whole.backward()  # type: ignore[union-attr]
     for each in ranks:
         found = each["others"]
-        torch.testing.assert_close(found["ready"], (loss, cql), rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(found["module"], whole.detach(), rtol=1e-12, atol=1e-12)  # type: ignore[union-attr]
+        assert_agree(found["ready"], (loss, cql))
+        assert_agree(found["module"], whole.detach())  # type: ignore[union-attr]
         assert found["partial_calls"] == []
     total = torch.stack([each["others"]["partial"] for each in ranks]).sum(0)
-    torch.testing.assert_close(total, states.grad, rtol=1e-12, atol=1e-12)
+    assert_agree(total, states.grad)
 
 
 def test_data_parallel_times_tensor_parallel(ranks: list[Found]) -> None:
@@ -226,7 +227,7 @@ def test_data_parallel_times_tensor_parallel(ranks: list[Found]) -> None:
         wanted = expected | {"head.weight": rows["weight"], "head.bias": rows["bias"], "loss": loss.detach()}
         for name, x in wanted.items():
             assert x is not None
-            assert torch.allclose(each[name], x, rtol=1e-12, atol=1e-12), name
+            assert_agree(each[name], x)
     text = f"actions: expected values in [0, {A}), got {A}"
     assert [each["error"] for each in found] == [
         ("IndexError", f"{text} in row 4"),
@@ -246,7 +247,7 @@ def test_fully_sharded_data_parallel(ranks: list[Found]) -> None:
     for each in ranks:
         for name, p in model.named_parameters():
             assert p.grad is not None
-            assert torch.allclose(each["fsdp"][name], p.grad, rtol=1e-12, atol=1e-12), name
+            assert_agree(each["fsdp"][name], p.grad)
         kind, text = each["fsdp"]["error"]
         assert kind == "ValueError"
         assert text.startswith("tensor_parallel_group: expected the same values of hidden on every rank")

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from bounds import Arithmetic, Number, Values, assert_close
+from bounds import Arithmetic, Number, Values, assert_agree, assert_close
 from conftest import Setting
 from data import source
 from oracle import oracle
@@ -57,13 +57,15 @@ def test_h_and_its_inverse(dtype: torch.dtype) -> None:
         known = Values.of([back(arithmetic, Number(value)) for value in y[whole].tolist()], (int(whole.sum()),))
         round_trip = {"h": signed_hyperbolic, "inverse": signed_parabolic}[name](y[whole])
         assert_close(name, round_trip, known)
+        # By the bounds above 19 units of the inverse, twice as many as those of h, which neither magnifies above twice.
         torch.testing.assert_close(round_trip, x[whole], rtol=64 * torch.finfo(dtype).eps, atol=0)
     assert signed_hyperbolic(torch.tensor(torch.nan)).isnan()
     assert signed_parabolic(torch.tensor(torch.nan)).isnan()
 
 
 def test_identities(setting: Setting) -> None:
-    arguments = {k: to_device(x, setting.device) for k, x in variant("double-mask", (33, 19)).items()}
+    given = variant("double-mask", (33, 19), torch.float64)
+    arguments = {k: to_device(x.double() if k == "rewards" else x, setting.device) for k, x in given.items()}
 
     def td(**changed: Any) -> torch.Tensor:
         return fused_dqn_loss(**{**arguments, **changed}, return_td_error=True, backend=setting.backend)[1]
@@ -71,11 +73,11 @@ def test_identities(setting: Setting) -> None:
     ends = torch.ones_like(arguments["terminated"])
     taken = arguments["q"].gather(1, arguments["actions"][:, None]).squeeze(1)
     expected = taken - signed_hyperbolic(arguments["rewards"])
-    torch.testing.assert_close(td(**H, terminated=ends), expected, msg="y = h(r) where the episode ended")
+    assert_agree(td(**H, terminated=ends), expected)  # y = h(r) where the episode ended
     zero = torch.zeros_like(arguments["rewards"])
     same = td(**H, rewards=zero, gamma=1.0, terminated=None)
-    torch.testing.assert_close(same, td(rewards=zero, gamma=1.0, terminated=None), msg="h of its inverse")
-    assert torch.equal(td(value_transform="identity"), td())
+    assert_agree(same, td(rewards=zero, gamma=1.0, terminated=None))  # h of its inverse
+    assert torch.equal(td(value_transform="identity"), td()), "the default"
 
 
 def test_the_gradient(setting: Setting) -> None:
@@ -105,7 +107,8 @@ def test_of_a_linear_head(backend: str) -> None:
     heads = [nn.Linear(4, 7, bias=False) for _ in range(2)]
     for layer, values in zip(heads, (weight, next_weight), strict=True):
         layer.weight.data = values
-    assert torch.equal(module(heads[0], hidden, actions, rewards, heads[1], next_hidden, terminated), loss)
+    of_module = module(heads[0], hidden, actions, rewards, heads[1], next_hidden, terminated)
+    assert torch.equal(of_module, loss), "the module calls the function"
     expected = oracle(hidden @ weight.T, actions, rewards, next_hidden @ next_weight.T, terminated, 0.9, **H)
     assert_close("loss", loss, expected.loss)
     assert_close("td_error", td_error, expected.td_error)
