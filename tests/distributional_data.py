@@ -31,9 +31,11 @@ class Loss(NamedTuple):
     input: str
     make: Callable[..., dict[str, Any]]  # (shape, dtype, seed)
 
-    def arguments(self, shape: tuple[int, ...] = (7, 3, 5), seed: int = 0, **more: Any) -> dict[str, Any]:
+    def arguments(
+        self, shape: tuple[int, ...] = (7, 3, 5), seed: int = 0, dtype: torch.dtype = torch.float32, **more: Any
+    ) -> dict[str, Any]:
         """A batch whose input requires a gradient."""
-        found = self.make(shape, seed=seed) | more
+        found = self.make(shape, seed=seed, dtype=dtype) | more
         found[self.input].requires_grad_()
         return found
 

@@ -1,5 +1,6 @@
 """Batches of quantiles, the settings that serve them, and the one comparison with the oracle."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -50,13 +51,18 @@ def make(
     return {name: x.to(device) for name, x in arguments.items()}
 
 
-def check(setting: Setting, arguments: dict[str, Any], grad_loss: Tensor | None = None) -> Expected:
+def check(
+    setting: Setting,
+    arguments: dict[str, Any],
+    grad_loss: Tensor | None = None,
+    call: Callable[..., Any] = fused_quantile_loss,
+) -> Expected:
     """Run a setting, with and without autograd, and compare everything with the oracle."""
     arguments = {k: x.to(setting.device) if isinstance(x, Tensor) else x for k, x in arguments.items()}
     quantiles = arguments["quantiles"].detach().requires_grad_()
     arguments["quantiles"] = quantiles
     expected = quantile_oracle(**arguments, grad_loss=grad_loss)
-    loss, td_error = fused_quantile_loss(**arguments, return_td_error=True, backend=setting.backend)
+    loss, td_error = call(**arguments, return_td_error=True, backend=setting.backend)
     upstream = torch.ones_like(loss) if grad_loss is None else grad_loss.to(loss)
     (gradient,) = torch.autograd.grad(loss, quantiles, upstream)
     accumulation = torch.float64 if quantiles.dtype is torch.float64 else torch.float32

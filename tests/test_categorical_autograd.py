@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from categorical_data import compact, every_setting, make, ready
+from bounds import assert_agree, assert_close
+from categorical_data import check, compact, every_setting, make, ready
+from categorical_oracle import categorical_oracle
 from conftest import Setting
 from test_categorical import DTYPES, name_of, options
 from torch import Tensor, nn
@@ -65,8 +67,7 @@ def test_the_reference_agrees(backend: Setting, names: str, reduction: str) -> N
         loss, td_error = function(**{**arguments, "logits": x}, reduction=reduction, return_td_error=True, **name)
         loss.sum().backward()
         results.append((loss.detach(), td_error, x.grad))
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+    assert_agree(*results)
 
 
 @every_setting
@@ -78,8 +79,7 @@ def test_logits_may_change_before_the_backward(backend: Setting) -> None:
     loss = fused_categorical_loss(**{**arguments, "logits": y}, backend=backend.backend)
     y.detach().zero_()
     loss.backward()
-    _, gradient = fused_categorical_loss_and_grad(**arguments, backend=backend.backend)
-    assert torch.equal(x.grad, gradient)
+    assert_close("gradient", x.grad, categorical_oracle(**arguments).gradient)
 
 
 @every_setting
@@ -97,11 +97,11 @@ def test_everything_but_the_logits_is_a_constant(backend: Setting) -> None:
 
 @every_setting
 def test_an_ensemble_is_a_leading_dimension(backend: Setting) -> None:
-    arguments = make((3, 7, 4, 9), seed=50)
+    arguments = make((3, 7, 4, 9), torch.float64, seed=50)
     whole = fused_categorical_loss(**arguments, reduction="none", backend=backend.backend)
     for k in range(3):
         member = {name: x[k] if isinstance(x, Tensor) else x for name, x in arguments.items()}
-        assert torch.equal(whole[k], fused_categorical_loss(**member, reduction="none", backend=backend.backend))
+        assert_agree(whole[k], fused_categorical_loss(**member, reduction="none", backend=backend.backend))
 
 
 @every_setting
@@ -111,9 +111,7 @@ def test_torch_compile_takes_it_as_one_graph(backend: Setting, case: str) -> Non
     torch._dynamo.reset()
     counters.clear()
     arguments = make((6, 3, 9), seed=51)
-    function: Any = fused_categorical_loss
     if case == "ready":
-        function = fused_categorical_td_loss
         arguments = ready((6, 3, 9), seed=51) | {"projection": "hl_gauss"}
     if case == "atoms":
         arguments["support"] = torch.linspace(-5, 10, 9)
@@ -121,19 +119,12 @@ def test_torch_compile_takes_it_as_one_graph(backend: Setting, case: str) -> Non
         arguments = compact(arguments)
     if case == "none":
         arguments["reduction"] = "none"
-    x = arguments.pop("logits")
 
-    def loss(x: Tensor) -> Any:
-        return function(x * 1, **arguments, return_td_error=True, backend=backend.backend)
+    def graph(function: Any) -> Any:
+        compiled = torch.compile(lambda logits, given: function(logits * 1, **given), fullgraph=True)
+        return lambda logits, **given: compiled(logits, given)
 
-    results = []
-    for run in (loss, torch.compile(loss, fullgraph=True)):
-        leaf = x.clone().requires_grad_()
-        value, td_error = run(leaf)
-        value.sum().backward()
-        results.append((value.detach(), td_error, leaf.grad))
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    check(backend, arguments, form=graph)
 
 
 @every_setting
@@ -160,10 +151,10 @@ def test_an_illegal_action_inside_torch_compile(backend: Setting) -> None:
 @every_setting
 @pytest.mark.graph
 def test_a_network_and_the_module_are_one_graph(backend: Setting) -> None:
-    network = nn.Sequential(nn.Linear(4, 3 * 9), nn.Unflatten(1, (3, 9)))
+    network = nn.Sequential(nn.Linear(4, 3 * 9, dtype=torch.float64), nn.Unflatten(1, (3, 9)))
     criterion = FusedCategoricalLoss(torch.linspace(-5, 10, 9), backend=backend.backend)
     arguments = make((6, 3, 9), seed=53)
-    states = torch.randn(6, 4)
+    states = torch.randn(6, 4, dtype=torch.float64)
 
     @torch.compile(fullgraph=True)
     def step() -> Tensor:
@@ -174,7 +165,7 @@ def test_a_network_and_the_module_are_one_graph(backend: Setting) -> None:
     network.zero_grad()
     given = {k: x for k, x in arguments.items() if k not in ("logits", "support")}
     criterion(network(states), **given).backward()
-    torch.testing.assert_close(compiled, network[0].bias.grad)
+    assert_agree(compiled, network[0].bias.grad)
 
 
 @every_setting

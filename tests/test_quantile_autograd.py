@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 import torch
+from bounds import assert_agree
 from conftest import Setting
-from quantile_data import compact, every_setting, make
+from quantile_data import check, compact, every_setting, make
 from test_quantile_compiled import CASES, op_arguments
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -49,8 +50,7 @@ def test_the_reference_agrees(backend: Setting, options: dict[str, Any]) -> None
         loss, td_error = function(**{**arguments, "quantiles": x}, **options, return_td_error=True, **name)
         loss.sum().backward()
         results.append((loss.detach(), td_error, x.grad))
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+    assert_agree(*results)
 
 
 @every_setting
@@ -90,7 +90,7 @@ def test_torch_compile_of_network_and_loss(backend: Setting, name: str) -> None:
     torch._dynamo.reset()
     counters.clear()
     A, K, D = 3, 5, 4
-    model = nn.Linear(D, A * K)
+    model = nn.Linear(D, A * K, dtype=torch.float64)
 
     def loss(obs: Tensor, rest: dict[str, Tensor]) -> Tensor:
         x = model(obs).view(-1, A, K)
@@ -103,7 +103,7 @@ def test_torch_compile_of_network_and_loss(backend: Setting, name: str) -> None:
 
     compiled = torch.compile(loss, fullgraph=True)
     for n in (6, 9, 11):
-        arguments = make((n, A, K), 4, seed=n)
+        arguments = make((n, A, K), 4, torch.float64, seed=n)
         if name == "everything":
             arguments |= {"weights": torch.rand(n), "taus": torch.rand(n, K), "gamma": torch.rand(n)}
             arguments["next_action_mask"] = torch.ones(n, A, dtype=torch.bool)
@@ -112,15 +112,22 @@ def test_torch_compile_of_network_and_loss(backend: Setting, name: str) -> None:
             arguments["terminated"] = torch.arange(n) % 4 == 0
             arguments = compact(arguments)
         arguments.pop("quantiles")
-        obs = torch.randn(n, D)
+        obs = torch.randn(n, D, dtype=torch.float64)
         results = []
         for function in (compiled, loss):
             value = function(obs, arguments)
             results.append([value.detach(), *torch.autograd.grad(value, list(model.parameters()))])
-        for got, expected in zip(*results, strict=True):
-            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+        assert_agree(*results)
     assert counters["stats"]["unique_graphs"] == 2
     assert not counters["graph_break"]
+
+
+@every_setting
+@pytest.mark.graph
+def test_a_graph_computes_what_the_oracle_does(backend: Setting) -> None:
+    torch._dynamo.reset()
+    graph = torch.compile(lambda given: fused_quantile_loss(**given), fullgraph=True)
+    check(backend, make((6, 3, 5), 4, seed=57), call=lambda **given: graph(given))
 
 
 @every_setting
