@@ -115,11 +115,12 @@ def test_mixed_dtypes() -> None:
     """The weight is rounded to the dtype of hidden, as by autocast. (The interpreter truncates to bfloat16.)"""
     work = make(5, 41, 16)
     half = work._replace(hidden=work.hidden.half())
-    assert torch.equal(check(half._replace(weight=work.weight.half())), kernel(half))
+    check(half)
+    check(half._replace(weight=work.weight.half()))
     check(work._replace(weight=work.weight.half()))
     double = make(5, 41, 16, dtype=torch.float64)
     assert kernel(double).dtype is torch.float64
-    assert torch.equal(kernel(double), worth(double, tiles.sweep(double)))
+    assert torch.equal(kernel(double), worth(double, tiles.sweep(double))), "there is no kernel: it is the library's"
 
 
 def kernel(work: Sweep) -> Tensor:
@@ -271,8 +272,12 @@ def test_the_same_bits_every_time() -> None:
 
 
 def test_rows_are_independent_of_the_others() -> None:
+    """NaN in all rows but some, which are those of a smaller problem."""
     work = make(33, 300, 16, "soft")
-    assert torch.equal(kernel(work)[7:12], kernel(work._replace(hidden=work.hidden[7:12])))
+    check(work._replace(hidden=work.hidden[7:12]))
+    hidden = torch.full_like(work.hidden, torch.nan)
+    hidden[7:12] = work.hidden[7:12]
+    assert check(work._replace(hidden=hidden)).isnan().sum() == 28
 
 
 def test_the_choice_between_the_two(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,7 +299,8 @@ def test_the_choice_between_the_two(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not pays(1024, D + 16, torch.float32)
     torch.set_float32_matmul_precision("highest")
     assert not pays(16, 64, torch.float64)
-    work = make(5, 41, 3)
+    work = make(5, 41, 3)  # of integers, whose products are exact
+    work = work._replace(hidden=work.hidden.round(), weight=work.weight.round(), bias=work.bias.round())
     for choice in (True, False):
         monkeypatch.setattr(triton_sweep, "pays", lambda work, choice=choice: choice)
-        torch.testing.assert_close(triton_sweep.auto_sweep(work).largest, tiles.sweep(work).largest)
+        assert torch.equal(triton_sweep.auto_sweep(work).largest, tiles.sweep(work).largest)
