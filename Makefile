@@ -9,6 +9,7 @@ PIP := $(PY) -m pip install --quiet --no-compile
 OUT ?= out
 CSRC := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 CPP := $(CSRC) $(wildcard bench/gpu_code/ptx/*/*.h bench/gpu_code/ptx/*/*.cpp)
+PACKAGE := setup.py pyproject.toml $(CSRC) $(wildcard dqn_fused/*.py dqn_fused/*/*.py kernels/*.py)
 
 ifeq ($(origin VENV),file)
 READY := $(VENV)/.ready
@@ -21,10 +22,10 @@ endif
 PTX_TARGETS := sm_75 sm_80 sm_90 sm_120
 PTX_TRITON := 3.6
 
-.PHONY: test suite interpret test-all test-anywhere ptx demo bench asan lint format pictures docs \
+.PHONY: test suite interpret test-all test-anywhere ptx demo bench asan asan-library lint format pictures docs \
 	release-check environment install clean
 
-# On all cores; of GPU code and of graphs a sample, which moves with DQN_FUSED_TEST_SAMPLE (tests/conftest.py).
+# On all cores; of what is slow a sample, which moves with DQN_FUSED_TEST_SAMPLE (tests/conftest.py).
 WORKERS := -n auto --maxprocesses 8 --dist worksteal
 PYTEST := $(PY) -m pytest $(WORKERS)
 test: $(READY) $(LINT) suite interpret
@@ -35,16 +36,18 @@ suite: $(READY)
 interpret: $(READY)
 	TRITON_INTERPRET=1 $(PYTEST) -m interpret
 
-# Every case that is compiled, ahead of time or by torch.compile, runs in long processes or in Triton's interpreter.
+# Every case, except those on executed PTX: hours.
 test-all: $(READY)
-	$(PYTEST) --sample 1 -m "(aot or graph or processes) and not ptx"
+	$(PYTEST) --sample 1 -m "not ptx"
 	TRITON_INTERPRET=1 $(PYTEST) --sample 1 -m interpret
 
-# The numerical tests with other vector instructions, numbers of threads and seeds: twenty runs.
+# The numerical tests with other vector instructions, numbers of threads and seeds: twenty runs. With ONE_IN=2 each run
+# takes the next half of them.
 SEEDS ?= 20
 FIRST ?= 1
+ONE_IN ?= 1
 test-anywhere: $(READY)
-	$(PY) tests/anywhere.py --seeds $(SEEDS) --first $(FIRST)
+	$(PY) tests/anywhere.py --seeds $(SEEDS) --first $(FIRST) --one-in $(ONE_IN)
 
 # The suite on the PTX of the Triton kernels and of csrc/cuda, executed without a GPU: every case, on every target.
 PTX := $(PYTEST) --sample 1 -m ptx
@@ -63,17 +66,22 @@ bench: $(READY)
 	mkdir -p $(OUT)
 	$(PY) -m bench --out $(OUT)
 
-# The CPU ops with AddressSanitizer and UBSan over the suite and broken inputs.
+# The CPU ops with AddressSanitizer and UBSan over the suite and broken inputs, or over a part of both: ONE_IN=3.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
-asan: $(READY)
-	CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" DQN_FUSED_BUILD=cpu,autograd \
-		$(PY) -m pip install --quiet --no-deps --no-build-isolation --upgrade --target $(OUT)/asan .
+asan: asan-library
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0:max_malloc_fill_size=1000000000 PYTHONPATH=$(OUT)/asan TORCHDYNAMO_DISABLE=1 \
-		$(VENV)/bin/pytest $(WORKERS) -q -m "not ptx" tests/test_compiled.py tests/test_loss.py tests/test_family.py \
-		tests/test_arguments.py tests/test_quantile.py tests/test_quantile_compiled.py tests/test_categorical.py \
-		tests/test_categorical_autograd.py tests/test_distributional_autograd.py tests/test_node.py tests/test_row_node.py \
-		-k "not torch-cpu and not torch_compile and not opcheck"
+		$(VENV)/bin/pytest $(WORKERS) -q -m "not ptx" --one-in $(ONE_IN) tests/test_compiled.py tests/test_loss.py \
+		tests/test_family.py tests/test_arguments.py tests/test_quantile.py tests/test_quantile_compiled.py \
+		tests/test_categorical.py tests/test_categorical_autograd.py tests/test_distributional_autograd.py \
+		tests/test_node.py tests/test_row_node.py -k "not torch-cpu and not torch_compile and not opcheck"
+
+asan-library: $(OUT)/asan/.ready
+
+$(OUT)/asan/.ready: $(PACKAGE) | $(READY)
+	CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" DQN_FUSED_BUILD=cpu,autograd \
+		$(PY) -m pip install --quiet --no-deps --no-build-isolation --upgrade --target $(OUT)/asan .
+	touch $@
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -40,11 +40,10 @@ SOURCES = {
         )
     ],
     "cuda": ["csrc/cuda/td_loss.cu"],
-    "autograd": [
-        f"csrc/autograd/{name}.cpp" for name in ("ops", "node", "python", "row_ops", "row_node", "row_python")
-    ],
+    "autograd": ["csrc/autograd/nodes.cpp", "csrc/autograd/module.cpp"],  # which include the others
 }
 HEADERS = sorted(str(path) for suffix in ("h", "cuh") for path in Path("csrc").rglob(f"*.{suffix}"))
+HEADERS += sorted(str(path) for path in Path("csrc/autograd").glob("*.cpp"))
 GPUS = ("8.0", "8.6", "9.0", "10.0", "12.0")
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10 and every later one
 RETRY = "pip install --no-build-isolation . tries again"
@@ -132,7 +131,7 @@ def libraries() -> tuple[list[Extension], dict[str, Any]]:
     wanted = {"auto": list(SOURCES), "0": []}.get(MODE, MODE.split(","))
     if not set(wanted) <= SOURCES.keys():
         raise SystemExit(f"DQN_FUSED_BUILD: expected auto, 0, or one or more of {', '.join(SOURCES)}, got {MODE!r}")
-    if not wanted:
+    if not wanted or DESCRIBED:
         return [], {}
     if sys.platform == "win32" or (sys.platform == "darwin" and MODE == "auto"):
         then = "the torch backend serves" if sys.platform == "win32" else "DQN_FUSED_BUILD=cpu tries it"
@@ -192,6 +191,8 @@ class Wheel(bdist_wheel):
 
 
 MODE = os.environ.get("DQN_FUSED_BUILD", "auto").lower()
+# pip asks for requirements and metadata before it builds, each in a process of its own; torch takes 2 s to import.
+DESCRIBED = not {"egg_info", "dist_info"}.isdisjoint(sys.argv)
 EXTENSIONS, COMMANDS = libraries()
 
 setup(

@@ -32,11 +32,18 @@ def environment(seed: int) -> dict[str, str]:
     return {name: value for name, value in chosen if value is not None}
 
 
-def run(seed: int, interpreted: bool) -> bool:
-    """Run the tests once; print one line, and the failures."""
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run(seed: int, interpreted: bool, one_in: int) -> bool:
+    """Run the tests once, or one in so many of them, which move with the seed; print one line, and the failures."""
     changed = environment(seed)
-    own = {**os.environ, **changed, "DQN_FUSED_TEST_SEED": str(seed)}
+    sample = str(int(os.environ.get("DQN_FUSED_TEST_SAMPLE", "0")) + seed)
+    own = {**os.environ, **changed, "DQN_FUSED_TEST_SEED": str(seed), "DQN_FUSED_TEST_SAMPLE": sample}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", "-k", "not opcheck"]
+    command += ["--one-in", str(one_in)]
     command += [f"tests/{name}.py" for name in TESTS]
     if interpreted:
         own["TRITON_INTERPRET"] = "1"
@@ -57,11 +64,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=20, help="runs (default: 20)")
     parser.add_argument("--first", type=int, default=1, help="first seed; the suite's own is 0 (default: 1)")
+    parser.add_argument("--one-in", type=int, default=1, help="each run takes the next one in so many (default: all)")
     parser.add_argument("--interpret", action="store_true", help="the Triton kernels in their interpreter instead")
     args = parser.parse_args()
     seeds = range(args.first, args.first + args.seeds)
-    with ThreadPoolExecutor(2) as pool:
-        passed = list(pool.map(run, seeds, itertools.repeat(args.interpret)))
+    with ThreadPoolExecutor(min(2, cores())) as pool:
+        passed = list(pool.map(run, seeds, itertools.repeat(args.interpret), itertools.repeat(args.one_in)))
     print(f"{sum(passed)} passed, {len(passed) - sum(passed)} failed")
     sys.exit(not all(passed))
 

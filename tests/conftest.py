@@ -32,7 +32,10 @@ PTX_TARGETS = ("sm_75", "sm_80", "sm_90", "sm_120")
 # Tests of torch's graphs and memory rather than of kernels; the executor itself allocates memory.
 NOT_ON_PTX = ("memory", "compile", "graph", "batched")
 # Of the slow cases one in so many is run by default; --sample=1 runs all of them.
-SAMPLE = {"ptx": 36, "interpret": 8, "aot": 12, "graph": 6, "processes": 3}
+SAMPLE = {
+    "ptx": 60, "interpret": 8, "aot": 24, "graph": 12, "processes": 3, "opcheck": 4, "executor": 4, "product": 3,
+    "without_node": 4,
+}  # fmt: skip
 # Which one: .ci/run takes it from the commit, so that the commits together run every case.
 SAMPLED = int(os.environ.get("DQN_FUSED_TEST_SAMPLE", SEED))
 
@@ -101,16 +104,22 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--sample", type=int, default=0, help="take one of so many slow cases, 1 for all of them")
+    parser.addoption("--one-in", type=int, default=1, help="take one of so many of all cases")
     parser.addoption("--ptx-target", choices=PTX_TARGETS, help="GPU that PTX is compiled for; default: by case")
+
+
+def pytest_report_header() -> str:
+    return f"DQN_FUSED_TEST_SAMPLE={SAMPLED} DQN_FUSED_TEST_SEED={SEED}"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     by_name = any("::" in argument for argument in config.args)
     every = 1 if by_name else config.getoption("--sample")
+    one_in = 1 if by_name else config.getoption("--one-in")
     kept: list[pytest.Item] = []
     left_out: list[pytest.Item] = []
     for item in items:
-        (kept if _taken(item, every) else left_out).append(item)
+        (kept if _taken(item, every, one_in) else left_out).append(item)
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = kept
@@ -120,11 +129,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="no CUDA or ROCm device"))
 
 
-def _taken(item: pytest.Item, every: int) -> bool:
+def _taken(item: pytest.Item, every: int, one_in: int) -> bool:
     marks = {mark.name for mark in item.iter_markers()} & SAMPLE.keys()
     if "ptx" in marks and any(word in item.name for word in NOT_ON_PTX):
         return False
-    return all((_number(item) - SAMPLED) % (every or SAMPLE[mark]) == 0 for mark in marks)
+    sizes = [one_in, *(every or SAMPLE[mark] for mark in marks)]
+    return all((_number(item) - SAMPLED) % size == 0 for size in sizes)
 
 
 def _number(item: pytest.Item) -> int:

@@ -217,6 +217,7 @@ def test_the_ops_that_a_graph_holds(backend: Setting, names: str, reduction: int
 
 
 @built
+@pytest.mark.opcheck
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("names", OP_CASES)
 def test_opcheck(names: str, dtype: torch.dtype) -> None:

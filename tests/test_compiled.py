@@ -70,6 +70,7 @@ def test_opcheck(case: str, reduction: str) -> None:
 
 
 @built
+@pytest.mark.opcheck
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_opcheck_of_the_family(name: str, reduction: str) -> None:
@@ -204,26 +205,39 @@ def test_a_library_that_is_not_there_or_does_not_load(tmp_path: Path) -> None:
     assert "expected tensors on cpu or cuda" in str(compiled_backend.refuses(torch.device("meta")))
 
 
-def capability(word: str | None) -> list[str]:
-    """(instruction set in use, why there is none) with this word in the environment, which a process reads once."""
-    environment = {key: value for key, value in os.environ.items() if key != "DQN_FUSED_CPU_CAPABILITY"}
-    if word is not None:
-        environment["DQN_FUSED_CPU_CAPABILITY"] = word
-    code = "from dqn_fused._backends import compiled_backend as c; print(c.cpu_capability(), c._REASONS['cpu'])"
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.split(maxsplit=1)
+def capabilities(*words: str) -> list[list[str]]:
+    """(instruction set in use, why there is none) with each word in the environment, which a process reads once.
+
+    The processes are forked from one that has imported torch, which takes 2 s.
+    """
+    code = """
+import os, sys
+import torch
+for word in sys.argv[1:]:
+    if os.fork() == 0:
+        os.environ["DQN_FUSED_CPU_CAPABILITY"] = word
+        from dqn_fused._backends import compiled_backend
+        print(compiled_backend.cpu_capability(), compiled_backend._REASONS["cpu"], flush=True)
+        os._exit(0)
+    os.wait()
+"""
+    command = [sys.executable, "-c", code, *words]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [line.split(maxsplit=1) for line in lines]
 
 
+@built
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_the_environment_forces_a_version_of_the_cpu_functions() -> None:
     """The one that it names, or the best of the processor if that is less; any other word is refused."""
     from dqn_fused._backends.compiled_backend import CAPABILITIES
 
-    best = CAPABILITIES.index(capability(None)[0])
-    for i, word in enumerate(CAPABILITIES):
-        assert capability(word)[0] == CAPABILITIES[min(i, best)]
-    found, reason = capability("sse9")
-    assert found == "None"
-    assert "expected one of default, avx2, avx512, got 'sse9'" in reason
+    best, *forced, refused = capabilities("", *CAPABILITIES, "sse9")
+    for i, (found, _) in enumerate(forced):
+        assert found == CAPABILITIES[min(i, CAPABILITIES.index(best[0]))]
+    assert len(forced) == len(CAPABILITIES)
+    assert refused[0] == "None"
+    assert "expected one of default, avx2, avx512, got 'sse9'" in refused[1]
 
 
 BROKEN = {

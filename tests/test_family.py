@@ -429,6 +429,7 @@ COMBINATIONS = {
 }
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("name", COMBINATIONS)
 def test_gradcheck_of_every_combination(setting: Setting, name: str) -> None:
     g = source(3)

@@ -60,6 +60,7 @@ def ops_of(
     return {op.name() for op in found if op.namespace == "dqn_fused"}
 
 
+@pytest.mark.graph
 @pytest.mark.parametrize("name", ["huber", "munchausen-cql-masks-weights-huber"])
 @pytest.mark.parametrize("n", [2, 16384])
 def test_auto_takes_pytorch_operations_for_few_actions_at_any_batch(n: int, name: str) -> None:
@@ -97,6 +98,7 @@ def atoms(n: int, K: int) -> tuple[dict[str, Any], Callable[..., Any], str]:
     return {**arguments, "support": (-1.0, 1.0)}, fused_categorical_loss, "logits"
 
 
+@pytest.mark.graph
 @pytest.mark.parametrize("n", [2, 512])
 def test_auto_takes_pytorch_operations_for_few_quantiles_and_atoms(n: int) -> None:
     for K in (8, 32):
@@ -104,6 +106,7 @@ def test_auto_takes_pytorch_operations_for_few_quantiles_and_atoms(n: int) -> No
         assert ops_of(*atoms(n, K)) == ops_of(*ready(n, K)) == set()
 
 
+@pytest.mark.graph
 @pytest.mark.skipif(not HAS_OPS, reason="no ops for the CPU")
 def test_auto_takes_the_op_for_many_quantiles_or_atoms_and_a_named_backend_its_own() -> None:
     rows_backward = "dqn_fused::rows_backward"
@@ -161,6 +164,7 @@ def test_the_number_of_actions_makes_one_more_graph() -> None:
     assert counters["stats"]["unique_graphs"] == 2
 
 
+@pytest.mark.graph
 @pytest.mark.parametrize("backend", ["auto", *serving(torch.device("cpu"))])
 @pytest.mark.parametrize("shape", [NARROW, WIDE], ids=shape_id)
 def test_the_first_call_of_a_process_is_compiled_once(

@@ -37,6 +37,7 @@ def learned(arguments: Arguments) -> list[Tensor]:
     return [arguments[k].requires_grad_() for k in LEARNED]
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("name", FAMILY)
 def test_gradcheck(setting: Setting, name: str, reduction: str) -> None:

@@ -14,6 +14,8 @@ from bench.gpu_code.ptx.triton import executing
 from bench.measure.traffic import least_bytes
 from bench.measure.variants import VARIANTS, random_arguments
 
+pytestmark = pytest.mark.executor
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 @pytest.mark.parametrize("shape", [(64, 8192), (33, 4099)], ids=str)

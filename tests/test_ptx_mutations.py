@@ -33,6 +33,8 @@ from dqn_fused import fused_dqn_loss
 from dqn_fused._backends import triton_sweep, triton_sweep_backward
 from dqn_fused.head.sweep import Sweep
 
+pytestmark = pytest.mark.executor
+
 
 def loss(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, **changes: Any) -> Outputs:
     arguments = make(shape, dtype) | changes

@@ -55,6 +55,7 @@ def op_arguments(arguments: dict[str, Any], reduction: str = "mean", check: bool
     )  # fmt: skip
 
 
+@pytest.mark.opcheck
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 @pytest.mark.parametrize("case", CASES)
 def test_opcheck(case: str, reduction: str) -> None:

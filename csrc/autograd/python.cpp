@@ -120,7 +120,7 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C_autograd", nullptr, -1, met
 
 PyMODINIT_FUNC PyInit__C_autograd() {
   PyObject* const module = PyModule_Create(&dqn_fused::autograd::definition);
-  if (module != nullptr && PyModule_AddFunctions(module, dqn_fused::autograd::row_methods) < 0) {
+  if (module != nullptr && PyModule_AddFunctions(module, dqn_fused::autograd::rows::methods) < 0) {
     Py_DECREF(module);
     return nullptr;
   }

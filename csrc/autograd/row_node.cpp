@@ -2,7 +2,7 @@
 
 #include "loss_node.h"
 
-namespace dqn_fused::autograd {
+namespace dqn_fused::autograd::rows {
 namespace {
 
 enum { SLOPES, ACTIONS, WEIGHTS, SAVED };
@@ -47,4 +47,4 @@ void record(const Inputs& in, const RowOutputs& out, int64_t reduction, Differen
   make_node<RowLossBackward>()->record(in, out, reduction, differentiable);
 }
 
-}  // namespace dqn_fused::autograd
+}  // namespace dqn_fused::autograd::rows

@@ -2,7 +2,7 @@
 
 #include "row_node.h"
 
-namespace dqn_fused::autograd {
+namespace dqn_fused::autograd::rows {
 namespace {
 
 // What Python hands over at the start: a function, and REDUCTIONS of dqn_fused/options.py.
@@ -94,7 +94,7 @@ PyObject* prepare(PyObject*, PyObject* arguments) {
 
 }  // namespace
 
-PyMethodDef row_methods[] = {
+PyMethodDef methods[] = {
     {"quantile_loss", method(call<Quantile, false>), METH_FASTCALL, "(loss, td_error), or None: see dqn_fused.node."},
     {"quantile_loss_and_grad", method(call<Quantile, true>), METH_FASTCALL, "(loss, gradient, td_error), or None."},
     {"categorical_loss", method(call<Categorical, false>), METH_FASTCALL, "(loss, values), or None."},
@@ -104,4 +104,4 @@ PyMethodDef row_methods[] = {
     {"prepare_rows", prepare, METH_VARARGS, "What a backward calls that is itself recorded, and the reductions."},
     {nullptr, nullptr, 0, nullptr}};
 
-}  // namespace dqn_fused::autograd
+}  // namespace dqn_fused::autograd::rows

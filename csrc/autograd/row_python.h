@@ -4,8 +4,8 @@
 
 #include "python.h"
 
-namespace dqn_fused::autograd {
+namespace dqn_fused::autograd::rows {
 
-extern PyMethodDef row_methods[];
+extern PyMethodDef methods[];
 
-}  // namespace dqn_fused::autograd
+}  // namespace dqn_fused::autograd::rows
