@@ -1,5 +1,6 @@
 """What autograd and torch.func see of the distributional losses, all of which are recorded by row_loss.RowLoss."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -130,3 +131,27 @@ def test_no_graph_without_a_gradient_to_give(backend: Setting, family: Loss) -> 
     with torch.no_grad():
         assert family.function(**arguments, backend=backend.backend).grad_fn is None
     assert all(not x.requires_grad for x in family.and_grad(**arguments, backend=backend.backend))
+
+
+@every_setting
+@every_loss
+def test_the_input_and_the_next_one_exchanged(backend: Setting, family: Loss) -> None:
+    """A warning that names the arguments, at the line that calls; as of the scalar losses, in test_hints.py."""
+    arguments = family.make((4, 3, 5), seed=52)
+    following = f"next_{family.input}"
+    if following not in arguments:
+        pytest.skip("a ready target is not exchanged with anything")
+    arguments[following].requires_grad_()
+    said = f"^{family.input} does not require a gradient and {following} does: are they swapped"
+    for function in (family.function, family.and_grad):
+        with pytest.warns(UserWarning, match=said) as caught:
+            function(**arguments, backend=backend.backend)
+        assert [warning.filename for warning in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with torch.no_grad():
+            family.function(**arguments, backend=backend.backend)
+        family.function(**arguments | {following: arguments[following].detach()}, backend=backend.backend)
+        arguments[family.input].requires_grad_()
+        for function in (family.function, family.and_grad):
+            function(**arguments, backend=backend.backend)
