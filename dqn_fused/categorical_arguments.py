@@ -15,6 +15,7 @@ from dqn_fused.targets import number
 
 PROJECTIONS = ("two_hot", "hl_gauss")
 SIGMA = 0.75  # Farebrother et al. (2024)
+WIDEST = 1e20  # widths of a bin; beyond, the mass in all bins is the same to the last digit, and would underflow
 
 Support = Tensor | tuple[float, float]
 
@@ -46,7 +47,7 @@ def check_categorical_options(
     sigma = SIGMA if sigma is None else number("sigma", sigma)
     if not 0 < sigma < inf:
         raise ValueError(f"sigma: expected a finite number above 0, got {sigma}")
-    return CategoricalSpec(support, sigma, reduction)
+    return CategoricalSpec(support, min(sigma, WIDEST), reduction)
 
 
 def check_logits(given: Batch, spec: CategoricalSpec) -> tuple[Batch, CategoricalSpec]:
