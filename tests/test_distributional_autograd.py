@@ -146,12 +146,31 @@ def test_the_input_and_the_next_one_exchanged(backend: Setting, family: Loss) ->
     for function in (family.function, family.and_grad):
         with pytest.warns(UserWarning, match=said) as caught:
             function(**arguments, backend=backend.backend)
-        assert [warning.filename for warning in caught] == [__file__]
+        assert [warning.filename for warning in caught if warning.category is UserWarning] == [__file__]
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         with torch.no_grad():
             family.function(**arguments, backend=backend.backend)
         family.function(**arguments | {following: arguments[following].detach()}, backend=backend.backend)
         arguments[family.input].requires_grad_()
         for function in (family.function, family.and_grad):
             function(**arguments, backend=backend.backend)
+
+
+@every_setting
+@every_loss
+@pytest.mark.parametrize("n", [1, 4])
+def test_a_lazy_minus_sign_is_seen(backend: Setting, family: Loss, n: int) -> None:
+    """conj().imag negates when it is read. That of one sample is contiguous, and so is a discount of all samples."""
+    arguments = family.make((n, 3, 5), seed=53) | {"weights": torch.rand(n)}
+    if family.reward() == "rewards":
+        arguments["gamma"] = torch.tensor(0.5)
+    for name, x in arguments.items():
+        if isinstance(x, Tensor) and x.is_floating_point():
+            lazy = torch.complex(torch.zeros_like(x), -x).conj().imag
+            assert lazy.is_neg()
+            found, expected = (
+                family.and_grad(**arguments | {name: given}, return_td_error=True, backend=backend.backend)
+                for given in (lazy, x)
+            )
+            assert all(map(torch.equal, found, expected)), name
