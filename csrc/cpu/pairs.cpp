@@ -8,9 +8,6 @@ namespace dqn_fused::cpu {
 namespace {
 
 constexpr int64_t LANES = 32;  // partial sums of a mean
-// Pairs that are added up before their sum is added to the others. Many have the same slope, beyond kappa, and the
-// roundings of one long sum of equal terms do not cancel: of 1000 they were 250 units of roundoff.
-constexpr int64_t RUN = 32;
 
 template <class Stored>
 struct MeanOf {
@@ -73,37 +70,30 @@ struct PairsOf {
     const T inverse = std::min(1 / kappa, std::numeric_limits<T>::max()), half = kappa / 2;
     const Bits one = to_bits(T(1));
     for (int64_t first = 0; first < padded; first += PAIR_WIDTH) {
-      T x[PAIR_WIDTH], loss[PAIR_WIDTH] = {}, slope[PAIR_WIDTH] = {};  // sums of the runs
+      T x[PAIR_WIDTH], loss[PAIR_WIDTH] = {}, slope[PAIR_WIDTH] = {};
       Bits positive[PAIR_WIDTH], either[PAIR_WIDTH];  // weight of d > 0, and how the bits of that of -d differ
       for (int64_t lane = 0; lane < PAIR_WIDTH; ++lane) {
         x[lane] = predicted[first + lane];
         positive[lane] = to_bits(above[first + lane]);
         either[lane] = positive[lane] ^ to_bits(-below[first + lane]);
       }
-      for (int64_t begin = 0; begin < n; begin += RUN) {
-        T run_loss[PAIR_WIDTH] = {}, run_slope[PAIR_WIDTH] = {};
-        for (int64_t j = begin; j < std::min(n, begin + RUN); ++j) {
-          const T t = target[j];
-          for (int64_t lane = 0; lane < PAIR_WIDTH; ++lane) {
-            const T d = x[lane] - t;
-            const Bits sign = to_bits(d) >> (8 * sizeof(T) - 1), size = to_bits(d) & MAGNITUDE;
-            const T weight = of_bits(positive[lane] ^ (either[lane] & sign));  // with the sign of d
-            // huber(d) / kappa is part * (size - kappa / 2 * part), its derivative is part.
-            Bits part;
-            if (PLAIN) {
-              part = -static_cast<Bits>(size != 0) & one;
-            } else {
-              part = to_bits(of_bits(size) * inverse);
-              part = part < one ? part : one;
-            }
-            const T step = weight * of_bits(part);
-            run_slope[lane] += step;
-            run_loss[lane] += of_bits(to_bits(step) & MAGNITUDE) * (of_bits(size) - half * of_bits(part));
-          }
-        }
+      for (int64_t j = 0; j < n; ++j) {
+        const T t = target[j];
         for (int64_t lane = 0; lane < PAIR_WIDTH; ++lane) {
-          loss[lane] += run_loss[lane];
-          slope[lane] += run_slope[lane];
+          const T d = x[lane] - t;
+          const Bits sign = to_bits(d) >> (8 * sizeof(T) - 1), size = to_bits(d) & MAGNITUDE;
+          const T weight = of_bits(positive[lane] ^ (either[lane] & sign));  // with the sign of d
+          // huber(d) / kappa is part * (size - kappa / 2 * part), its derivative is part.
+          Bits part;
+          if (PLAIN) {
+            part = -static_cast<Bits>(size != 0) & one;
+          } else {
+            part = to_bits(of_bits(size) * inverse);
+            part = part < one ? part : one;
+          }
+          const T step = weight * of_bits(part);
+          slope[lane] += step;
+          loss[lane] += of_bits(to_bits(step) & MAGNITUDE) * (of_bits(size) - half * of_bits(part));
         }
       }
       for (int64_t lane = 0; lane < PAIR_WIDTH; ++lane) {
