@@ -42,9 +42,7 @@ def run(
             return found
     hints.warn_if_swapped(given.q, (given.next_q,), family.input)
     if inside_transform():
-        refuse(
-            family.functions, f"give an ensemble as a leading dimension, or call dqn_fused.{family.name}_reference"
-        )
+        refuse(family.functions, f"give an ensemble as a leading dimension, or call dqn_fused.{family.name}_reference")
     if process_group is not None:
         check_group(process_group, spec)
     what = node.row_loss_of if recording else loss_and_grad

@@ -71,7 +71,7 @@ def unexpected(function: str, given: Mapping[str, object]) -> NoReturn:
 
 
 def warn_if_swapped(q: Tensor, networks: Sequence[Tensor | None], name: str = "q") -> None:
-    """Warn where a loss is not recorded, although it would be with q and next_q exchanged; ``name`` is what q is called.
+    """Warn where a loss is not recorded, although it would be with q, called ``name``, and next_q exchanged.
 
     For a function that a public one calls, before any check. Inside graphs and transforms there is no warning.
     """

@@ -71,9 +71,7 @@ def td_loss(batch: Batch, spec: LossSpec, backend: ModuleType, q: Tensor) -> tup
     return shaped_forward(loss, td_error, normaliser, batch, spec)
 
 
-def row_loss_of(
-    family: str, x: Tensor, batch: Batch, spec: SpecT, backend: ModuleType
-) -> tuple[Tensor, Tensor]:
+def row_loss_of(family: str, x: Tensor, batch: Batch, spec: SpecT, backend: ModuleType) -> tuple[Tensor, Tensor]:
     """row_loss.row_loss of a family of distributional losses, recorded in C++ as td_loss is: (loss, values)."""
     if not records(batch, backend):
         forward = getattr(backend, f"{family}_loss")

@@ -66,8 +66,8 @@ def fused_quantile_loss(
         weights: (\\*N) or (\\*N, 1), floating: the loss of each sample is multiplied by its weight.
         kappa: threshold where Huber's loss turns from quadratic to linear. The loss is divided by it, so 0 is plain
             quantile regression, with slope 0 where ``u`` is 0.
-        quantile_reduction: over the predicted quantiles: ``"sum"``, as published, or ``"mean"``, which makes it the mean
-            over all pairs.
+        quantile_reduction: over the predicted quantiles: ``"sum"``, as published, or ``"mean"``, which makes the loss
+            a mean over all pairs.
         reduction: ``"mean"``, which divides by the number of samples, ``"weighted_mean"``, which divides by the sum of
             the weights, ``"sum"``, or ``"none"`` for the loss of each sample, (\\*N).
         return_td_error: also return the mean of the predicted minus that of the target quantiles, (\\*N), signed,
