@@ -1,28 +1,18 @@
 """The public categorical losses: functions, and the same with their gradients."""
 
-from collections.abc import Callable
-from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
-import torch
 from torch import Tensor
 
-from dqn_fused import hints, node
+from dqn_fused import hints
 from dqn_fused.arguments import Batch
-from dqn_fused.autograd import refuse_tangent
-from dqn_fused.categorical_arguments import (
-    CategoricalSpec,
-    Support,
-    check_categorical_options,
-    check_even,
-    check_logits,
-    known,
-)
-from dqn_fused.distributional_call import backend_that_checks, check_call, prepare
-from dqn_fused.node import categorical_loss
+from dqn_fused.categorical_arguments import Support, check_categorical_options, check_logits, even
+from dqn_fused.distributional_call import Family, run
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+FAMILY = Family("categorical", "logits", "the categorical losses", check_logits, ready=even)
 
 
 def fused_categorical_loss(
@@ -105,7 +95,7 @@ def fused_categorical_loss(
         logits, actions, rewards, next_logits, terminated, gamma, non_final_mask,
         next_logits_online, next_action_mask, weights,
     )  # fmt: skip
-    loss, values = _run(categorical_loss, batch, spec, backend, process_group)
+    loss, values = run(FAMILY, True, batch, spec, backend, process_group)
     return (loss, values[0]) if return_td_error else loss
 
 
@@ -153,7 +143,7 @@ def fused_categorical_loss_and_grad(
         logits, actions, rewards, next_logits, terminated, gamma, non_final_mask,
         next_logits_online, next_action_mask, weights,
     )  # fmt: skip
-    loss, gradient, values = _run(_loss_and_grad, batch, spec, backend, process_group)
+    loss, gradient, values = run(FAMILY, False, batch, spec, backend, process_group)
     return (loss, gradient, values[0]) if return_td_error else (loss, gradient)
 
 
@@ -205,7 +195,8 @@ def fused_categorical_td_loss(
     if unknown:
         hints.unexpected("fused_categorical_td_loss", unknown)
     spec = check_categorical_options(support, reduction, projection, sigma)
-    found = _run(categorical_loss, Batch(logits, actions, target, None, weights=weights), spec, backend, process_group)
+    batch = Batch(logits, actions, target, None, weights=weights)
+    found = run(FAMILY, True, batch, spec, backend, process_group)
     return _returned(found, return_td_error, return_expectation)
 
 
@@ -244,11 +235,9 @@ def fused_categorical_td_loss_and_grad(
     if unknown:
         hints.unexpected("fused_categorical_td_loss_and_grad", unknown)
     spec = check_categorical_options(support, reduction, projection, sigma)
-    found = _run(_loss_and_grad, Batch(logits, actions, target, None, weights=weights), spec, backend, process_group)
+    batch = Batch(logits, actions, target, None, weights=weights)
+    found = run(FAMILY, False, batch, spec, backend, process_group)
     return tuple(_returned(found, return_td_error, return_expectation))
-
-
-Run = Callable[[Tensor, Batch, CategoricalSpec, ModuleType], tuple[Tensor, ...]]
 
 
 def _returned(
@@ -269,31 +258,3 @@ def _with_next_states(logits: Tensor, actions: Tensor, rewards: Tensor, next_log
             "next_logits: expected a torch.Tensor, got NoneType; for a ready target there is fused_categorical_td_loss"
         )
     return Batch(logits, actions, rewards, next_logits, *rest)  # type: ignore[arg-type]
-
-
-def _loss_and_grad(x: Tensor, batch: Batch, spec: CategoricalSpec, implementation: ModuleType) -> tuple[Tensor, ...]:
-    refuse_tangent(x)
-    found: tuple[Tensor, ...] = implementation.categorical_loss_and_grad(batch, spec)
-    return found
-
-
-def _run(
-    what: Run, given: Batch, spec: CategoricalSpec, backend: str, process_group: "ProcessGroup | None"
-) -> tuple[Tensor, ...]:
-    """Check the arguments and run a backend."""
-    if backend in node.serves and process_group is None and not torch.compiler.is_compiling() and known(spec.support):
-        found = node.categorical_calls[what is categorical_loss](spec, given)
-        if found is not None:
-            return found
-    check_call("the categorical losses", "categorical", spec, process_group)
-    try:
-        implementation = backend_that_checks("categorical", given, spec, backend)
-        if implementation is not None:
-            if isinstance(spec.support, Tensor):
-                check_even(spec.support)
-            return what(given.q, given, spec, implementation)
-    except (RuntimeError, ValueError, AttributeError, TypeError):
-        pass
-    batch = check_logits(given, spec)
-    batch, spec, implementation = prepare("categorical", "logits", batch, spec, backend, process_group)
-    return what(given.q, batch, spec, implementation)

@@ -15,6 +15,7 @@ from dqn_fused.targets import number
 
 PROJECTIONS = ("two_hot", "hl_gauss")
 SIGMA = 0.75  # Farebrother et al. (2024)
+WIDEST = 1e20  # widths of a bin; beyond, the mass in all bins is the same to the last digit, and would underflow
 
 Support = Tensor | tuple[float, float]
 
@@ -46,10 +47,10 @@ def check_categorical_options(
     sigma = SIGMA if sigma is None else number("sigma", sigma)
     if not 0 < sigma < inf:
         raise ValueError(f"sigma: expected a finite number above 0, got {sigma}")
-    return CategoricalSpec(support, sigma, reduction)
+    return CategoricalSpec(support, min(sigma, WIDEST), reduction)
 
 
-def check_logits(given: Batch, spec: CategoricalSpec) -> Batch:
+def check_logits(given: Batch, spec: CategoricalSpec) -> tuple[Batch, CategoricalSpec]:
     """Check a batch of logits, and the support against them."""
     batch = check_distributions(given, "logits", same_size=True)
     K, device = batch.q.shape[2], batch.q.device
@@ -67,7 +68,7 @@ def check_logits(given: Batch, spec: CategoricalSpec) -> Batch:
             check_range(support[0].item(), support[-1].item(), K, accumulation_dtype(batch.q))
     else:
         check_range(*support, K, accumulation_dtype(batch.q))
-    return batch
+    return batch, spec
 
 
 def check_range(low: float, high: float, K: int, dtype: torch.dtype) -> None:
@@ -81,9 +82,22 @@ def check_range(low: float, high: float, K: int, dtype: torch.dtype) -> None:
 _EVEN = WeakIdKeyDictionary()  # supports that were checked, and their versions: a check takes 60 us
 
 
-def known(support: Support) -> bool:
-    """Whether a support needs no check_even: it is two numbers, or has been checked and not changed since."""
-    return not isinstance(support, Tensor) or _EVEN.get(support, -1) == _version(support) >= 0
+def known(support: Tensor) -> bool:
+    """Whether atoms have been checked by check_even and not changed since."""
+    return bool(_EVEN.get(support, -1) == _version(support) >= 0)
+
+
+def even(spec: CategoricalSpec) -> bool:
+    """Whether the support is two numbers or atoms that check_even passes, where it may look at them."""
+    support = spec.support
+    if not isinstance(support, Tensor) or known(support):
+        return True
+    try:
+        if looks_at_values(support.device):
+            check_even(support)
+    except ValueError:
+        return False
+    return known(support)
 
 
 def _version(support: Tensor) -> int:

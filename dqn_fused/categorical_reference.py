@@ -97,7 +97,7 @@ def _differentiable(
         raise ValueError(f"backend: the reference is PyTorch, expected 'auto' or 'torch', got {backend!r}")
     if process_group is not None:
         check_group(process_group, spec)
-    batch = check_logits(given, spec)
+    batch, spec = check_logits(given, spec)
     batch = check_values(batch, batch.q.shape[1], batch.next_count(), "next_logits")
     if spec.reduction == "weighted_mean":
         batch, spec = normalise_weights(batch, spec, process_group)

@@ -70,8 +70,8 @@ def unexpected(function: str, given: Mapping[str, object]) -> NoReturn:
     raise TypeError(f"{function}: unexpected argument {name!r}{more}")
 
 
-def warn_if_swapped(q: Tensor, networks: Sequence[Tensor | None]) -> None:
-    """Warn where a loss is not recorded, although it would be with q and next_q exchanged.
+def warn_if_swapped(q: Tensor, networks: Sequence[Tensor | None], name: str = "q") -> None:
+    """Warn where a loss is not recorded, although it would be with q, called ``name``, and next_q exchanged.
 
     For a function that a public one calls, before any check. Inside graphs and transforms there is no warning.
     """
@@ -81,8 +81,8 @@ def warn_if_swapped(q: Tensor, networks: Sequence[Tensor | None]) -> None:
         return
     if not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
         warnings.warn(
-            "q does not require a gradient and next_q does: are they swapped? q comes from the online network, which "
-            "is trained, and next_q is a constant",
+            f"{name} does not require a gradient and next_{name} does: are they swapped? {name} comes from the online "
+            f"network, which is trained, and next_{name} is a constant",
             UserWarning,
             stacklevel=4,
         )

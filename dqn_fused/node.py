@@ -19,10 +19,8 @@ from torch.autograd import forward_ad
 
 from dqn_fused import arguments, autograd, row_loss
 from dqn_fused._backends.boxed import shaped_forward, shaped_values, unpack_backward, unpack_rows
-from dqn_fused.arguments import UNCHECKED, Batch, LossSpec
-from dqn_fused.categorical_arguments import CategoricalSpec
+from dqn_fused.arguments import UNCHECKED, Batch, LossSpec, SpecT
 from dqn_fused.options import FIELD_CODES, REDUCTIONS
-from dqn_fused.quantile_arguments import QuantileSpec
 
 FOLDER = Path(__file__).parent
 Result = TypeVar("Result")
@@ -73,23 +71,12 @@ def td_loss(batch: Batch, spec: LossSpec, backend: ModuleType, q: Tensor) -> tup
     return shaped_forward(loss, td_error, normaliser, batch, spec)
 
 
-def quantile_loss(
-    x: Tensor, batch: Batch, taus: Tensor | None, spec: QuantileSpec, backend: ModuleType
-) -> tuple[Tensor, Tensor]:
-    """row_loss.row_loss of quantiles, recorded in C++ as td_loss is: (loss, td_error)."""
+def row_loss_of(family: str, x: Tensor, batch: Batch, spec: SpecT, backend: ModuleType) -> tuple[Tensor, Tensor]:
+    """row_loss.row_loss of a family of distributional losses, recorded in C++ as td_loss is: (loss, values)."""
     if not records(batch, backend):
-        return row_loss.row_loss(x, batch, spec.reduction, backend, lambda: backend.quantile_loss(batch, taus, spec))
-    assert MODULE is not None
-    loss, td_error = MODULE.record_quantile(spec, batch, taus, arguments.looks_at_values(x.device))
-    return shaped_values(loss, td_error, batch, spec.reduction)
-
-
-def categorical_loss(x: Tensor, batch: Batch, spec: CategoricalSpec, backend: ModuleType) -> tuple[Tensor, Tensor]:
-    """row_loss.row_loss of logits, recorded in C++ as td_loss is: (loss, values)."""
-    if not records(batch, backend):
-        return row_loss.row_loss(x, batch, spec.reduction, backend, lambda: backend.categorical_loss(batch, spec))
-    assert MODULE is not None
-    loss, values = MODULE.record_categorical(spec, batch, arguments.looks_at_values(x.device))
+        forward = getattr(backend, f"{family}_loss")
+        return row_loss.row_loss(x, batch, spec.reduction, backend, lambda: forward(batch, spec))
+    loss, values = getattr(MODULE, f"record_{family}")(spec, batch, arguments.looks_at_values(x.device))
     return shaped_values(loss, values, batch, spec.reduction)
 
 
@@ -122,11 +109,11 @@ def without(call: Callable[[], Result]) -> Callable[[], Result]:
 MODULE, MISSING = load()
 # Names of the backends that stand for the compiled ops on the CPU; none before these are loaded.
 serves: set[str] = set()
-# True: (spec, batch), and taus for quantiles -> what a backend's loss without its slopes returns; False: what its
-# loss_and_grad returns. Both return None where the arguments are unusual or wrong, and Python must look at them.
+# True: (spec, batch) -> what a backend's loss without its slopes returns; False: what its loss_and_grad returns. Both
+# return None where the arguments are unusual or wrong, and Python must look at them.
 calls: dict[bool, Call] = {} if MODULE is None else {True: MODULE.td_loss, False: MODULE.td_loss_and_grad}
-quantile_calls: dict[bool, Call] = {}
-categorical_calls: dict[bool, Call] = {}
+# The same of the distributional losses, by their family.
+row_calls: dict[str, dict[bool, Call]] = {}
 if MODULE is not None:
-    quantile_calls = {True: MODULE.quantile_loss, False: MODULE.quantile_loss_and_grad}
-    categorical_calls = {True: MODULE.categorical_loss, False: MODULE.categorical_loss_and_grad}
+    row_calls["quantile"] = {True: MODULE.quantile_loss, False: MODULE.quantile_loss_and_grad}
+    row_calls["categorical"] = {True: MODULE.categorical_loss, False: MODULE.categorical_loss_and_grad}

@@ -1,22 +1,19 @@
 """The public quantile loss: a function, the same with its gradient, and a module."""
 
-from collections.abc import Callable
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-import torch
 from torch import Tensor
 
-from dqn_fused import hints, node
+from dqn_fused import hints
 from dqn_fused.arguments import Batch
-from dqn_fused.autograd import refuse_tangent
-from dqn_fused.distributional_call import backend_that_checks, check_call, prepare
+from dqn_fused.distributional_call import Family, run
 from dqn_fused.loss_module import LossModule
-from dqn_fused.node import quantile_loss
-from dqn_fused.quantile_arguments import QuantileSpec, check_quantile_options, check_quantiles
+from dqn_fused.quantile_arguments import check_quantile_options, check_quantiles
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+FAMILY = Family("quantile", "quantiles", "fused_quantile_loss", check_quantiles, ready=lambda spec: True)
 
 
 def fused_quantile_loss(
@@ -69,8 +66,8 @@ def fused_quantile_loss(
         weights: (\\*N) or (\\*N, 1), floating: the loss of each sample is multiplied by its weight.
         kappa: threshold where Huber's loss turns from quadratic to linear. The loss is divided by it, so 0 is plain
             quantile regression, with slope 0 where ``u`` is 0.
-        quantile_reduction: over the predicted quantiles: ``"sum"``, as published, or ``"mean"``, which is
-            Stable-Baselines3-contrib's mean over all pairs.
+        quantile_reduction: over the predicted quantiles: ``"sum"``, as published, or ``"mean"``, which makes the loss
+            a mean over all pairs.
         reduction: ``"mean"``, which divides by the number of samples, ``"weighted_mean"``, which divides by the sum of
             the weights, ``"sum"``, or ``"none"`` for the loss of each sample, (\\*N).
         return_td_error: also return the mean of the predicted minus that of the target quantiles, (\\*N), signed,
@@ -103,7 +100,8 @@ def fused_quantile_loss(
         quantiles, actions, rewards, next_quantiles, terminated, gamma, non_final_mask,
         next_quantiles_online, next_action_mask, weights,
     )  # fmt: skip
-    loss, td_error = _run(quantile_loss, samples, taus, kappa, quantile_reduction, reduction, backend, process_group)
+    spec = check_quantile_options(kappa, quantile_reduction, reduction, taus)
+    loss, td_error = run(FAMILY, True, samples, spec, backend, process_group)
     return (loss, td_error) if return_td_error else loss
 
 
@@ -155,49 +153,9 @@ def fused_quantile_loss_and_grad(
         quantiles, actions, rewards, next_quantiles, terminated, gamma, non_final_mask,
         next_quantiles_online, next_action_mask, weights,
     )  # fmt: skip
-    loss, gradient, td_error = _run(
-        _loss_and_grad, samples, taus, kappa, quantile_reduction, reduction, backend, process_group
-    )
+    spec = check_quantile_options(kappa, quantile_reduction, reduction, taus)
+    loss, gradient, td_error = run(FAMILY, False, samples, spec, backend, process_group)
     return (loss, gradient, td_error) if return_td_error else (loss, gradient)
-
-
-Run = Callable[[Tensor, Batch, Tensor | None, QuantileSpec, ModuleType], tuple[Any, ...]]
-
-
-def _loss_and_grad(
-    x: Tensor, batch: Batch, taus: Tensor | None, spec: QuantileSpec, implementation: ModuleType
-) -> tuple[Any, ...]:
-    refuse_tangent(x)
-    found: tuple[Any, ...] = implementation.quantile_loss_and_grad(batch, taus, spec)
-    return found
-
-
-def _run(
-    what: Run,
-    given: Batch,
-    taus: Tensor | None,
-    kappa: float,
-    quantile_reduction: str,
-    reduction: str,
-    backend: str,
-    process_group: "ProcessGroup | None",
-) -> tuple[Any, ...]:
-    """Check the arguments and run a backend."""
-    spec = check_quantile_options(kappa, quantile_reduction, reduction)
-    if backend in node.serves and process_group is None and not torch.compiler.is_compiling():
-        found = node.quantile_calls[what is quantile_loss](spec, given, taus)
-        if found is not None:
-            return found
-    check_call("fused_quantile_loss", "quantile", spec, process_group)
-    try:
-        implementation = backend_that_checks("quantile", given, spec, backend)
-        if implementation is not None:
-            return what(given.q, given, taus, spec, implementation)
-    except (RuntimeError, ValueError, AttributeError, TypeError):
-        pass
-    batch, taus = check_quantiles(given, taus)
-    batch, spec, implementation = prepare("quantile", "quantiles", batch, spec, backend, process_group)
-    return what(given.q, batch, taus, spec, implementation)
 
 
 class FusedQuantileLoss(LossModule):

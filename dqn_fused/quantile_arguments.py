@@ -1,4 +1,4 @@
-"""The options and the taus of the quantile loss; the arguments of all families are in distributional.py."""
+"""The options of the quantile loss, the taus among them; the arguments of all families are in distributional.py."""
 
 from math import inf
 from typing import NamedTuple
@@ -20,10 +20,13 @@ class QuantileSpec(NamedTuple):
     kappa: float = 1.0
     quantile_reduction: str = "sum"  # over the predicted quantiles; over the target's it is the mean
     reduction: str = "mean"
+    taus: Tensor | None = None  # (K,) or (n, K); None for the midpoints
 
 
-def check_quantile_options(kappa: float, quantile_reduction: str, reduction: str) -> QuantileSpec:
-    """Check the options."""
+def check_quantile_options(
+    kappa: float, quantile_reduction: str, reduction: str, taus: Tensor | None = None
+) -> QuantileSpec:
+    """Check the options, but not the taus."""
     kappa = number("kappa", kappa)
     if not 0 <= kappa < inf:
         raise ValueError(f"kappa: expected a finite number of at least 0, got {kappa}")
@@ -31,16 +34,16 @@ def check_quantile_options(kappa: float, quantile_reduction: str, reduction: str
         wrong_choice("quantile_reduction", quantile_reduction, QUANTILE_REDUCTIONS)
     if reduction not in REDUCTION_NAMES:
         wrong_choice("reduction", reduction, REDUCTION_NAMES)
-    return QuantileSpec(kappa, quantile_reduction, reduction)
+    return QuantileSpec(kappa, quantile_reduction, reduction, taus)
 
 
-def check_quantiles(given: Batch, taus: Tensor | None) -> tuple[Batch, Tensor | None]:
-    """Check a batch of quantiles and their fractions, (K,) or (\\*N, K), which become (K,) or (n, K)."""
+def check_quantiles(given: Batch, spec: QuantileSpec) -> tuple[Batch, QuantileSpec]:
+    """Check a batch of quantiles and their taus, (K,) or (\\*N, K), which become (K,) or (n, K)."""
     if given.next_q is None:
         raise TypeError("next_quantiles: expected a torch.Tensor, got NoneType")
-    batch = check_distributions(given, "quantiles")
+    batch, taus = check_distributions(given, "quantiles"), spec.taus
     if taus is None:
-        return batch, None
+        return batch, spec
     dense("taus", taus, FLOATS)
     if taus.device != batch.q.device:
         wrong_device("taus", taus, batch.q.device, "quantiles")
@@ -50,4 +53,4 @@ def check_quantiles(given: Batch, taus: Tensor | None) -> tuple[Batch, Tensor | 
             f"taus: expected shape {show((K,))} or {show((*batch.shape, K))}, a fraction for each of the quantiles, "
             f"got {show(taus.shape)}"
         )
-    return batch, taus if taus.dim() == 1 else taus.reshape(-1, K)
+    return batch, spec if taus.dim() == 1 else spec._replace(taus=taus.reshape(-1, K))

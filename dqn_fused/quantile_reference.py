@@ -47,14 +47,14 @@ def quantile_loss(
     """
     if backend not in ("auto", "torch"):
         raise ValueError(f"backend: the reference is PyTorch, expected 'auto' or 'torch', got {backend!r}")
-    spec = check_quantile_options(kappa, quantile_reduction, reduction)
+    spec = check_quantile_options(kappa, quantile_reduction, reduction, taus)
     if process_group is not None:
         check_group(process_group, spec)
     samples = Batch(
         quantiles, actions, rewards, next_quantiles, terminated, gamma, non_final_mask,
         next_quantiles_online, next_action_mask, weights,
     )  # fmt: skip
-    batch, taus = check_quantiles(samples, taus)
+    batch, spec = check_quantiles(samples, spec)
     batch = check_values(batch, batch.q.shape[1], batch.next_count(), "next_quantiles")
     if spec.reduction == "weighted_mean":
         batch, spec = normalise_weights(batch, spec, process_group)
@@ -62,7 +62,7 @@ def quantile_loss(
     predicted = taken(batch)
     with torch.no_grad():
         target = target_quantiles(batch)
-    loss = reduced(loss_of_pairs(predicted, target, taus, spec), batch, spec.reduction)
+    loss = reduced(loss_of_pairs(predicted, target, spec), batch, spec.reduction)
     return (loss, td_error(predicted, target, batch).detach()) if return_td_error else loss
 
 
@@ -95,10 +95,10 @@ def pair_weights(difference: Tensor, predicted: Tensor, taus: Tensor | None) -> 
     return torch.where(difference > 0, (taus - 1).abs(), taus.abs())
 
 
-def loss_of_pairs(predicted: Tensor, target: Tensor, taus: Tensor | None, spec: QuantileSpec) -> Tensor:
+def loss_of_pairs(predicted: Tensor, target: Tensor, spec: QuantileSpec) -> Tensor:
     """Loss of each sample, (n,), from its predicted and target quantiles, (n, K) and (n, K')."""
     difference = predicted.unsqueeze(2) - target.unsqueeze(1)  # (n, K, K')
-    weights = pair_weights(difference.detach(), predicted, taus)
+    weights = pair_weights(difference.detach(), predicted, spec.taus)
     huber = F.smooth_l1_loss(
         difference, torch.zeros_like(difference), reduction="none", beta=kappa_in(predicted.dtype, spec)
     )
@@ -106,7 +106,7 @@ def loss_of_pairs(predicted: Tensor, target: Tensor, taus: Tensor | None, spec: 
     return each.sum(1) if spec.quantile_reduction == "sum" else each.mean(1)
 
 
-def slopes_of_pairs(predicted: Tensor, target: Tensor, taus: Tensor | None, spec: QuantileSpec) -> Tensor:
+def slopes_of_pairs(predicted: Tensor, target: Tensor, spec: QuantileSpec) -> Tensor:
     """Derivative of each sample's loss by its predicted quantiles, (n, K); 0 for equal ones if kappa is 0."""
     difference = predicted.unsqueeze(2) - target.unsqueeze(1)
     kappa = kappa_in(predicted.dtype, spec)
@@ -114,7 +114,7 @@ def slopes_of_pairs(predicted: Tensor, target: Tensor, taus: Tensor | None, spec
         slopes = (difference / kappa).clamp(-1, 1)
     else:
         slopes = torch.where(difference.isnan(), difference, difference.sgn())  # the sign of NaN is 0
-    slopes = (pair_weights(difference, predicted, taus) * slopes).mean(2)
+    slopes = (pair_weights(difference, predicted, spec.taus) * slopes).mean(2)
     return slopes if spec.quantile_reduction == "sum" else slopes / predicted.shape[1]
 
 

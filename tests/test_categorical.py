@@ -14,7 +14,12 @@ from conftest import Setting
 from data import source
 from torch import Tensor
 
-from dqn_fused import fused_categorical_loss, fused_categorical_loss_and_grad, fused_categorical_td_loss
+from dqn_fused import (
+    fused_categorical_loss,
+    fused_categorical_loss_and_grad,
+    fused_categorical_td_loss,
+    fused_categorical_td_loss_and_grad,
+)
 from dqn_fused.categorical_reference import add_at, compare_and_add
 
 SHAPES = [
@@ -50,6 +55,23 @@ def test_a_ready_target(backend: Setting, projection: str, shape: tuple[int, ...
 def test_widths_of_hl_gauss(backend: Setting, dtype: torch.dtype, sigma: float) -> None:
     arguments = ready((9, 2, 16), dtype, seed=1)
     check(backend, {**arguments, "projection": "hl_gauss", "sigma": sigma})
+
+
+@every_setting
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
+@pytest.mark.parametrize("sigma", [1e10, 1e30, 1e300])
+def test_a_width_far_beyond_the_support(backend: Setting, sigma: float, dtype: torch.dtype) -> None:
+    """All bins have the same mass, as the softmax of equal logits has, and there is no gradient.
+
+    A mass is the difference of two values of the error function in parts of a third, each within 4 units of roundoff of
+    itself and at most K / 2 bins from 0.
+    """
+    K = 21
+    arguments = ready((7, 3, K), dtype, seed=2) | {"logits": torch.zeros(7, 3, K, dtype=dtype)}
+    arguments = {k: x.to(backend.device) if isinstance(x, Tensor) else x for k, x in arguments.items()}
+    options = {"projection": "hl_gauss", "sigma": sigma, "reduction": "sum", "backend": backend.backend}
+    _, gradient = fused_categorical_td_loss_and_grad(**arguments, **options)
+    assert gradient.abs().max() <= (16 * K + 64) * torch.finfo(dtype).eps / 2 / K
 
 
 @every_setting

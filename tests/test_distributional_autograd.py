@@ -1,5 +1,6 @@
 """What autograd and torch.func see of the distributional losses, all of which are recorded by row_loss.RowLoss."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -131,3 +132,46 @@ def test_no_graph_without_a_gradient_to_give(backend: Setting, family: Loss) -> 
     with torch.no_grad():
         assert family.function(**arguments, backend=backend.backend).grad_fn is None
     assert all(not x.requires_grad for x in family.and_grad(**arguments, backend=backend.backend))
+
+
+@every_setting
+@every_loss
+def test_the_input_and_the_next_one_exchanged(backend: Setting, family: Loss) -> None:
+    """A warning that names the arguments, at the line that calls; as of the scalar losses, in test_hints.py."""
+    arguments = family.make((4, 3, 5), seed=52)
+    following = f"next_{family.input}"
+    if following not in arguments:
+        pytest.skip("a ready target is not exchanged with anything")
+    arguments[following].requires_grad_()
+    said = f"^{family.input} does not require a gradient and {following} does: are they swapped"
+    for function in (family.function, family.and_grad):
+        with pytest.warns(UserWarning, match=said) as caught:
+            function(**arguments, backend=backend.backend)
+        assert [warning.filename for warning in caught if warning.category is UserWarning] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        with torch.no_grad():
+            family.function(**arguments, backend=backend.backend)
+        family.function(**arguments | {following: arguments[following].detach()}, backend=backend.backend)
+        arguments[family.input].requires_grad_()
+        for function in (family.function, family.and_grad):
+            function(**arguments, backend=backend.backend)
+
+
+@every_setting
+@every_loss
+@pytest.mark.parametrize("n", [1, 4])
+def test_a_lazy_minus_sign_is_seen(backend: Setting, family: Loss, n: int) -> None:
+    """conj().imag negates when it is read. That of one sample is contiguous, and so is a discount of all samples."""
+    arguments = family.make((n, 3, 5), seed=53) | {"weights": torch.rand(n)}
+    if family.reward() == "rewards":
+        arguments["gamma"] = torch.tensor(0.5)
+    for name, x in arguments.items():
+        if isinstance(x, Tensor) and x.is_floating_point():
+            lazy = torch.complex(torch.zeros_like(x), -x).conj().imag
+            assert lazy.is_neg()
+            found, expected = (
+                family.and_grad(**arguments | {name: given}, return_td_error=True, backend=backend.backend)
+                for given in (lazy, x)
+            )
+            assert all(map(torch.equal, found, expected)), name

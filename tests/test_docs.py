@@ -57,6 +57,8 @@ def names(page: str) -> dict[str, Any]:
     }  # fmt: skip
     if page == "docs/distributional.md":
         outputs = lambda: nn.Sequential(nn.Linear(FEATURES, A * K), nn.Unflatten(1, (A, K)))  # noqa: E731
+        quantiles = lambda states, taus: torch.rand(N, A, 1, requires_grad=True) + taus.unsqueeze(1)  # noqa: E731
+        found |= {"iqn": quantiles, "target_iqn": quantiles, "critic": nn.Linear(FEATURES, K), "weights": torch.rand(N)}
     else:
         outputs = lambda: nn.Linear(FEATURES, A)  # noqa: E731
     found |= {"q_network": outputs(), "target_network": outputs()}

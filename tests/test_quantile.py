@@ -375,6 +375,15 @@ def test_errors_are_not_above_those_of_eager(backend: Setting, shape: tuple[int,
 
 
 @every_setting
+@pytest.mark.parametrize("kappa", [1.0, 0.0])
+def test_many_pairs_with_the_same_slope(backend: Setting, kappa: float) -> None:
+    """Beyond kappa all have. The roundings of one long sum of equal terms do not cancel, those of random data do."""
+    arguments = make((1, 1, 20), 4000, seed=31)
+    arguments |= {"next_quantiles": arguments["next_quantiles"] + 100, "terminated": torch.zeros(1), "gamma": 1.0}
+    check(backend, {**arguments, "kappa": kappa})
+
+
+@every_setting
 def test_the_same_bits_at_any_number_of_threads(backend: Setting) -> None:
     """A batch that is shared by threads, of one sample and of many."""
     threads = torch.get_num_threads()

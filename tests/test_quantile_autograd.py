@@ -59,7 +59,8 @@ def test_everything_but_quantiles_is_a_constant(backend: Setting) -> None:
     arguments |= {"weights": torch.rand(4), "taus": torch.rand(5), "gamma": torch.rand(4)}
     for name in ("rewards", "next_quantiles", "weights", "taus", "gamma"):
         arguments[name].requires_grad_()
-    assert not fused_quantile_loss(**arguments, backend=backend.backend).requires_grad
+    with pytest.warns(UserWarning, match="are they swapped"):
+        assert not fused_quantile_loss(**arguments, backend=backend.backend).requires_grad
     assert not quantile_loss(**arguments).requires_grad
     x = arguments["quantiles"].requires_grad_()
     for loss in (fused_quantile_loss(**arguments, backend=backend.backend), quantile_loss(**arguments)):

@@ -16,6 +16,8 @@ from torch._dynamo import compiled_autograd
 
 import dqn_fused
 from dqn_fused import fused_categorical_loss, fused_quantile_loss, node
+from dqn_fused.categorical_arguments import CategoricalSpec
+from dqn_fused.quantile_arguments import QuantileSpec
 
 pytestmark = pytest.mark.skipif(node.MODULE is None, reason=f"no node in C++: {node.MISSING}")
 
@@ -305,14 +307,15 @@ def test_threads(family: Loss) -> None:
 def test_a_call_that_is_no_batch_is_an_error_and_no_crash() -> None:
     assert node.MODULE is not None
     batch = dqn_fused.arguments.Batch(None, 1, "x", None)  # type: ignore[arg-type]
-    quantiles, logits = node.QuantileSpec(), node.CategoricalSpec((0.0, 1.0))
+    quantiles, logits = QuantileSpec(), CategoricalSpec((0.0, 1.0))
     for recording in (True, False):
-        assert node.quantile_calls[recording](quantiles, batch, None) is None
-        assert node.quantile_calls[recording](quantiles, batch, 1) is None
-        assert node.categorical_calls[recording](logits, batch) is None
-        assert node.categorical_calls[recording](node.CategoricalSpec("x"), batch) is None  # type: ignore[arg-type]
+        quantile, categorical = (node.row_calls[name][recording] for name in ("quantile", "categorical"))
+        assert quantile(quantiles, batch) is None
+        assert quantile(quantiles._replace(taus=1), batch) is None  # type: ignore[arg-type]
+        assert categorical(logits, batch) is None
+        assert categorical(CategoricalSpec("x"), batch) is None  # type: ignore[arg-type]
     with pytest.raises(TypeError):
-        node.MODULE.record_quantile(quantiles, batch, None, True)
+        node.MODULE.record_quantile(quantiles, batch, True)
     with pytest.raises(TypeError):
         node.MODULE.record_categorical(logits, batch, True)
 

@@ -178,13 +178,14 @@ def quantile_calls(arguments: dict[str, Any], **options: Any) -> dict[str, Calla
     given = {"gamma": 0.99, **arguments}
     taus, online = given.pop("taus", None), given.pop("next_quantiles_online", None)
     q, next_q = given.pop("quantiles"), given.pop("next_quantiles")
-    batch, taus = check_quantiles(Batch(q=q, next_q=next_q, next_q_online=online, **given), taus)
-    spec = check_quantile_options(**{"kappa": 1.0, "quantile_reduction": "sum", "reduction": "mean", **options})
+    options = {"kappa": 1.0, "quantile_reduction": "sum", "reduction": "mean", "taus": taus, **options}
+    spec = check_quantile_options(**options)
+    batch, spec = check_quantiles(Batch(q=q, next_q=next_q, next_q_online=online, **given), spec)
     grad_loss = torch.ones(batch.shape if spec.reduction == "none" else (), dtype=accumulation_dtype(batch.q))
     outputs: list[Any] = []
 
     def forward() -> None:
-        outputs[:] = triton_backend.quantile_loss(batch, taus, spec)
+        outputs[:] = triton_backend.quantile_loss(batch, spec)
 
     def backward() -> None:
         triton_backend.rows_backward(grad_loss, SavedRows.of(batch, outputs[2], spec.reduction))
@@ -192,7 +193,7 @@ def quantile_calls(arguments: dict[str, Any], **options: Any) -> dict[str, Calla
     return {
         "forward": forward,
         "backward": backward,
-        "loss_and_grad": lambda: triton_backend.quantile_loss_and_grad(batch, taus, spec),
+        "loss_and_grad": lambda: triton_backend.quantile_loss_and_grad(batch, spec),
     }
 
 
@@ -203,7 +204,7 @@ def categorical_calls(arguments: dict[str, Any], **options: Any) -> dict[str, Ca
     if "target" in given:
         given["rewards"] = given.pop("target")
     q, next_q, online = (given.pop(name, None) for name in ("logits", "next_logits", "next_logits_online"))
-    batch = check_logits(Batch(q=q, next_q=next_q, next_q_online=online, **given), spec)
+    batch, spec = check_logits(Batch(q=q, next_q=next_q, next_q_online=online, **given), spec)
     grad_loss = torch.ones(batch.shape if spec.reduction == "none" else (), dtype=accumulation_dtype(batch.q))
     outputs: list[Any] = []
 

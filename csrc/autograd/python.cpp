@@ -34,12 +34,6 @@ bool read(PyObject* spec, Numbers& found) {
   return true;
 }
 
-// Whether q and next_q may be swapped: hints.warn_if_swapped.
-bool swapped(PyObject* const* given) {
-  return given[NEXT_Q] != Py_None && !THPVariable_Unpack(given[Q]).requires_grad() &&
-         THPVariable_Unpack(given[NEXT_Q]).requires_grad() && at::GradMode::is_enabled();
-}
-
 bool matrices(PyObject* const* given) {
   for (const Argument i : {Q, NEXT_Q, NEXT_Q_ONLINE, NEXT_ACTION_MASK, TARGET_Q, ACTION_MASK})
     if (given[i] != Py_None && THPVariable_Unpack(given[i]).dim() != 2) return false;
@@ -76,7 +70,7 @@ PyObject* call(PyObject*, PyObject* const* spec_and_batch, Py_ssize_t) {
     Numbers numbers;
     if (!read(spec_and_batch[0], numbers)) Py_RETURN_NONE;
     const std::optional<Inputs> in = ordinary_batch(given);
-    if (!in || swapped(given) || !matrices(given)) Py_RETURN_NONE;
+    if (!in || !matrices(given)) Py_RETURN_NONE;
     Outputs out = run<with_grad>(*in, numbers);
     if constexpr (with_grad)
       return tuple(std::move(out.loss), std::move(out.grad_q), std::move(out.td_error), std::move(out.normaliser));

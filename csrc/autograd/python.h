@@ -60,9 +60,16 @@ inline bool tensors(PyObject* const* given, bool (*kind)(PyObject*)) {
   return PyFloat_CheckExact(gamma) || PyLong_CheckExact(gamma) || kind(gamma);
 }
 
+// Whether q and next_q may be swapped: hints.warn_if_swapped.
+inline bool swapped(PyObject* const* given) {
+  return given[NEXT_Q] != Py_None && !THPVariable_Unpack(given[Q]).requires_grad() &&
+         THPVariable_Unpack(given[NEXT_Q]).requires_grad() && at::GradMode::is_enabled();
+}
+
 // Whether a batch can go to an op as it is, which checks it; otherwise Python must look at it first.
 inline bool takes(PyObject* const* given) {
-  return tensors(given, ordinary) && undisturbed() && !torch::autograd::isFwGradDefined(THPVariable_Unpack(given[Q]));
+  return tensors(given, ordinary) && undisturbed() && !swapped(given) &&
+         !torch::autograd::isFwGradDefined(THPVariable_Unpack(given[Q]));
 }
 
 inline Maybe maybe(PyObject* x) { return x == Py_None ? std::nullopt : Maybe(THPVariable_Unpack(x)); }

@@ -18,9 +18,9 @@ bool read_reduction(PyObject* name, int64_t& found) {
   return true;
 }
 
-// The options of a call, whose arguments begin with (spec, batch, taus) or (spec, batch).
-bool read(PyObject* const* given, Kind kind, Quantile& found) {
-  PyObject *const spec = given[0], *const taus = given[2];
+// A QuantileSpec, or a CategoricalSpec.
+bool read(PyObject* spec, Kind kind, Quantile& found) {
+  PyObject* const taus = PyTuple_GET_ITEM(spec, 3);
   if (taus != Py_None && !kind(taus)) return false;
   found.taus = maybe(taus);
   found.kappa = PyFloat_AsDouble(PyTuple_GET_ITEM(spec, 0));
@@ -28,8 +28,8 @@ bool read(PyObject* const* given, Kind kind, Quantile& found) {
   return read_reduction(PyTuple_GET_ITEM(spec, 2), found.reduction);
 }
 
-bool read(PyObject* const* given, Kind kind, Categorical& found) {
-  PyObject *const spec = given[0], *const support = PyTuple_GET_ITEM(spec, 0);
+bool read(PyObject* spec, Kind kind, Categorical& found) {
+  PyObject* const support = PyTuple_GET_ITEM(spec, 0);
   if (PyTuple_CheckExact(support)) {
     found.v_min = PyFloat_AsDouble(PyTuple_GET_ITEM(support, 0));
     found.v_max = PyFloat_AsDouble(PyTuple_GET_ITEM(support, 1));
@@ -62,26 +62,27 @@ PyObject* run(const Inputs& in, const Options& options) {
   return tuple(std::move(out.loss), std::move(out.values));
 }
 
+// (spec, batch).
 template <class Options, bool with_grad>
 PyObject* call(PyObject*, PyObject* const* given, Py_ssize_t) {
   return none_if_refused([&]() -> PyObject* {
     Options options;
-    if (!read(given, ordinary, options)) Py_RETURN_NONE;
+    if (!read(given[0], ordinary, options)) Py_RETURN_NONE;
     const std::optional<Inputs> in = ordinary_batch(PySequence_Fast_ITEMS(given[1]));
     if (!in || in->q.dim() != 3) Py_RETURN_NONE;
     return run<with_grad>(*in, options);
   });
 }
 
-// Of a batch that is checked; the last argument is `check`.
+// (spec, batch, check) of a batch that is checked.
 template <class Options>
-PyObject* record_checked(PyObject*, PyObject* const* given, Py_ssize_t count) {
+PyObject* record_checked(PyObject*, PyObject* const* given, Py_ssize_t) {
   HANDLE_TH_ERRORS
   Options options;
   PyObject* const* const batch = PySequence_Fast_ITEMS(given[1]);
-  TORCH_CHECK_TYPE(read(given, THPVariable_Check, options) && tensors(batch, THPVariable_Check),
+  TORCH_CHECK_TYPE(read(given[0], THPVariable_Check, options) && tensors(batch, THPVariable_Check),
                    "expected what is checked");
-  return run<false>(read_batch(batch, given[count - 1] == Py_True), options);
+  return run<false>(read_batch(batch, given[2] == Py_True), options);
   END_HANDLE_TH_ERRORS
 }
 

@@ -281,8 +281,11 @@ struct Gauss {
     const int64_t K = support.K;
     if (value != value) return fill(target, support.padded, NOT_A_NUMBER<T>);
     const T position = Positions<T>(support)(value);
-    for (int32_t j = 0; j <= static_cast<int32_t>(K); ++j) {
-      cumulative[j] = error_function((static_cast<T>(j) - T(0.5) - position) * scale);
+    const auto edge = [&](int32_t j) { return (static_cast<T>(j) - T(0.5) - position) * scale; };
+    if (static_cast<T>(K) * scale < T(0.5)) {  // so wide that only the relative error of each counts
+      for (int32_t j = 0; j <= static_cast<int32_t>(K); ++j) cumulative[j] = std::erf(edge(j));
+    } else {
+      for (int32_t j = 0; j <= static_cast<int32_t>(K); ++j) cumulative[j] = error_function(edge(j));
     }
     const T total = cumulative[K] - cumulative[0];
     for (int64_t j = 0; j < K; ++j) target[j] = (cumulative[j + 1] - cumulative[j]) / total;

@@ -9,6 +9,9 @@ namespace dqn_fused::cpu {
 namespace {
 
 constexpr int64_t PAIR_COST = 2;  // in reads of an element: a pair takes 0.11 ns with AVX-512, 0.13 ns with AVX2
+// Targets whose pairs are added up at a time. Beyond kappa all slopes are equal, and the roundings of a long sum of
+// equal terms do not cancel: 680 units of roundoff of 4000 terms. Runs of 32 take 24 % more time.
+constexpr int64_t RUN = 128;
 
 template <class T>
 Row row_of(const std::vector<T>& x, int64_t n) {
@@ -28,7 +31,7 @@ struct Worker {
   const Affine<T> read, next, tau;
   const T kappa;
   const Pairs<T> sums;
-  std::vector<T> predicted, above, below, losses, slopes, target;
+  std::vector<T> predicted, above, below, losses, slopes, more_losses, more_slopes, target;
 
   Worker(const Distributions& d, const QuantileOptions& options, const Outputs<T>& out)
       : d(d),
@@ -47,6 +50,8 @@ struct Worker {
         below(padded),
         losses(padded),
         slopes(padded),
+        more_losses(d.batch.next_q.A > RUN ? padded : 0),
+        more_slopes(more_losses.size()),
         target(d.batch.next_q.A) {
     if (options.taus) return;
     for (int64_t i = 0; i < d.K; ++i) below[i] = (static_cast<T>(i) + T(0.5)) / static_cast<T>(d.K);
@@ -83,6 +88,22 @@ struct Worker {
     return row.n;
   }
 
+  // The sums over the pairs with n targets.
+  void add_pairs(int64_t n) {
+    const auto run = [&](int64_t begin, T* loss, T* slope) {
+      sums(predicted.data(), above.data(), below.data(), padded, target.data() + begin, std::min(n - begin, RUN), kappa,
+           loss, slope);
+    };
+    run(0, losses.data(), slopes.data());
+    for (int64_t begin = RUN; begin < n; begin += RUN) {
+      run(begin, more_losses.data(), more_slopes.data());
+      for (int64_t k = 0; k < padded; ++k) {
+        losses[k] += more_losses[k];
+        slopes[k] += more_slopes[k];
+      }
+    }
+  }
+
   // The worker of reduce_samples.
   T operator()(int64_t i, bool known, bool live, int64_t next_row) {
     const Batch& b = d.batch;
@@ -100,7 +121,7 @@ struct Worker {
       tau(dqn_fused::cpu::row_of(options.taus, {}, i, 0, d.K), 0, 1, below.data());
       weigh();
     }
-    sums(predicted.data(), above.data(), below.data(), padded, target.data(), n, kappa, losses.data(), slopes.data());
+    add_pairs(n);
     const T share = 1 / static_cast<T>(parts);
     for (int64_t k = 0; k < d.K; ++k) found[k] = slopes[k] * share;
     write_gradient(d, options.reduction, i, action, found, out.grad);

@@ -20,8 +20,8 @@ A backend is a module with
 
 Not every backend has the distributional losses. For the device types in DISTRIBUTIONAL it has
 
-- ``quantile_loss(batch, taus, spec) -> (loss, td_error, slopes)``: slopes (n, K), as row_loss.SavedRows has them;
-- ``quantile_loss_and_grad(batch, taus, spec) -> (loss, gradient, td_error)``;
+- ``quantile_loss(batch, spec) -> (loss, td_error, slopes)``: slopes (n, K), as row_loss.SavedRows has them;
+- ``quantile_loss_and_grad(batch, spec) -> (loss, gradient, td_error)``;
 - ``categorical_loss(batch, spec) -> (loss, values, slopes)``: values (2, *N), TD errors and expectations;
 - ``categorical_loss_and_grad(batch, spec) -> (loss, gradient, values)``;
 - ``rows_backward(grad_loss, saved) -> gradient``: saved is row_loss.SavedRows.

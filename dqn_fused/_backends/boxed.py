@@ -78,9 +78,9 @@ def distributional_arguments(batch: Batch) -> tuple[object, ...]:
     return batch.flat()[: -len(NOT_DISTRIBUTIONAL)]
 
 
-def quantile_arguments(batch: Batch, taus: Tensor | None, spec: QuantileSpec) -> tuple[object, ...]:
+def quantile_arguments(batch: Batch, spec: QuantileSpec) -> tuple[object, ...]:
     """Arguments of a quantile op."""
-    kappa, quantile_reduction, reduction = spec
+    kappa, quantile_reduction, reduction, taus = spec
     look = looks_at_values(batch.q.device)
     mean = quantile_reduction == "mean"
     return *distributional_arguments(batch), taus, kappa, mean, REDUCTIONS[reduction], look
@@ -97,11 +97,11 @@ def categorical_arguments(batch: Batch, spec: CategoricalSpec) -> tuple[object, 
     return *distributional_arguments(batch), support, *ends, spec.sigma, REDUCTIONS[spec.reduction], look
 
 
-def unpack_quantile(*given: Any) -> tuple[Batch, Tensor | None, QuantileSpec]:
-    """Batch, taus and options of the arguments of a quantile op."""
+def unpack_quantile(*given: Any) -> tuple[Batch, QuantileSpec]:
+    """Batch and options of the arguments of a quantile op."""
     *shared, taus, kappa, mean, reduction, _ = given
-    spec = QuantileSpec(kappa, "mean" if mean else "sum", REDUCTION_OF[reduction])
-    return unflat(*shared), taus, spec
+    spec = QuantileSpec(kappa, "mean" if mean else "sum", REDUCTION_OF[reduction], taus)
+    return unflat(*shared), spec
 
 
 def unpack_categorical(*given: Any) -> tuple[Batch, CategoricalSpec]:

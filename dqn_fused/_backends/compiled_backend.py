@@ -101,15 +101,15 @@ def _arguments(batch: Batch, spec: LossSpec) -> tuple[object, ...]:
     return boxed.arguments(batch, spec)
 
 
-def quantile_loss(batch: Batch, taus: Tensor | None, spec: QuantileSpec) -> tuple[Tensor, Tensor, Tensor]:
+def quantile_loss(batch: Batch, spec: QuantileSpec) -> tuple[Tensor, Tensor, Tensor]:
     """Return (loss, td_error, slopes)."""
-    loss, td_error, slopes = _distributional_ops.quantile_loss(*boxed.quantile_arguments(batch, taus, spec))
+    loss, td_error, slopes = _distributional_ops.quantile_loss(*boxed.quantile_arguments(batch, spec))
     return *boxed.shaped_values(loss, td_error, batch, spec.reduction), slopes
 
 
-def quantile_loss_and_grad(batch: Batch, taus: Tensor | None, spec: QuantileSpec) -> tuple[Tensor, Tensor, Tensor]:
+def quantile_loss_and_grad(batch: Batch, spec: QuantileSpec) -> tuple[Tensor, Tensor, Tensor]:
     """Return (loss, gradient, td_error)."""
-    loss, grad, td_error = _distributional_ops.quantile_loss_and_grad(*boxed.quantile_arguments(batch, taus, spec))
+    loss, grad, td_error = _distributional_ops.quantile_loss_and_grad(*boxed.quantile_arguments(batch, spec))
     loss, td_error = boxed.shaped_values(loss, td_error, batch, spec.reduction)
     return loss, grad if len(batch.shape) == 1 else shaped(grad, (*batch.shape, *grad.shape[1:])), td_error
 

@@ -56,17 +56,17 @@ def loss_and_grad(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor,
 
 
 @torch.no_grad()
-def quantile_loss(batch: Batch, taus: Tensor | None, spec: QuantileSpec) -> tuple[Tensor, Tensor, Tensor]:
+def quantile_loss(batch: Batch, spec: QuantileSpec) -> tuple[Tensor, Tensor, Tensor]:
     """Return (loss, td_error, slopes)."""
     predicted, target = taken(batch), target_quantiles(batch)
-    loss = reduced(loss_of_pairs(predicted, target, taus, spec), batch, spec.reduction)
-    return loss, quantile_td_error(predicted, target, batch), slopes_of_pairs(predicted, target, taus, spec)
+    loss = reduced(loss_of_pairs(predicted, target, spec), batch, spec.reduction)
+    return loss, quantile_td_error(predicted, target, batch), slopes_of_pairs(predicted, target, spec)
 
 
 @torch.no_grad()
-def quantile_loss_and_grad(batch: Batch, taus: Tensor | None, spec: QuantileSpec) -> tuple[Tensor, Tensor, Tensor]:
+def quantile_loss_and_grad(batch: Batch, spec: QuantileSpec) -> tuple[Tensor, Tensor, Tensor]:
     """Return (loss, gradient, td_error)."""
-    loss, td, slopes = quantile_loss(batch, taus, spec)
+    loss, td, slopes = quantile_loss(batch, spec)
     return (
         loss,
         rows_backward(torch.ones((), dtype=td.dtype, device=td.device), SavedRows.of(batch, slopes, spec.reduction)),

@@ -122,14 +122,14 @@ def auto_sweep_backward(work: SweepBackward) -> Gradients:
     return triton_sweep_backward.auto_sweep_backward(work)
 
 
-def quantile_loss(batch: Batch, taus: Tensor | None, spec: QuantileSpec) -> tuple[Tensor, Tensor, Tensor]:
+def quantile_loss(batch: Batch, spec: QuantileSpec) -> tuple[Tensor, Tensor, Tensor]:
     """Return (loss, td_error, slopes)."""
-    return (triton_ops if _without_values() else triton_quantile).quantile_loss(batch, taus, spec)
+    return (triton_ops if _without_values() else triton_quantile).quantile_loss(batch, spec)
 
 
-def quantile_loss_and_grad(batch: Batch, taus: Tensor | None, spec: QuantileSpec) -> tuple[Tensor, Tensor, Tensor]:
+def quantile_loss_and_grad(batch: Batch, spec: QuantileSpec) -> tuple[Tensor, Tensor, Tensor]:
     """Return (loss, gradient, td_error)."""
-    return (triton_ops if _without_values() else triton_quantile).quantile_loss_and_grad(batch, taus, spec)
+    return (triton_ops if _without_values() else triton_quantile).quantile_loss_and_grad(batch, spec)
 
 
 def categorical_loss(batch: Batch, spec: CategoricalSpec) -> tuple[Tensor, Tensor, Tensor]:

@@ -63,15 +63,15 @@ def sweep_backward(work: SweepBackward, auto: bool) -> Gradients:
     return backwards.unpack(work.needs, *_ops.triton_sweep_backward(*backwards.pack(work), auto))
 
 
-def quantile_loss(batch: Batch, taus: Tensor | None, spec: QuantileSpec) -> tuple[Tensor, Tensor, Tensor]:
+def quantile_loss(batch: Batch, spec: QuantileSpec) -> tuple[Tensor, Tensor, Tensor]:
     """Return (loss, td_error, slopes)."""
-    loss, td_error, slopes = _distributional_ops.triton_quantile_loss(*boxed.quantile_arguments(batch, taus, spec))
+    loss, td_error, slopes = _distributional_ops.triton_quantile_loss(*boxed.quantile_arguments(batch, spec))
     return *boxed.shaped_values(loss, td_error, batch, spec.reduction), slopes
 
 
-def quantile_loss_and_grad(batch: Batch, taus: Tensor | None, spec: QuantileSpec) -> tuple[Tensor, Tensor, Tensor]:
+def quantile_loss_and_grad(batch: Batch, spec: QuantileSpec) -> tuple[Tensor, Tensor, Tensor]:
     """Return (loss, gradient, td_error)."""
-    given = boxed.quantile_arguments(batch, taus, spec)
+    given = boxed.quantile_arguments(batch, spec)
     loss, gradient, td_error = _distributional_ops.triton_quantile_loss_and_grad(*given)
     loss, td_error = boxed.shaped_values(loss, td_error, batch, spec.reduction)
     return loss, boxed.shaped(gradient, (*batch.shape, *gradient.shape[1:])), td_error

@@ -17,23 +17,24 @@ from dqn_fused.quantile_arguments import QuantileSpec
 from dqn_fused.quantile_reference import kappa_in
 
 
-def quantile_loss(batch: Batch, taus: Tensor | None, spec: QuantileSpec) -> tuple[Tensor, Tensor, Tensor]:
+def quantile_loss(batch: Batch, spec: QuantileSpec) -> tuple[Tensor, Tensor, Tensor]:
     """Return (loss, td_error, slopes) in two launches, or three where the next action is chosen in one of its own."""
     if batch.actions.numel() == 0:
-        return torch_backend.quantile_loss(batch, taus, spec)
-    return _run(_forward, batch, taus, spec)
+        return torch_backend.quantile_loss(batch, spec)
+    return _run(_forward, batch, spec)
 
 
-def quantile_loss_and_grad(batch: Batch, taus: Tensor | None, spec: QuantileSpec) -> tuple[Tensor, Tensor, Tensor]:
+def quantile_loss_and_grad(batch: Batch, spec: QuantileSpec) -> tuple[Tensor, Tensor, Tensor]:
     """Return (loss, gradient, td_error) in one launch more."""
     if batch.actions.numel() == 0:
-        return torch_backend.quantile_loss_and_grad(batch, taus, spec)
-    return _run(_loss_and_grad, batch, taus, spec)
+        return torch_backend.quantile_loss_and_grad(batch, spec)
+    return _run(_loss_and_grad, batch, spec)
 
 
-def _run(build: Build, batch: Batch, taus: Tensor | None, spec: QuantileSpec) -> tuple[Tensor, Tensor, Tensor]:
+def _run(build: Build, batch: Batch, spec: QuantileSpec) -> tuple[Tensor, Tensor, Tensor]:
+    taus, options = spec.taus, spec if spec.taus is None else spec._replace(taus=None)
     given = *without_signs(batch), None if taus is None else taus.resolve_neg()
-    first, second, third = run_program(build, _NAMES, given, spec, batch.q.device)
+    first, second, third = run_program(build, _NAMES, given, options, batch.q.device)
     return first, second, third
 
 

@@ -85,9 +85,13 @@ def builders(store_loss: StoreLoss) -> tuple[Build, Build]:
 
 
 def without_signs(batch: Batch) -> Batch:
-    """A pointer does not carry the lazy minus sign of conj().imag; per-sample tensors lost it when made contiguous."""
-    next_q, online = (None if x is None else x.resolve_neg() for x in (batch.next_q, batch.next_q_online))
-    return batch._replace(q=batch.q.resolve_neg(), next_q=next_q, next_q_online=online)
+    """A pointer does not carry the lazy minus sign of conj().imag."""
+    lazy: dict[str, Any] = {
+        name: x.resolve_neg()
+        for name, x in zip(batch._fields, batch, strict=True)
+        if isinstance(x, Tensor) and x.is_neg()
+    }
+    return batch._replace(**lazy) if lazy else batch
 
 
 class Chooser(NamedTuple):
