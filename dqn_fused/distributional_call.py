@@ -38,7 +38,8 @@ def prepare(
     family: str, name: str, batch: Batch, spec: SpecT, backend: str, process_group: "ProcessGroup | None"
 ) -> tuple[Batch, SpecT, ModuleType]:
     """Check the values of a batch whose shapes are checked and choose its backend; ``name`` is what q is called."""
-    implementation = choose_distributional(family, backend, batch.q.device, batch.q.shape[2])
+    n, _, K = batch.q.shape
+    implementation = choose_distributional(family, backend, batch.q.device, K, n)
     batch = check_values(batch, batch.q.shape[1], batch.next_count(), f"next_{name}", implementation.COUNTS_MASK)
     if spec.reduction == "weighted_mean":
         batch, spec = normalise_weights(batch, spec, process_group)

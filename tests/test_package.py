@@ -250,6 +250,34 @@ def test_more_atoms_than_a_program_of_triton_holds(monkeypatch: pytest.MonkeyPat
             _backends.choose_distributional("categorical", "triton", device, 16385)
 
 
+def test_auto_leaves_batches_that_triton_cannot_count_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = pytest.importorskip("dqn_fused.kernels.launch")
+    fakes = {name: SimpleNamespace(refuses=lambda device: None) for name in _backends.MODULES}
+    monkeypatch.setattr(_backends, "_missing", lambda name: None)
+    monkeypatch.setattr(_backends, "_LOADED", fakes)
+    monkeypatch.setattr(_backends, "_CHOSEN", {})
+    monkeypatch.setattr(_backends, "_CHOSEN_DISTRIBUTIONAL", {})
+    device, most = torch.device("cuda", 0), launch.MOST
+    for _ in range(2):  # the second time from the memo
+        for n, large in ((most, False), (most + 1, True)):
+            assert _backends.choose("auto", device, 65, n) is fakes["compiled" if large else "triton"]
+            assert _backends.choose("auto", device, n, 1) is fakes["compiled" if large else "triton"]
+            expected = fakes["torch" if large else "triton"]
+            assert _backends.choose_distributional("categorical", "auto", device, 8, n) is expected
+            assert _backends.choose_distributional("quantile", "auto", device, 8, n) is expected
+            assert _backends.choose_distributional("quantile", "auto", device, n, 1) is expected
+    with pytest.raises(BackendUnavailableError, match=f"up to {most} samples, .* got {most + 1}"):
+        _backends.choose_distributional("quantile", "triton", device, 8, most + 1)
+
+
+def test_the_sweep_leaves_layers_that_it_cannot_count() -> None:
+    module = pytest.importorskip("dqn_fused._backends.triton_sweep")
+    most = pytest.importorskip("dqn_fused.kernels.launch").MOST
+    device = torch.device("cuda", 0)
+    assert module.refuses(torch.float32, device, most, 64, 1000, 64) is None
+    assert f"got {most + 1}" in module.refuses(torch.float32, device, 256, 64, most + 1, 64)
+
+
 def test_a_choice_within_a_capture_is_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     """Within a capture Triton is taken untried; afterwards it is tried."""
     reasons: dict[str, str | None] = {"compiled": "not built", "triton": None, "torch": None}
@@ -279,7 +307,7 @@ def test_the_sweep_in_bfloat16_needs_its_units(
     if serves:
         return
     assert "compute capability 8.0 or above, got 7.5" in reason
-    monkeypatch.setattr(module, "refuses", lambda dtype, device: reason)
+    monkeypatch.setattr(module, "refuses", lambda *given: reason)
     work = Sweep(torch.ones(3, 4, dtype=torch.bfloat16), torch.ones(5, 4), None, None, "max", 1.0)
     with pytest.raises(BackendUnavailableError, match=r"got 7\.5"):
         module.sweep(work)

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dqn_fused._backends import BackendUnavailableError, triton_launch
+from dqn_fused._backends import BackendUnavailableError, too_large, triton_launch
+from dqn_fused._backends.triton_program import check_sizes
 from dqn_fused.head import sweep as tiles
 from dqn_fused.head.sweep import Statistics, Sweep
 from dqn_fused.head.taken import taken_values
@@ -37,7 +38,7 @@ def sweep(work: Sweep) -> Statistics:
     hidden, weight, bias = work.hidden.resolve_neg(), work.weight.resolve_neg(), work.bias
     if torch.float64 in (hidden.dtype, weight.dtype):
         return tiles.sweep(work)
-    reason = refuses(hidden.dtype, hidden.device)
+    reason = refuses(hidden.dtype, hidden.device, *hidden.shape, *weight.shape)
     if reason is not None:
         raise BackendUnavailableError(f"backend 'triton' cannot serve: {reason}")
     if hidden.stride(1) != 1:
@@ -56,6 +57,7 @@ def sweep(work: Sweep) -> Statistics:
     with triton_launch.on(device):
         units, precision = units_of(hidden.dtype, interpreted=triton_launch.INTERPRETED)
         plan = sweep_launch.sweep(m, A, D, itemsize, work.mask is not None, units, triton_launch.sms(device))
+        check_sizes(plan.row_tiles * plan.splits)
         operand = operand_of(hidden.dtype, triton_launch.INTERPRETED)
         partial, partial_aux = largest, aux
         if plan.splits > 1:
@@ -83,8 +85,9 @@ def sweep(work: Sweep) -> Statistics:
 
 def auto_sweep(work: Sweep) -> Statistics:
     """Sweep by the kernel where that pays, else by the library."""
-    hidden = work.hidden
-    return sweep(work) if refuses(hidden.dtype, hidden.device) is None and pays(work) else tiles.sweep(work)
+    hidden, weight = work.hidden, work.weight
+    served = refuses(hidden.dtype, hidden.device, *hidden.shape, *weight.shape) is None
+    return sweep(work) if served and pays(work) else tiles.sweep(work)
 
 
 def vectors(hidden: Tensor, weight: Tensor) -> tuple[int, int]:
@@ -101,13 +104,16 @@ def operand_of(dtype: torch.dtype, interpreted: bool) -> tl.dtype:
     return tl.float32 if interpreted else OPERAND[dtype]
 
 
-def refuses(dtype: torch.dtype, device: torch.device) -> str | None:
-    """Say why the kernel does not serve hidden states: without units for bfloat16 it takes 7.3 KB of stack a thread."""
+def refuses(dtype: torch.dtype, device: torch.device, *sizes: int) -> str | None:
+    """Say why the kernel does not serve hidden states, or a layer of such sizes.
+
+    Without units for bfloat16 it takes 7.3 KB of stack a thread.
+    """
     if dtype is not torch.bfloat16 or device.type != "cuda" or torch.version.hip is not None:
-        return None
+        return too_large(max(sizes, default=0))
     capability = torch.cuda.get_device_capability(device)
     if capability >= (8, 0):
-        return None
+        return too_large(max(sizes, default=0))
     got = ".".join(map(str, capability))
     return f"bfloat16 needs a device of compute capability 8.0 or above, got {got}; float16 does not, nor does 'torch'"
 

@@ -20,7 +20,7 @@ def sweep_backward(work: SweepBackward) -> Gradients:
     """As head.sweep_backward.sweep_backward, of Q-values that are not rounded, as the kernel of the sweep has them."""
     if torch.float64 in (work.hidden.dtype, work.weight.dtype):
         return tiles.sweep_backward(work)
-    reason = refuses(work.hidden.dtype, work.hidden.device)
+    reason = refuses(work.hidden.dtype, work.hidden.device, *work.hidden.shape, *work.weight.shape)
     if reason is not None:
         raise BackendUnavailableError(f"backend 'triton' cannot serve: {reason}")
     hidden, bias = work.hidden.resolve_neg(), work.bias
@@ -33,9 +33,9 @@ def sweep_backward(work: SweepBackward) -> Gradients:
 
 def auto_sweep_backward(work: SweepBackward) -> Gradients:
     """Gradients by the kernel if the sweep was by its kernel, whose statistics are subtracted here."""
-    hidden = work.hidden
-    swept = Sweep(hidden, work.weight, work.bias, work.mask, "soft", 1.0)
-    kernel = refuses(hidden.dtype, hidden.device) is None and pays(swept)
+    hidden, weight = work.hidden, work.weight
+    swept = Sweep(hidden, weight, work.bias, work.mask, "soft", 1.0)
+    kernel = refuses(hidden.dtype, hidden.device, *hidden.shape, *weight.shape) is None and pays(swept)
     return sweep_backward(work) if kernel else tiles.sweep_backward(work)
 
 
