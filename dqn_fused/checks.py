@@ -115,5 +115,5 @@ def has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
 
 
-# Dynamo of torch 2.10 and 2.11 does not trace it.
+# Dynamo of torch 2.10 and 2.11 does not trace what it calls.
 has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
