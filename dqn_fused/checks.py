@@ -108,3 +108,12 @@ def row_index(row: int, shape: torch.Size) -> str:
 def show(shape: Iterable[int]) -> str:
     """Write a shape as a tuple."""
     return str(tuple(shape))
+
+
+def has_autocast(device: str) -> bool:
+    """Whether there is an autocast for a device type: meta has none."""
+    return torch.amp.is_autocast_available(device)
+
+
+# Dynamo of torch 2.10 and 2.11 does not trace what it calls.
+has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]

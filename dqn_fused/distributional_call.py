@@ -53,9 +53,10 @@ def run(
     except (RuntimeError, ValueError, AttributeError, TypeError):
         pass
     batch, spec = family.check(given, spec)
-    implementation = choose_distributional(family.name, backend, batch.q.device, batch.q.shape[2])
+    n, A, K = batch.q.shape
+    implementation = choose_distributional(family.name, backend, batch.q.device, K, n)
     next_name = f"next_{family.input}"
-    batch = check_values(batch, batch.q.shape[1], batch.next_count(), next_name, implementation.COUNTS_MASK)
+    batch = check_values(batch, A, batch.next_count(), next_name, implementation.COUNTS_MASK)
     if spec.reduction == "weighted_mean":
         batch, spec = normalise_weights(batch, spec, process_group)
     return what(family.name, given.q, batch, spec, implementation)

@@ -311,7 +311,7 @@ def _run(
     except (RuntimeError, AttributeError, TypeError):
         pass
     batch = check_batch(given, spec)
-    implementation = choose(backend, batch.q.device, batch.action_count())
+    implementation = choose(backend, batch.q.device, batch.action_count(), batch.actions.numel())
     if not transformed or torch.compiler.is_compiling():
         counts_mask = implementation.COUNTS_MASK and not transformed
         batch = check_values(batch, batch.action_count(), batch.next_count(), counts_mask=counts_mask)

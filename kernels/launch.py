@@ -10,6 +10,9 @@ in float64 or with anything more than a maximum (grad_q, masks, double DQN, expo
 from functools import lru_cache
 from typing import NamedTuple
 
+# Samples, actions, atoms and programs of a launch, which kernels count in int32. The last program of a launch begins
+# below MOST and works on fewer than MOST of them, so it ends within int32, where whole tiles are counted, too.
+MOST = 2**30
 NARROW = 64  # up to so many actions a row is one tile of td_loss_fwd_kernel; above, row_fwd_kernel reduces it first
 WIDE_TILE_BYTES = 8192  # of a matrix that a program of 4 warps holds at once, in rows of up to
 WIDE_TILE = 2048  # elements, whatever their size: they are widened to float32

@@ -19,8 +19,8 @@ TILES = {
     "split": (128, 64, 128),  # tensor cores, on three products of halves of float32, which are in registers, too
     "mfma": (128, 128, 128),  # tensor cores of 64 lanes
     "wmma": (64, 64, 64),  # tensor cores of 32 lanes
-    "fma": (64, 64, 64),  # none, 128 lanes of NVIDIA's
-    "valu": (32, 64, 64),  # none, 32 lanes of AMD's
+    "fma": (64, 64, 64),  # none, 128 lanes of NVIDIA's; the bytes are of float32, in which they multiply
+    "valu": (32, 64, 64),  # none, 32 lanes of AMD's, which multiply float32 alone
     "interpreter": (16, 32, 256),  # small, so that small tests have several
 }
 MASKED_COLUMNS = 64  # rows of a mask begin at any byte and are read by the byte: 64 a thread would spill on Triton 3.6
@@ -88,6 +88,8 @@ def _tile(rows: int, features: int, itemsize: int, masked: bool, units: str) -> 
     most_rows, columns, step = TILES[units]
     if masked:
         columns = min(columns, MASKED_COLUMNS)
+    if units == "fma":
+        itemsize = 4  # with 32 halves of each row at once 400 bytes a thread spill
     tile_rows = min(next((size for size in RESIDENT if rows <= size), most_rows), most_rows)
     return tile_rows, columns, max(16, min(next_power_of_2(features), step // itemsize))
 

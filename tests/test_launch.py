@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from dqn_fused.kernels import launch, sweep_launch
+from dqn_fused.kernels import distributions_launch, launch, sweep_launch
 
 SIZES = [1, 3, 32, 128, 256, 257, 512, 1024, 4096, 16384, 10**6, 10**8]
 
@@ -101,3 +101,34 @@ def test_every_tile_of_the_sweep_is_done_once(units: str) -> None:
                 seen.add((first + among % size, among // size))
             assert len(seen) == plan.row_tiles * plan.splits
             assert max(seen) == (plan.row_tiles - 1, plan.splits - 1)
+
+
+LARGE = [launch.MOST - 1, launch.MOST]
+INT32 = 2**31 - 1
+
+
+@pytest.mark.parametrize("n", LARGE)
+def test_the_last_tile_of_the_largest_batch_ends_within_int32(n: int) -> None:
+    """Whole tiles are counted, those behind the last row, too."""
+    for A in (1, 2, 18, 64):
+        for share in (1, 2, 4):
+            plan = launch.forward(n, A, share, True)
+            assert plan.programs * plan.tiles * plan.rows <= INT32
+    for itemsize in (2, 4, 8):
+        for wide in (False, True):
+            for rows, A in ((n, 65), (3, n), (n, n)):
+                plan = launch.rows(rows, A, itemsize, wide, 304)
+                assert plan.programs <= INT32
+                assert plan.programs // plan.splits * plan.rows <= INT32
+                assert plan.splits * plan.chunk + plan.block <= INT32
+    assert launch.counts(n, 4) * launch.COUNTED <= INT32
+    for K in (1, 8, 200, 16384):
+        for itemsize in (4, 8):
+            pairs = distributions_launch.pairs(n, K, K, itemsize, 304)
+            assert pairs.programs // pairs.splits * pairs.rows <= INT32
+            assert distributions_launch.projection(n, 2, K, itemsize, 304).programs <= INT32
+    for units in sweep_launch.TILES:
+        for m, A in ((n, 1000), (64, n)):
+            sweep = sweep_launch.sweep(m, A, 64, 2, False, units, 304)
+            assert sweep.row_tiles * sweep.rows <= INT32
+            assert sweep.splits * sweep.chunk + sweep.columns <= INT32

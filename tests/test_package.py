@@ -246,6 +246,37 @@ def test_more_atoms_than_a_program_of_triton_holds(monkeypatch: pytest.MonkeyPat
             _backends.choose_distributional("categorical", "triton", device, 16385)
 
 
+def test_auto_leaves_batches_that_triton_cannot_count_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = pytest.importorskip("dqn_fused.kernels.launch")
+    fakes = {name: SimpleNamespace(refuses=lambda device: None) for name in _backends.MODULES}
+    monkeypatch.setattr(_backends, "_missing", lambda name: None)
+    monkeypatch.setattr(_backends, "_LOADED", fakes)
+    monkeypatch.setattr(_backends, "_CHOSEN", {})
+    monkeypatch.setattr(_backends, "_CHOSEN_DISTRIBUTIONAL", {})
+    device, most = torch.device("cuda", 0), launch.MOST
+    for _ in range(2):  # the second time from the memo
+        for n, large in ((most, False), (most + 1, True)):
+            assert _backends.choose("auto", device, 65, n) is fakes["compiled" if large else "triton"]
+            assert _backends.choose("auto", device, n, 1) is fakes["compiled" if large else "triton"]
+            expected = fakes["torch" if large else "triton"]
+            assert _backends.choose_distributional("categorical", "auto", device, 8, n) is expected
+            assert _backends.choose_distributional("quantile", "auto", device, 8, n) is expected
+            assert _backends.choose_distributional("quantile", "auto", device, n, 1) is expected
+    with pytest.raises(BackendUnavailableError, match=f"up to {most} samples, .* got {most + 1}"):
+        _backends.choose_distributional("quantile", "triton", device, 8, most + 1)
+
+
+def test_the_sweep_leaves_layers_that_it_cannot_count() -> None:
+    module = pytest.importorskip("dqn_fused._backends.triton_sweep")
+    most = pytest.importorskip("dqn_fused.kernels.launch").MOST
+    weight = torch.empty(2, 1, device="meta")
+    for m, served in ((most, True), (most + 1, False)):
+        work = Sweep(torch.empty(m, 1, device="meta"), weight, None, None, "soft", 1.0)
+        assert module.pays(work) == served
+    with pytest.raises(BackendUnavailableError, match=f"got {most + 1}"):
+        module.sweep(work)
+
+
 def test_a_choice_within_a_capture_is_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     """Within a capture Triton is taken untried; afterwards it is tried."""
     reasons: dict[str, str | None] = {"compiled": "not built", "triton": None, "torch": None}
@@ -261,25 +292,27 @@ def test_a_choice_within_a_capture_is_not_the_last(monkeypatch: pytest.MonkeyPat
     assert _backends.choose("auto", device, 4) is fakes["torch"]
 
 
-@pytest.mark.parametrize(("capability", "serves"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
-def test_the_sweep_in_bfloat16_needs_its_units(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], serves: bool
-) -> None:
+def test_the_sweep_without_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton has none of before compute capability 8.0: the library, which has them, multiplies halves there."""
     module = pytest.importorskip("dqn_fused._backends.triton_sweep")
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    device = torch.device("cuda", 0)
-    reason = module.refuses(torch.bfloat16, device)
-    assert (reason is None) == serves
-    assert module.refuses(torch.float16, device) is None
-    if serves:
-        return
-    assert "compute capability 8.0 or above, got 7.5" in reason
-    monkeypatch.setattr(module, "refuses", lambda dtype, device: reason)
-    work = Sweep(torch.ones(3, 4, dtype=torch.bfloat16), torch.ones(5, 4), None, None, "max", 1.0)
-    with pytest.raises(BackendUnavailableError, match=r"got 7\.5"):
-        module.sweep(work)
-    assert module.auto_sweep(work).largest.tolist() == [4, 4, 4], "the library's"
+    device = SimpleNamespace(type="cuda")
+    for capability, cores in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert module._tensor_cores(device) == cores
+
+    def pays(D: int, dtype: torch.dtype) -> bool:
+        hidden, weight = (torch.empty(size, D, dtype=dtype, device="meta") for size in (1024, 10**5))
+        return bool(module.pays(Sweep(hidden, weight, None, None, "max", 1.0)))
+
+    monkeypatch.setattr(module, "_tensor_cores", lambda device: False)
+    for dtype in (torch.float16, torch.bfloat16):
+        assert not pays(64, dtype)
+    assert pays(24, torch.float32)
+    assert not pays(40, torch.float32)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_precision", lambda: "tf32")
+        assert not pays(40, torch.float32), "the library multiplies float32 there as it is"
 
 
 def test_report() -> None:

@@ -25,8 +25,9 @@ pytestmark = [
 
 MAX_REGISTERS = 256  # of a thread: one program of 8 warps fills a multiprocessor of 65,536
 MAX_SHARED = {"sm_90": 227 << 10, "sm_100": 227 << 10, "gfx950": 160 << 10}
-MAX_SHARED |= dict.fromkeys(("gfx942", "gfx1100", "gfx90a", "gfx1201"), 64 << 10)
+MAX_SHARED |= dict.fromkeys(("sm_75", "gfx942", "gfx1100", "gfx90a", "gfx1201"), 64 << 10)
 MAX_SHARED_ELSEWHERE = 99 << 10  # of sm_86, sm_89 and sm_120; sm_80 has more
+VECTOR_UNITS = r"\bFFMA\b|\bv_\w*fma\w*"  # multiply float32 without rounding, but for the matrix units of CDNA
 TENSOR_CORES = {
     "sm_80": "HMMA",
     "sm_90": "HGMMA",
@@ -37,13 +38,13 @@ TENSOR_CORES = {
 }
 EVERYWHERE = set(TENSOR_CORES)
 TENSOR_CORES |= {
+    "sm_75": VECTOR_UNITS,  # its own are unknown to Triton
     "sm_86": "HMMA",
     "sm_89": "HMMA",
     "gfx90a": "v_mfma_f32",
     "gfx950": "v_mfma_f32",
     "gfx1201": "v_wmma_f32",
 }
-VECTOR_UNITS = r"\bFFMA\b|\bv_\w*fma\w*"  # multiply float32 without rounding, but for the matrix units of CDNA
 # 1,000 features are no multiple of 16: rows are read 16 bytes at a time nevertheless. 64 are read once. The number of
 # actions is odd: rows of the mask begin at any byte.
 CASES: dict[str, tuple[torch.dtype, str, dict[str, Any], set[str]]] = {
@@ -108,6 +109,20 @@ def test_more_targets(index: int) -> None:
             check_resources(name, kernel, extra)
             check_instructions(name, kernel, extra, float64=False)
         check_main_loop(compiled[0].kernel, TENSOR_CORES[extra.name])
+
+
+@pytest.mark.parametrize("m", [16, 256])
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_without_tensor_cores(dtype: torch.dtype, precision: str, m: int) -> None:
+    """float16 took tiles of tensor cores on sm_75, for which Triton has none: 7.3 KB of stack a thread, as bfloat16."""
+    index = [target.name for target in aot.MORE_TARGETS].index("sm_75")
+    with aot.targeting(len(aot.TARGETS) + index) as reason:
+        assert reason is None
+        with aot.compiling() as compiled:
+            launch(dtype, precision, "soft", 64, masked=True, m=m)
+        for name, kernel, *_ in compiled:
+            check_resources(name, kernel, aot.MORE_TARGETS[index])
 
 
 @pytest.mark.parametrize("sms", [108, 132, 170, 304])

@@ -15,12 +15,16 @@ from torch import Tensor
 triton = pytest.importorskip("triton")
 
 from distributions import CATEGORICAL, QUANTILE, Family  # noqa: E402
+from dqn_fused.kernels.launch import MOST  # noqa: E402
 from triton import knobs  # noqa: E402
 from triton.runtime import JITFunction  # noqa: E402
 
 from bench.gpu_code import aot, host  # noqa: E402
+from dqn_fused import BackendUnavailableError  # noqa: E402
 from dqn_fused._backends import triton_backend, triton_program, triton_td_loss  # noqa: E402
 from dqn_fused.arguments import Batch, LossSpec  # noqa: E402
+from dqn_fused.categorical_arguments import CategoricalSpec  # noqa: E402
+from dqn_fused.quantile_arguments import QuantileSpec  # noqa: E402
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter replaces the compiler")
 
@@ -197,21 +201,53 @@ def test_sizes_that_triton_tells_apart(stub: Stub, A: int) -> None:
     check_each(stub, several)
 
 
-def test_sizes_about_2_31(stub: Stub) -> None:
+def expanded(n: int, *sizes: int, m: int | None = None) -> Batch:
     """Nothing is read or written, so a single element stands for all."""
+    x, actions = torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+    q, next_q = x.expand(n, *sizes), x.expand(n if m is None else m, *sizes)
+    return Batch(q, actions.expand(n), x.expand(n), next_q, gamma=0.99, shape=torch.Size((n,)))
+
+
+def test_as_many_samples_as_are_served(stub: Stub) -> None:
+    """More than 2^31 elements, of which the gradient's offsets are int64."""
     several = []
-    for n in (2**31 - 17, 2**31 - 16, 2**31 - 1, 2**31, 2**31 + 16):
-        q, actions, rewards = torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64), torch.zeros(1)
-        batch = Batch(
-            q.expand(n, 1), actions.expand(n), rewards.expand(n), q.expand(n, 1), gamma=0.99, shape=torch.Size((n,))
-        )
+    for n in (MOST - 17, MOST - 16, MOST - 1, MOST):
+        batch = expanded(n, 3)
         several.append({"forward": lambda batch=batch: triton_backend.forward(batch, LossSpec())})
         several.append({"loss_and_grad": lambda batch=batch: triton_backend.loss_and_grad(batch, LossSpec())})
     check_each(stub, several)
     kernels = [stub.directly(calls["forward"])[0] for calls in several[::2]]
-    assert len({launch.function for launch in kernels}) > 1
     for before, after in pairwise(kernels):
         assert before.arguments != after.arguments
+
+
+def quantile(batch: Batch) -> object:
+    return triton_backend.quantile_loss(batch, None, QuantileSpec(1.0, "mean", "mean"))
+
+
+def categorical(batch: Batch) -> object:
+    return triton_backend.categorical_loss(batch, CategoricalSpec((-1.0, 1.0), 0.0, "mean"))
+
+
+TOO_LARGE = {
+    "samples": lambda: triton_backend.forward(expanded(MOST + 1, 3), LossSpec()),
+    "samples, narrow gradient": lambda: triton_backend.loss_and_grad(expanded(MOST + 1, 1), LossSpec()),
+    "actions": lambda: triton_backend.forward(expanded(2, MOST + 1), LossSpec()),
+    "quantile, samples": lambda: quantile(expanded(MOST + 1, 2, 8)),
+    "quantile, quantiles": lambda: quantile(expanded(1, 1, MOST + 1)),
+    "quantile, programs": lambda: quantile(expanded(MOST // 2 + 1, 2, 300)),
+    "categorical, samples": lambda: categorical(expanded(MOST + 1, 2, 8)),
+    "categorical, actions": lambda: categorical(expanded(1, MOST + 1, 8)),
+    "gradient, programs": lambda: triton_backend.loss_and_grad(expanded(MOST, 2**12), LossSpec()),
+}
+
+
+@pytest.mark.parametrize("name", TOO_LARGE)
+def test_what_the_kernels_cannot_count(stub: Stub, name: str) -> None:
+    """Their indices are int32. Such batches were launched, and wrapped round: the last rows wrote before the first."""
+    with pytest.raises(BackendUnavailableError, match=f"up to {MOST} samples, actions, atoms or programs"):
+        TOO_LARGE[name]()
+    assert stub.launches == []
 
 
 @pytest.mark.parametrize("stub", ["sm_80", "gfx942"], indirect=True)

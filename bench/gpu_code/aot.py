@@ -43,7 +43,7 @@ def _targets(cuda: list[int], hip: list[str]) -> list[Target]:
 
 
 TARGETS = _targets(CUDA, HIP)
-MORE_TARGETS = _targets([86, 89], ["gfx90a", "gfx950", "gfx1201"])  # for which a sample is compiled
+MORE_TARGETS = _targets([75, 86, 89], ["gfx90a", "gfx950", "gfx1201"])  # for which a sample is compiled
 
 
 class Launch(NamedTuple):

@@ -38,7 +38,7 @@ import torch
 
 from dqn_fused.checks import wrong_choice
 from dqn_fused.kernels.distributions_launch import MOST_ATOMS
-from dqn_fused.kernels.launch import NARROW
+from dqn_fused.kernels.launch import MOST, NARROW
 
 MODULES = {
     "compiled": "dqn_fused._backends.compiled_backend",
@@ -73,6 +73,13 @@ TRACED_UP_TO = 32
 
 class BackendUnavailableError(RuntimeError):
     """A backend that was asked for by name cannot serve; the message says why."""
+
+
+def too_large(size: int) -> str | None:
+    """Say why the Triton backend does not take a size of a batch."""
+    if size <= MOST:
+        return None
+    return f"its kernels count up to {MOST} samples, actions, atoms or programs, got {size}; 'torch' counts further"
 
 
 class BackendStatus(NamedTuple):
@@ -122,11 +129,12 @@ def serving(device: torch.device, family: str | None = None) -> list[str]:
     return [name for name in names if _missing(name) is None and _LOADED[name].refuses(device) is None]
 
 
-def choose(name: str, device: torch.device, actions: int | None = None) -> ModuleType:
+def choose(name: str, device: torch.device, actions: int | None = None, samples: int = 0) -> ModuleType:
     """Backend module for a device: by name, which never falls back, or the first of the device's list.
 
-    There are two lists: for up to NARROW actions, and for more or a linear head. In a graph of torch.compile TRACED
-    stands for the first. The size of the batch does not matter: a guard on it would make another graph.
+    There are two lists: for up to NARROW actions, and for more or a linear head. A batch that is too large for Triton
+    leaves Triton out of both. In a graph of torch.compile TRACED stands for the first list, and the size of the batch
+    does not matter: a guard on it would make another graph.
     """
     if torch.compiler.is_compiling():  # without the memo: a graph that fills it would not pass its own guards
         if name != "auto":
@@ -135,12 +143,13 @@ def choose(name: str, device: torch.device, actions: int | None = None) -> Modul
             return _named(TRACED, device)
         return _named(_first(device, True), device)
     wide = actions is None or bool(actions > NARROW)
-    implementation = _CHOSEN.get((name, device, wide))
+    large = samples > MOST or (actions or 0) > MOST
+    implementation = _CHOSEN.get((name, device, wide, large))
     if implementation is None:
-        implementation = _named(_first(device, wide) if name == "auto" else name, device)
+        implementation = _named(_first(device, wide, large) if name == "auto" else name, device)
         # During a capture nothing is launched to see whether Triton works: that is left to a later call.
         if not capturing():
-            _CHOSEN[name, device, wide] = implementation
+            _CHOSEN[name, device, wide, large] = implementation
     return implementation
 
 
@@ -149,7 +158,7 @@ def capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-_CHOSEN: dict[tuple[str, torch.device, bool], ModuleType] = {}
+_CHOSEN: dict[tuple[str, torch.device, bool, bool], ModuleType] = {}
 
 
 def _named(name: str, device: torch.device) -> ModuleType:
@@ -161,7 +170,7 @@ def _named(name: str, device: torch.device) -> ModuleType:
     return _LOADED[name]
 
 
-def choose_distributional(family: str, name: str, device: torch.device, K: int) -> ModuleType:
+def choose_distributional(family: str, name: str, device: torch.device, K: int, samples: int = 0) -> ModuleType:
     """Backend module that has the losses of a family on a device: by name, or the first of the device's list.
 
     In a graph of torch.compile TRACED stands for the first up to TRACED_UP_TO quantiles or atoms.
@@ -170,40 +179,44 @@ def choose_distributional(family: str, name: str, device: torch.device, K: int) 
         if name == "auto" and device.type == "cpu" and K <= TRACED_UP_TO:
             return _named(TRACED, device)
         return _choose_distributional(family, name, device, K)
-    implementation = _CHOSEN_DISTRIBUTIONAL.get((family, name, device, K > MOST_ATOMS))
+    key = family, name, device, K > MOST_ATOMS, samples > MOST or K > MOST
+    implementation = _CHOSEN_DISTRIBUTIONAL.get(key)
     if implementation is None:
-        implementation = _choose_distributional(family, name, device, K)
+        implementation = _choose_distributional(family, name, device, K, samples)
         if not capturing():
-            _CHOSEN_DISTRIBUTIONAL[family, name, device, K > MOST_ATOMS] = implementation
+            _CHOSEN_DISTRIBUTIONAL[key] = implementation
     return implementation
 
 
-_CHOSEN_DISTRIBUTIONAL: dict[tuple[str, str, torch.device, bool], ModuleType] = {}
+_CHOSEN_DISTRIBUTIONAL: dict[tuple[str, str, torch.device, bool, bool], ModuleType] = {}
 
 
-def _choose_distributional(family: str, name: str, device: torch.device, K: int) -> ModuleType:
+def _choose_distributional(family: str, name: str, device: torch.device, K: int, samples: int = 0) -> ModuleType:
     if name != "auto" and name not in MODULES:
         wrong_choice("backend", name, ("auto", *MODULES))
     for candidate in AUTO.get(device.type, AUTO_ELSEWHERE) if name == "auto" else (name,):
-        reason = _lacks(family, candidate, device, K) or _missing(candidate) or _LOADED[candidate].refuses(device)
+        reason = _lacks(family, candidate, device, K, samples)
+        reason = reason or _missing(candidate) or _LOADED[candidate].refuses(device)
         if reason is None:
             return _LOADED[candidate]
     raise BackendUnavailableError(f"backend {name!r} cannot serve: {reason}")  # never for "auto": torch serves
 
 
-def _lacks(family: str, name: str, device: torch.device, K: int = 1) -> str | None:
+def _lacks(family: str, name: str, device: torch.device, K: int = 1, samples: int = 1) -> str | None:
     """Say why a backend does not have the losses of a family on a device."""
     if name == "triton" and family == "categorical" and K > MOST_ATOMS:
         return f"it takes up to {MOST_ATOMS} atoms, got {K}; 'auto' takes a backend that takes more"
+    if name == "triton" and (K > MOST or samples > MOST):
+        return too_large(max(K, samples))
     if name == "torch" or device.type in DISTRIBUTIONAL[family].get(name, ()):
         return None
     return f"it has no {family} loss for tensors on {device.type}; 'auto' takes a backend that has one"
 
 
-def _first(device: torch.device, wide: bool) -> str:
+def _first(device: torch.device, wide: bool, large: bool = False) -> str:
     """Name of the first backend of the device's list that serves."""
     for name in (AUTO_WIDE if wide else AUTO).get(device.type, AUTO_ELSEWHERE):
-        if _missing(name) is None and _LOADED[name].refuses(device) is None:
+        if not (large and name == "triton") and _missing(name) is None and _LOADED[name].refuses(device) is None:
             return name
     raise BackendUnavailableError(f"no backend serves device {device}")  # torch serves every device
 

@@ -17,7 +17,9 @@ REDUCTION_OF = {code: name for name, code in REDUCTIONS.items()}
 
 def arguments(batch: Batch, spec: LossSpec) -> tuple[object, ...]:
     """Arguments of a forward op. A batch is unchecked only where the op looks at the values."""
-    look = batch.shape is UNCHECKED or looks_at_values(batch.q.device)
+    # Dynamo of torch 2.10 compares no sizes by identity; in a graph every batch is checked.
+    unchecked = not torch.compiler.is_compiling() and batch.shape is UNCHECKED
+    look = unchecked or looks_at_values(batch.q.device)
     return *batch.flat(), packed(spec), look
 
 

@@ -19,6 +19,8 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction, driver
 
+from dqn_fused._backends import BackendUnavailableError, too_large
+
 OLDEST, NEWEST = (3, 6), (3, 9)  # whose JITFunction.run is known
 VERSION = tuple(int(x) for x in re.findall(r"\d+", triton.__version__)[:2])
 KNOWN = OLDEST <= VERSION <= NEWEST and not knobs.runtime.interpret
@@ -87,6 +89,13 @@ def _described(given: Sequence[Any]) -> tuple[tuple[Any, ...], list[int]]:
     if ROCM:  # where offsets within a storage of less than 2 GiB are int32
         described += [x.untyped_storage().nbytes() >= 2**31 for x in given if isinstance(x, Tensor)]
     return tuple(described), addresses
+
+
+def check_sizes(*sizes: int) -> None:
+    """Refuse what the kernels cannot count."""
+    reason = too_large(max(sizes))
+    if reason is not None:
+        raise BackendUnavailableError(f"backend 'triton' cannot serve: {reason}")
 
 
 class Empty(NamedTuple):
@@ -174,6 +183,7 @@ class Program:
 
     def launch(self, kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
         """Launch a kernel; an argument that is a string names a tensor."""
+        check_sizes(programs)
         slots = [(i, self.names.index(x)) for i, x in enumerate(args) if isinstance(x, str)]
         self.launches.append(Launch(kernel, programs, list(args), slots, meta))
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dqn_fused._backends.triton_launch import ACC, count_mask, launch_sum, named, run_program
-from dqn_fused._backends.triton_program import Build, Program
+from dqn_fused._backends.triton_program import Build, Program, check_sizes
 from dqn_fused.arguments import Batch, accumulation_dtype
 from dqn_fused.kernels import distributions_launch, launch
 from dqn_fused.kernels.distributions import sum_rows_kernel, values_kernel
@@ -123,6 +123,7 @@ class Samples:
     """What the launches of a distributional loss take of a batch."""
 
     def __init__(self, program: Program, batch: Batch) -> None:
+        check_sizes(*batch.q.shape, *(() if batch.next_q is None else batch.next_q.shape))
         self.program, self.batch, self.names = program, batch, named(batch)
         self.dtype, self.n = accumulation_dtype(batch.q), batch.q.shape[0]
 

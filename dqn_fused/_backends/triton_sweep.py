@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dqn_fused._backends import BackendUnavailableError, triton_launch
+from dqn_fused._backends import too_large, triton_launch
+from dqn_fused._backends.triton_program import check_sizes
 from dqn_fused.head import sweep as tiles
 from dqn_fused.head.sweep import Statistics, Sweep
 from dqn_fused.head.taken import taken_values
@@ -37,9 +38,7 @@ def sweep(work: Sweep) -> Statistics:
     hidden, weight, bias = work.hidden.resolve_neg(), work.weight.resolve_neg(), work.bias
     if torch.float64 in (hidden.dtype, weight.dtype):
         return tiles.sweep(work)
-    reason = refuses(hidden.dtype, hidden.device)
-    if reason is not None:
-        raise BackendUnavailableError(f"backend 'triton' cannot serve: {reason}")
+    check_sizes(*hidden.shape, *weight.shape)
     if hidden.stride(1) != 1:
         hidden = hidden.contiguous()
     bias = None if bias is None else bias.resolve_neg()
@@ -56,6 +55,7 @@ def sweep(work: Sweep) -> Statistics:
     with triton_launch.on(device):
         units, precision = units_of(hidden.dtype, interpreted=triton_launch.INTERPRETED)
         plan = sweep_launch.sweep(m, A, D, itemsize, work.mask is not None, units, triton_launch.sms(device))
+        check_sizes(plan.row_tiles * plan.splits)
         operand = operand_of(hidden.dtype, triton_launch.INTERPRETED)
         partial, partial_aux = largest, aux
         if plan.splits > 1:
@@ -83,8 +83,7 @@ def sweep(work: Sweep) -> Statistics:
 
 def auto_sweep(work: Sweep) -> Statistics:
     """Sweep by the kernel where that pays, else by the library."""
-    hidden = work.hidden
-    return sweep(work) if refuses(hidden.dtype, hidden.device) is None and pays(work) else tiles.sweep(work)
+    return sweep(work) if pays(work) else tiles.sweep(work)
 
 
 def vectors(hidden: Tensor, weight: Tensor) -> tuple[int, int]:
@@ -101,19 +100,8 @@ def operand_of(dtype: torch.dtype, interpreted: bool) -> tl.dtype:
     return tl.float32 if interpreted else OPERAND[dtype]
 
 
-def refuses(dtype: torch.dtype, device: torch.device) -> str | None:
-    """Say why the kernel does not serve hidden states: without units for bfloat16 it takes 7.3 KB of stack a thread."""
-    if dtype is not torch.bfloat16 or device.type != "cuda" or torch.version.hip is not None:
-        return None
-    capability = torch.cuda.get_device_capability(device)
-    if capability >= (8, 0):
-        return None
-    got = ".".join(map(str, capability))
-    return f"bfloat16 needs a device of compute capability 8.0 or above, got {got}; float16 does not, nor does 'torch'"
-
-
 def pays(work: Sweep) -> bool:
-    """Whether the kernel is likely to be faster than the library: arithmetic, until there is a measurement.
+    """Whether the kernel serves and is likely to be faster than the library: arithmetic, until there is a measurement.
 
     Both multiply 2 m A D and read the weight once, whichever takes longer; the kernel multiplies at a share of the
     library's rate. The library writes m A Q-values and reads them again, in the cache, and its operations are issued
@@ -121,17 +109,27 @@ def pays(work: Sweep) -> bool:
     D = 480 in half precision and with one product of tf32, 80 with three and 24 without rounding, and for the soft
     value up to six times that; up to 128 rows always in the former two, since there it is the weight that takes time.
     """
-    if torch.float64 in (work.hidden.dtype, work.weight.dtype):
-        return False
     (m, D), A, itemsize = work.hidden.shape, work.weight.shape[0], work.hidden.element_size()
-    precision = "half" if itemsize == 2 else _precision()
+    if torch.float64 in (work.hidden.dtype, work.weight.dtype) or too_large(max(m, A, D)) is not None:
+        return False
+    cores = _tensor_cores(work.hidden.device)
+    precision = "half" if itemsize == 2 else _precision() if cores else "ieee"
+    own = precision if cores else "ieee"
     rate = FLOPS["tf32" if precision == "tf32x3" else precision]  # the library's "high" is tf32, too
+    own_rate = SHARE[own] * FLOPS["tf32" if own == "tf32x3" else own]
     masked = 0 if work.mask is None else 2
     multiply, read = 2 * m * A * D / rate, A * D * work.weight.element_size() / MEMORY
     count = cdiv(m, tiles.TILE_ROWS) * cdiv(min(m, tiles.TILE_ROWS) * A, tiles.TILE["cuda"])
     issued = count * (OPERATIONS[work.kind] + masked) * LAUNCH
     library = max(multiply, read) + m * A * itemsize * (PASSES[work.kind] + masked) / CACHE
-    return max(multiply / SHARE[precision], read) <= max(library, issued)
+    return max(multiply * rate / own_rate, read) <= max(library, issued)
+
+
+def _tensor_cores(device: torch.device) -> bool:
+    """Whether Triton multiplies in tensor cores there: it has none of before compute capability 8.0."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return True
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _precision() -> str:
@@ -154,6 +152,8 @@ def units_of(dtype: torch.dtype, interpreted: bool) -> tuple[str, str]:
         return "interpreter", precision
     target = triton.runtime.driver.active.get_current_target()
     if target.backend != "hip":
+        if target.arch < 80:
+            return "fma", "ieee"
         units = {"ieee": "fma", "tf32x3": "split", "tf32": "nvidia"}[precision] if dtype is torch.float32 else "nvidia"
         return units, precision
     if target.warp_size == 64:

@@ -6,8 +6,9 @@ The other two products of each tile, for the gradients of hidden and of the weig
 import torch
 from torch import Tensor
 
-from dqn_fused._backends import BackendUnavailableError, triton_launch
-from dqn_fused._backends.triton_sweep import operand_of, pays, refuses, units_of, vectors
+from dqn_fused._backends import triton_launch
+from dqn_fused._backends.triton_program import check_sizes
+from dqn_fused._backends.triton_sweep import operand_of, pays, units_of, vectors
 from dqn_fused.head import sweep_backward as tiles
 from dqn_fused.head.sweep import Sweep
 from dqn_fused.head.sweep_backward import Gradients, SweepBackward
@@ -20,9 +21,7 @@ def sweep_backward(work: SweepBackward) -> Gradients:
     """As head.sweep_backward.sweep_backward, of Q-values that are not rounded, as the kernel of the sweep has them."""
     if torch.float64 in (work.hidden.dtype, work.weight.dtype):
         return tiles.sweep_backward(work)
-    reason = refuses(work.hidden.dtype, work.hidden.device)
-    if reason is not None:
-        raise BackendUnavailableError(f"backend 'triton' cannot serve: {reason}")
+    check_sizes(*work.hidden.shape, *work.weight.shape)
     hidden, bias = work.hidden.resolve_neg(), work.bias
     if hidden.stride(1) != 1:
         hidden = hidden.contiguous()
@@ -33,10 +32,8 @@ def sweep_backward(work: SweepBackward) -> Gradients:
 
 def auto_sweep_backward(work: SweepBackward) -> Gradients:
     """Gradients by the kernel if the sweep was by its kernel, whose statistics are subtracted here."""
-    hidden = work.hidden
-    swept = Sweep(hidden, work.weight, work.bias, work.mask, "soft", 1.0)
-    kernel = refuses(hidden.dtype, hidden.device) is None and pays(swept)
-    return sweep_backward(work) if kernel else tiles.sweep_backward(work)
+    swept = Sweep(work.hidden, work.weight, work.bias, work.mask, "soft", 1.0)
+    return sweep_backward(work) if pays(swept) else tiles.sweep_backward(work)
 
 
 def tile_gradient(work: SweepBackward, h: Tensor, w: Tensor, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:

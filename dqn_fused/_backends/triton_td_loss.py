@@ -16,7 +16,7 @@ from dqn_fused._backends.triton_launch import (
     run_program,
     strides_unless_flat,
 )
-from dqn_fused._backends.triton_program import Program
+from dqn_fused._backends.triton_program import Program, check_sizes
 from dqn_fused.arguments import Batch, LossSpec, accumulation_dtype
 from dqn_fused.autograd import Saved, loss_gradient
 from dqn_fused.kernels import launch
@@ -136,6 +136,7 @@ def _store_loss(program: Program, batch: Batch, spec: LossSpec, grad_q: str | No
     next_mask, mask, at = batch.next_action_mask, batch.action_mask, named(batch)
     dtype, n, A = accumulation_dtype(q), batch.actions.numel(), q.shape[-1]
     m = 0 if next_q is None else next_q.shape[:-1].numel()
+    check_sizes(n, m, A)
     td_error = program.empty("td_error", batch.shape, dtype)
     normaliser = program.empty("normaliser", (2, *batch.shape), dtype) if spec.cql else None
     value, choice, choice_dtype = "max" if spec.target == "max" else "sum_exp", "next_q", dtype

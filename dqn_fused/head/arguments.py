@@ -14,7 +14,7 @@ from dqn_fused.arguments import (
     check_samples,
     check_values,
 )
-from dqn_fused.checks import BOOL, FLOATS, dense, matrix, show, wrong_device
+from dqn_fused.checks import BOOL, FLOATS, dense, has_autocast, matrix, show, wrong_device
 
 
 class Head(NamedTuple):
@@ -119,7 +119,7 @@ def _check_next_state(head: Head, non_final_mask: Tensor | None, spec: LossSpec,
 def autocast(head: Head) -> Head:
     """Hidden states as ``nn.Linear`` reads them: under autocast in its dtype, except float64."""
     device = head.hidden.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):  # meta has none
+    if not has_autocast(device) or not torch.is_autocast_enabled(device):  # meta has none
         return head
     dtype = torch.get_autocast_dtype(device)
     names = ("hidden", "next_hidden", "next_hidden_online", "target_hidden")

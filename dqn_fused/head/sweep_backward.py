@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dqn_fused import _ops
 from dqn_fused.arguments import accumulation_dtype
+from dqn_fused.checks import has_autocast
 from dqn_fused.head.sweep import column_blocks, origin, row_blocks, tile
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -107,7 +108,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool = False) -> No
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Turn autocast off, if it is on: a backward that is called under it multiplies in the dtypes of its factors."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    if has_autocast(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
