@@ -234,7 +234,7 @@ def check_values(batch: Batch, A: int | None, m: int, next_name: str = "next_q",
     value is read: a raise would break the graph.
     """
     mask = batch.non_final_mask
-    if not looks_at_values(batch.actions.device):
+    if not looks_at_values(batch.actions.device) or isinstance(batch.actions, torch._subclasses.FakeTensor):
         if mask is None:
             return batch
         if counts_mask and not torch.compiler.is_compiling():

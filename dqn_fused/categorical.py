@@ -20,6 +20,7 @@ from dqn_fused.categorical_arguments import (
 )
 from dqn_fused.distributional_call import backend_that_checks, check_call, prepare
 from dqn_fused.node import categorical_loss
+from dqn_fused.unchecked import refusing
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -286,14 +287,21 @@ def _run(
         if found is not None:
             return found
     check_call("the categorical losses", "categorical", spec, process_group)
-    try:
-        implementation = backend_that_checks("categorical", given, spec, backend)
-        if implementation is not None:
-            if isinstance(spec.support, Tensor):
-                check_even(spec.support)
-            return what(given.q, given, spec, implementation)
-    except (RuntimeError, ValueError, AttributeError, TypeError):
-        pass
-    batch = check_logits(given, spec)
-    batch, spec, implementation = prepare("categorical", "logits", batch, spec, backend, process_group)
+    unchecked = backend_that_checks("categorical", given, spec, backend)
+    if unchecked is not None:
+        return refusing(lambda: _unchecked(what, given, spec, unchecked), lambda: _checked(given, spec, backend))
+    batch, spec, implementation = _checked(given, spec, backend, process_group)
     return what(given.q, batch, spec, implementation)
+
+
+def _unchecked(what: Run, given: Batch, spec: CategoricalSpec, implementation: ModuleType) -> tuple[Tensor, ...]:
+    if isinstance(spec.support, Tensor):  # of which the op reads the ends
+        check_even(spec.support)
+    return what(given.q, given, spec, implementation)
+
+
+def _checked(
+    given: Batch, spec: CategoricalSpec, backend: str, process_group: "ProcessGroup | None" = None
+) -> tuple[Batch, CategoricalSpec, ModuleType]:
+    batch = check_logits(given, spec)
+    return prepare("categorical", "logits", batch, spec, backend, process_group)

@@ -3,12 +3,11 @@
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from dqn_fused._backends import choose_distributional
-from dqn_fused.arguments import Batch, SpecT, check_group, check_values, looks_at_values, normalise_weights
+from dqn_fused.arguments import Batch, SpecT, check_group, check_values, normalise_weights
 from dqn_fused.autograd import inside_transform
 from dqn_fused.transforms import refuse
+from dqn_fused.unchecked import goes_unchecked
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -23,15 +22,11 @@ def check_call(function: str, family: str, spec: SpecT, process_group: "ProcessG
 
 
 def backend_that_checks(family: str, given: Batch, spec: SpecT, backend: str) -> ModuleType | None:
-    """The backend for a batch as it was given, if that backend checks all of it itself; else None.
-
-    It is then asked first, as in loss._run. An error here is raised again, and worded, by the checks in Python.
-    """
-    q = given.q
-    if q.dim() != 3 or spec.reduction == "weighted_mean" or not isinstance(given.gamma, (float, Tensor)):
+    """The backend for a batch as it was given, if that backend checks all of it itself; else None."""
+    if not goes_unchecked(given, spec, 3):
         return None
-    implementation = choose_distributional(family, backend, q.device, q.shape[2])
-    return implementation if implementation.CHECKS_CPU and looks_at_values(q.device) else None
+    implementation = choose_distributional(family, backend, given.q.device, given.q.shape[2])
+    return implementation if implementation.CHECKS_CPU else None
 
 
 def prepare(

@@ -14,6 +14,7 @@ from dqn_fused.distributional_call import backend_that_checks, check_call, prepa
 from dqn_fused.loss_module import LossModule
 from dqn_fused.node import quantile_loss
 from dqn_fused.quantile_arguments import QuantileSpec, check_quantile_options, check_quantiles
+from dqn_fused.unchecked import refusing
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -189,15 +190,21 @@ def _run(
         if found is not None:
             return found
     check_call("fused_quantile_loss", "quantile", spec, process_group)
-    try:
-        implementation = backend_that_checks("quantile", given, spec, backend)
-        if implementation is not None:
-            return what(given.q, given, taus, spec, implementation)
-    except (RuntimeError, ValueError, AttributeError, TypeError):
-        pass
+    unchecked = backend_that_checks("quantile", given, spec, backend)
+    if unchecked is not None:
+        return refusing(
+            lambda: what(given.q, given, taus, spec, unchecked), lambda: _checked(given, taus, spec, backend)
+        )
+    batch, taus, spec, implementation = _checked(given, taus, spec, backend, process_group)
+    return what(given.q, batch, taus, spec, implementation)
+
+
+def _checked(
+    given: Batch, taus: Tensor | None, spec: QuantileSpec, backend: str, process_group: "ProcessGroup | None" = None
+) -> tuple[Batch, Tensor | None, QuantileSpec, ModuleType]:
     batch, taus = check_quantiles(given, taus)
     batch, spec, implementation = prepare("quantile", "quantiles", batch, spec, backend, process_group)
-    return what(given.q, batch, taus, spec, implementation)
+    return batch, taus, spec, implementation
 
 
 class FusedQuantileLoss(LossModule):

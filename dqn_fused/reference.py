@@ -103,7 +103,7 @@ def td_error(batch: Batch, spec: LossSpec) -> Tensor:
     """TD errors q[i, a_i] - y_i, N, differentiable by q; NaN where the action is illegal."""
     dtype = accumulation_dtype(batch.q)
     with torch.no_grad():
-        target = _cast(batch.rewards, dtype)
+        target = _cast(batch.rewards.detach(), dtype)  # which no_grad alone would hand on
         if spec.target == "munchausen":
             target = target + spec.alpha * _log_policy(batch, spec, dtype).clamp(spec.clip, 0)
         if batch.next_q is not None:
