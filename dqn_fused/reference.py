@@ -160,7 +160,7 @@ def conservative_term(normaliser: Tensor, batch: Batch) -> Tensor:
 
 def legal_values(x: Tensor, mask: Tensor | None) -> Tensor:
     """Select the legal actions; the others are -inf, which adds nothing to a maximum or a sum of exponentials."""
-    return x if mask is None else torch.where(mask if mask.dim() == x.dim() else mask.reshape(x.shape), x, -torch.inf)
+    return x if mask is None else torch.where(mask if mask.shape == x.shape else mask.reshape(x.shape), x, -torch.inf)
 
 
 def bootstrapped(rewards: Tensor, values: Tensor, batch: Batch, dtype: torch.dtype) -> Tensor:

@@ -6,24 +6,27 @@ The checks in Python take 10 us, as long as the op takes for 32 samples.
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
-from dqn_fused.arguments import Batch, Reduced, looks_at_values
+from dqn_fused import arguments
+from dqn_fused.arguments import Batch, Reduced
 from dqn_fused.options import REDUCTIONS
 
 Result = TypeVar("Result")
-# Types of what a batch holds. Of subclasses of Tensor, a FakeTensor would reach the fake of the op, which checks less.
-PLAIN = frozenset({Tensor, torch.nn.Parameter, float, int, type(None)})
 
 
 def goes_unchecked(batch: Batch, spec: Reduced, dim: int) -> bool:
-    """Whether a batch may go to an op that checks it: q and next_q have ``dim`` dimensions, nothing is unusual."""
-    (q, _, _, next_q, *_), (*given, _, _) = batch, batch
-    if not isinstance(q, Tensor) or not q.is_cpu or q.dim() != dim or not looks_at_values(q.device):
+    """Whether a batch may go to an op that checks it: q and next_q have ``dim`` dimensions, nothing is unusual.
+
+    A FakeTensor would reach the op's fake, which infers shapes and checks nothing.
+    """
+    q, _, _, next_q, _, gamma, *_ = batch
+    if not isinstance(q, Tensor) or not q.is_cpu or q.dim() != dim or not arguments.looks_at_values(q.device):
         return False
     same = next_q is None or (isinstance(next_q, Tensor) and next_q.dim() == dim)
-    return same and spec.reduction in REDUCTIONS and PLAIN.issuperset(map(type, given))
+    usual = same and spec.reduction in REDUCTIONS and isinstance(gamma, (float, int, Tensor))
+    return usual and FakeTensor not in map(type, batch)
 
 
 def refusing(run: Callable[[], Result], check: Callable[[], object]) -> Result:
