@@ -7,7 +7,7 @@ import torch
 from conftest import Setting
 from test_loss import make
 
-from dqn_fused import fused_dqn_loss, fused_quantile_loss, fused_td_loss
+from dqn_fused import fused_dqn_loss, fused_dqn_loss_and_grad, fused_quantile_loss, fused_td_loss
 
 
 def on(setting: Setting, **more: Any) -> dict[str, Any]:
@@ -53,3 +53,12 @@ def test_a_target_that_requires_a_gradient_records_nothing(setting: Setting) -> 
         if loss.requires_grad:
             loss.backward()
             assert target.grad is None
+
+
+def test_a_gradient_in_one_pass_records_nothing(setting: Setting) -> None:
+    """The conservative term of an empty batch was recorded by the Triton backend."""
+    for n in (0, 7):
+        given = {k: x[:n] for k, x in on(setting).items()}
+        assert given["q"].requires_grad
+        found = fused_dqn_loss_and_grad(**given, cql_alpha=0.5, return_cql=True, backend=setting.backend)
+        assert not any(x.requires_grad for x in found)
