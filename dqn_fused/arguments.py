@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from dqn_fused.checks import (
     BOOL,
@@ -234,7 +235,7 @@ def check_values(batch: Batch, A: int | None, m: int, next_name: str = "next_q",
     value is read: a raise would break the graph.
     """
     mask = batch.non_final_mask
-    if not looks_at_values(batch.actions.device):
+    if not looks_at_values(batch.actions.device) or isinstance(batch.actions, FakeTensor):
         if mask is None:
             return batch
         if counts_mask and not torch.compiler.is_compiling():

@@ -173,7 +173,7 @@ def _scale(grad_loss: Tensor, saved: Saved, spec: LossSpec) -> Tensor:
     """The upstream gradient times the factors of the reduction and the weights, N or ()."""
     td = saved.td_error
     scale = grad_loss / max(td.numel(), 1) if spec.reduction == "mean" else grad_loss
-    return scale if saved.weights is None else scale * saved.weights.to(td.dtype).view(td.shape)
+    return scale if saved.weights is None else scale * saved.weights.detach().to(td.dtype).view(td.shape)
 
 
 def _stores_densely(saved: Saved) -> bool:

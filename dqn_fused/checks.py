@@ -102,7 +102,11 @@ def row_index(row: int, shape: torch.Size) -> str:
     """Write a flat row as an index into the user's tensor: 5, or (1, 2) with two leading dimensions."""
     if len(shape) < 2:
         return str(row)
-    return show(int(i) for i in torch.unravel_index(torch.tensor(row), shape))
+    index = []
+    for size in reversed(shape):
+        row, i = divmod(row, size)
+        index.append(i)
+    return show(reversed(index))
 
 
 def show(shape: Iterable[int]) -> str:

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from dqn_fused import hints, node
 from dqn_fused._backends import choose_distributional
-from dqn_fused.arguments import Batch, SpecT, check_group, check_values, looks_at_values, normalise_weights
+from dqn_fused.arguments import Batch, SpecT, check_group, check_values, normalise_weights
 from dqn_fused.autograd import inside_transform, refuse_tangent
 from dqn_fused.transforms import refuse
+from dqn_fused.unchecked import goes_unchecked, refusing
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -30,11 +31,7 @@ class Family(NamedTuple):
 def run(
     family: Family, recording: bool, given: Batch, spec: Any, backend: str, process_group: "ProcessGroup | None"
 ) -> tuple[Tensor, ...]:
-    """Check the arguments and run a backend: its loss, which autograd records, or its loss_and_grad.
-
-    As in loss._run, a batch goes unchecked to a compiled op on the CPU. An error there is raised again, and worded, by
-    the checks in Python.
-    """
+    """Check the arguments and run a backend: its loss, which autograd records, or its loss_and_grad."""
     ready = process_group is None and not torch.compiler.is_compiling() and family.ready(spec)
     if ready and backend in node.serves:
         found = node.row_calls[family.name][recording](spec, given)
@@ -46,29 +43,32 @@ def run(
     if process_group is not None:
         check_group(process_group, spec)
     what = node.row_loss_of if recording else loss_and_grad
-    try:
-        implementation = backend_that_checks(family.name, given, spec, backend) if ready else None
-        if implementation is not None:
-            return what(family.name, given.q, given, spec, implementation)
-    except (RuntimeError, ValueError, AttributeError, TypeError):
-        pass
-    batch, spec = family.check(given, spec)
-    n, A, K = batch.q.shape
-    implementation = choose_distributional(family.name, backend, batch.q.device, K, n)
-    next_name = f"next_{family.input}"
-    batch = check_values(batch, A, batch.next_count(), next_name, implementation.COUNTS_MASK)
+    unchecked = backend_that_checks(family.name, given, spec, backend) if ready else None
+    if unchecked is not None:
+        return refusing(
+            lambda: what(family.name, given.q, given, spec, unchecked), lambda: _checked(family, given, spec, backend)
+        )
+    batch, spec, implementation = _checked(family, given, spec, backend)
     if spec.reduction == "weighted_mean":
         batch, spec = normalise_weights(batch, spec, process_group)
     return what(family.name, given.q, batch, spec, implementation)
 
 
+def _checked(family: Family, given: Batch, spec: Any, backend: str) -> tuple[Batch, Any, ModuleType]:
+    batch, spec = family.check(given, spec)
+    n, A, K = batch.q.shape
+    implementation = choose_distributional(family.name, backend, batch.q.device, K, n)
+    next_name = f"next_{family.input}"
+    batch = check_values(batch, A, batch.next_count(), next_name, implementation.COUNTS_MASK)
+    return batch, spec, implementation
+
+
 def backend_that_checks(family: str, given: Batch, spec: SpecT, backend: str) -> ModuleType | None:
     """The backend for a batch as it was given, if that backend checks all of it itself; else None."""
-    q = given.q
-    if q.dim() != 3 or spec.reduction == "weighted_mean" or not isinstance(given.gamma, (float, Tensor)):
+    if not goes_unchecked(given, spec, 3):
         return None
-    implementation = choose_distributional(family, backend, q.device, q.shape[2])
-    return implementation if implementation.CHECKS_CPU and looks_at_values(q.device) else None
+    implementation = choose_distributional(family, backend, given.q.device, given.q.shape[2])
+    return implementation if implementation.CHECKS_CPU else None
 
 
 def loss_and_grad(family: str, x: Tensor, batch: Batch, spec: SpecT, backend: ModuleType) -> tuple[Tensor, ...]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
-from dqn_fused import arguments, hints, node, transforms
+from dqn_fused import hints, node, transforms
 from dqn_fused._backends import choose
 from dqn_fused.arguments import (
     Batch,
@@ -23,6 +23,7 @@ from dqn_fused.ensemble import one_next_q
 from dqn_fused.node import td_loss
 from dqn_fused.reference import conservative_term
 from dqn_fused.targets import Munchausen, Soft
+from dqn_fused.unchecked import goes_unchecked, refusing
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -281,17 +282,13 @@ def _run(
     backend: str,
     process_group: "ProcessGroup | None",
 ) -> tuple[Batch, tuple[Tensor, ...]]:
-    """Check the arguments and run a backend; return the checked batch and the results.
-
-    check_batch and check_values take 4 us each. A compiled op on the CPU checks everything itself as it reads it, so
-    matrices go to it unchecked. If it refuses them, the checks are made after all and say what is wrong, if anything.
-    """
+    """Check the arguments and run a backend; return the batch, checked or as it was given, and the results."""
     if backend in node.serves and process_group is None and not torch.compiler.is_compiling():
         found = node.calls[what is td_loss](spec, given)
         if found is not None:
             return given, found
-    q, next_q, gamma = given.q, given.next_q, given.gamma
-    hints.warn_if_swapped(q, (next_q,))
+    q = given.q
+    hints.warn_if_swapped(q, (given.next_q,))
     transformed = inside_transform()
     if process_group is not None:
         check_group(process_group, spec)
@@ -301,15 +298,10 @@ def _run(
         if what is not td_loss:
             transforms.refuse("fused_dqn_loss_and_grad", "torch.func.grad_and_value of fused_dqn_loss gives both")
         what, backend = transforms.transformed_td_loss, transforms.backend_inside(backend)
-    try:
-        device = q.device
-        implementation = choose(backend, device, q.shape[-1] if q.dim() else None)
-        plain = q.is_cpu and q.dim() == 2 and (next_q is None or next_q.dim() == 2)
-        plain = plain and isinstance(gamma, (float, int, Tensor)) and spec.reduction != "weighted_mean"
-        if implementation.CHECKS_CPU and plain and not transformed and arguments.looks_at_values(device):
-            return given, what(given, spec, implementation, q)
-    except (RuntimeError, AttributeError, TypeError):
-        pass
+    elif goes_unchecked(given, spec, 2):
+        implementation = choose(backend, q.device, q.shape[-1])
+        if implementation.CHECKS_CPU:
+            return given, refusing(lambda: what(given, spec, implementation, q), lambda: _checked(given, spec))
     batch = check_batch(given, spec)
     implementation = choose(backend, batch.q.device, batch.action_count(), batch.actions.numel())
     if not transformed or torch.compiler.is_compiling():
@@ -318,3 +310,8 @@ def _run(
     if spec.reduction == "weighted_mean":
         batch, spec = normalise_weights(batch, spec, process_group)
     return batch, what(batch, spec, implementation, q)
+
+
+def _checked(given: Batch, spec: LossSpec) -> Batch:
+    batch = check_batch(given, spec)
+    return check_values(batch, batch.action_count(), batch.next_count())

@@ -121,7 +121,12 @@ def check_loss(
     else:
         raise TypeError(f"target: expected a name, Soft or Munchausen, got {type(target).__name__}")
     spec = LossSpec(
-        loss, delta, reduction, cql=return_cql or cql_alpha != 0, cql_alpha=cql_alpha, value_transform=value_transform
+        loss,
+        delta,
+        reduction,
+        cql=bool(return_cql) or cql_alpha != 0,
+        cql_alpha=cql_alpha,
+        value_transform=value_transform,
     )
     if isinstance(chosen, Munchausen):
         return spec._replace(

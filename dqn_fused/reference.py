@@ -103,7 +103,7 @@ def td_error(batch: Batch, spec: LossSpec) -> Tensor:
     """TD errors q[i, a_i] - y_i, N, differentiable by q; NaN where the action is illegal."""
     dtype = accumulation_dtype(batch.q)
     with torch.no_grad():
-        target = _cast(batch.rewards, dtype)
+        target = _cast(batch.rewards.detach(), dtype)  # which no_grad alone would hand on
         if spec.target == "munchausen":
             target = target + spec.alpha * _log_policy(batch, spec, dtype).clamp(spec.clip, 0)
         if batch.next_q is not None:
@@ -160,7 +160,7 @@ def conservative_term(normaliser: Tensor, batch: Batch) -> Tensor:
 
 def legal_values(x: Tensor, mask: Tensor | None) -> Tensor:
     """Select the legal actions; the others are -inf, which adds nothing to a maximum or a sum of exponentials."""
-    return x if mask is None else torch.where(mask if mask.dim() == x.dim() else mask.reshape(x.shape), x, -torch.inf)
+    return x if mask is None else torch.where(mask if mask.shape == x.shape else mask.reshape(x.shape), x, -torch.inf)
 
 
 def bootstrapped(rewards: Tensor, values: Tensor, batch: Batch, dtype: torch.dtype) -> Tensor:

@@ -97,7 +97,7 @@ def rows_gradient(grad_loss: Tensor, saved: SavedRows) -> Tensor:
     n, (*_, A, K) = slopes.shape[0], shape
     scale = grad_loss.reshape(-1) / max(n, 1) if reduction == "mean" else grad_loss.reshape(-1)  # (n,) or (1,)
     if weights is not None:
-        scale = scale * weights.reshape(-1).to(slopes.dtype)  # they are (n, 1) if an op has checked them
+        scale = scale * weights.detach().reshape(-1).to(slopes.dtype)  # they are (n, 1) if an op has checked them
     rows = slopes * scale.unsqueeze(1)
     index, legal = legal_actions(actions.reshape(-1), A)
     if legal is not None:

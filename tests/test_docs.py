@@ -53,7 +53,8 @@ def names(page: str) -> dict[str, Any]:
     found: dict[str, Any] = {
         "torch": torch, "nn": nn, "n": N, "actions": actions, "rewards": rewards, "gamma": 0.99,
         "terminated": torch.rand(N) < 0.3, "states": torch.randn(N, FEATURES), "next_states": torch.randn(N, FEATURES),
-        "next_value": torch.randn(N),
+        "next_value": torch.randn(N), "steps": torch.full((N,), 3.0), "weights": torch.rand(N),
+        "next_legal": torch.ones(N, A, dtype=torch.bool),
     }  # fmt: skip
     if page == "docs/distributional.md":
         outputs = lambda: nn.Sequential(nn.Linear(FEATURES, A * K), nn.Unflatten(1, (A, K)))  # noqa: E731
@@ -64,7 +65,7 @@ def names(page: str) -> dict[str, Any]:
     found |= {"q_network": outputs(), "target_network": outputs()}
     found |= {name: nn.Linear(FEATURES, D) for name in ("body", "target_body")}
     if page == "docs/ranks.md":  # in one process, which is a group of itself
-        one = SimpleNamespace(**found, weights=torch.rand(N), target=rewards)
+        one = SimpleNamespace(**found, target=rewards)
         found |= {name: torch.randn(N, D, requires_grad=name == "hidden") for name in ("hidden", "next_hidden")}
         found |= {name: torch.randn(A, D) for name in ("weight", "next_weight")}
         found |= {name: torch.randn(A) for name in ("bias", "next_bias")}

@@ -533,3 +533,16 @@ def test_weights_multiply_the_loss_not_the_td_error(setting: Setting) -> None:
     slopes = 4 * grad.gather(1, arguments["actions"][:, None]).squeeze(1)
     # Weights and the number of samples are powers of two, by which nothing is rounded.
     assert torch.equal(slopes.cpu(), torch.tensor([0.4, 0.25, -0.5, 0.2]))
+
+
+@pytest.mark.parametrize("name", ["double-mask", "soft-mask", "munchausen-cql-masks-weights-huber"])
+def test_leading_dimensions_that_merge_in_different_pairs(setting: Setting, name: str) -> None:
+    """Of three, the first two of one matrix and the last two of another merge: a mask failed with backend "torch"."""
+    arguments = variant(name, (2, 3, 4, 5))
+    first = {k: torch.cat([x, x], 2)[:, :, :4] for k, x in arguments.items() if isinstance(x, Tensor) and x.dim() == 4}
+    last = {k: torch.cat([x, x], 1)[:, :3] for k, x in arguments.items() if isinstance(x, Tensor) and x.dim() == 4}
+    for changed in (first, last):
+        check(setting, arguments | changed)
+    for masks, others in ((first, last), (last, first)):
+        check(setting, arguments | others | {k: x for k, x in masks.items() if "mask" in k})
+        check(setting, arguments | others | {k: x for k, x in masks.items() if k in ("q", "next_q")})

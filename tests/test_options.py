@@ -278,3 +278,12 @@ def test_a_module_follows_its_attributes_and_can_be_copied() -> None:
     assert module(*given, gamma=1.0).item() == 4
     with pytest.raises(TypeError, match="FusedDQNLoss: unexpected argument 'discount'"):
         module(*given, discount=1.0)
+
+
+def test_return_cql_may_be_anything_that_is_true() -> None:
+    """A string, or a tensor, was a KeyError that named nothing, where the op is given numbers."""
+    q, actions, rewards = torch.ones(2, 3), torch.zeros(2, dtype=torch.int64), torch.zeros(2)
+    expected = dqn_fused.fused_dqn_loss(q, actions, rewards, q, return_cql=True)
+    for true in (1, torch.tensor(True), "yes"):
+        found = dqn_fused.fused_dqn_loss(q, actions, rewards, q, return_cql=true)  # type: ignore[arg-type]
+        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))

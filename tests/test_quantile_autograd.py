@@ -182,7 +182,7 @@ def test_tensors_without_values(backend: Setting, mode: str) -> None:
 
 
 def nothing_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("arguments", "reference", "distributional_call", "_backends.boxed"):
+    for module in ("arguments", "reference", "_backends.boxed"):
         monkeypatch.setattr(f"dqn_fused.{module}.looks_at_values", lambda device: False)
 
 

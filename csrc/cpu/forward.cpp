@@ -88,13 +88,13 @@ struct Block {
   T taken[MOST_ROWS], rewards[MOST_ROWS], gammas[MOST_ROWS], next[MOST_ROWS], errors[MOST_ROWS], losses[MOST_ROWS];
 
   // Rows [begin, begin + n); the live ones have the rows of a compacted next_q from next_row on. Fills their td and
-  // normaliser, and losses; returns whether every action is legal and every live row has a next one.
+  // normaliser, and losses; returns whether every action is legal.
   bool run(const Values<T>& values, int64_t begin, int64_t n, int64_t next_row, T* td, T* normaliser) {
     const Batch& b = values.batch;
     bool all_legal = true;
     read(b.actions, begin, n, actions);
     prefetch_taken(b.q, actions, begin, n);  // where rows are long, each is a cache miss: all at once
-    read_next(values, begin, n, next_row, all_legal);
+    read_next(values, begin, n, next_row);
     read_taken(b.q, actions, begin, n, taken);
     read(b.rewards, begin, n, rewards);
     for (int64_t i = 0; i < n; ++i) all_legal &= legal(actions[i], b.q.A);
@@ -133,7 +133,7 @@ struct Block {
     for (int64_t i = 0; i < n; ++i) errors[i] = td_error(options, taken[i], rewards[i], live[i], gammas[i], next[i]);
   }
 
-  void read_next(const Values<T>& values, int64_t begin, int64_t n, int64_t next_row, bool& all_known) {
+  void read_next(const Values<T>& values, int64_t begin, int64_t n, int64_t next_row) {
     const Batch& b = values.batch;
     std::fill_n(next, n, T(0));
     read_live(b, begin, n, live);
@@ -146,7 +146,6 @@ struct Block {
     std::fill_n(wanted, known, true);
     values.next_values(next_row, known, wanted, found);
     std::fill(found + known, found + count, NOT_A_NUMBER<T>);
-    all_known &= known == count;
     for (int64_t i = 0, k = 0; i < n; ++i) {
       if (live[i]) next[i] = found[k++];
     }
@@ -158,7 +157,7 @@ struct Block {
       const SoftValue<T> sum = values.normaliser(begin + i);
       normaliser[begin + i] = sum.largest;
       normaliser[values.batch.n + begin + i] = sum.rest;
-      if (alpha != 0 && legal(actions[i], values.batch.q.A)) losses[i] -= alpha * sum.log_policy(taken[i]);
+      if (alpha != 0) losses[i] -= alpha * sum.log_policy(taken[i]);
     }
   }
 };

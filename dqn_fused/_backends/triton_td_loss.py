@@ -64,6 +64,7 @@ def loss_and_grad(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor,
     return loss, grad_q, td_error, normaliser
 
 
+@torch.no_grad()  # TDLoss records it, where anything does
 def _of_nothing(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor | None]:
     """Results of a batch without a sample, which needs no launch."""
     dtype, device = accumulation_dtype(batch.q), batch.q.device
