@@ -222,7 +222,7 @@ def test_as_many_samples_as_are_served(stub: Stub) -> None:
 
 
 def quantile(batch: Batch) -> object:
-    return triton_backend.quantile_loss(batch, None, QuantileSpec(1.0, "mean", "mean"))
+    return triton_backend.quantile_loss(batch, QuantileSpec(1.0, "mean", "mean"))
 
 
 def categorical(batch: Batch) -> object:
