@@ -164,6 +164,23 @@ def test_layouts(setting: Setting, shape: tuple[int, ...], layout: str) -> None:
         check(setting, arguments | {k: change(arguments[k]) for k in matrices})
 
 
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("name", ["double-mask", "munchausen-cql-masks-weights-huber"])
+def test_a_lazy_minus_sign_of_any_tensor(setting: Setting, name: str, n: int) -> None:
+    """That of the values of one sample is contiguous, and so is a discount of all samples: no copy resolves it."""
+
+    def lazy(x: Tensor) -> Tensor:
+        negated = torch.complex(torch.zeros_like(x), -x).conj().imag
+        assert negated.is_neg()
+        return negated
+
+    arguments = variant(name, (n, 5)) | {"gamma": torch.tensor(0.5)}
+    for k, x in arguments.items():
+        if isinstance(x, Tensor) and x.is_floating_point():
+            check(setting, {**arguments, k: lazy(x)})
+    check(setting, arguments, grad_loss=lazy(torch.tensor(-1.5)).to(setting.device))
+
+
 @pytest.mark.parametrize("A", [5, 130])
 @pytest.mark.parametrize("name", ["double-mask", "munchausen-cql-masks-weights-huber"])
 def test_time_slices(setting: Setting, name: str, A: int) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from dqn_fused._backends import torch_backend, triton_launch
 from dqn_fused._backends.triton_launch import ACC, run_program
 from dqn_fused._backends.triton_program import Build, Program
-from dqn_fused._backends.triton_rows import Samples, Support, builders, without_signs
+from dqn_fused._backends.triton_rows import Samples, Support, builders
 from dqn_fused.arguments import Batch, accumulation_dtype
 from dqn_fused.categorical_arguments import CategoricalSpec
 from dqn_fused.kernels import distributions_launch, launch
@@ -41,8 +41,8 @@ def categorical_loss_and_grad(batch: Batch, spec: CategoricalSpec) -> tuple[Tens
 
 def _run(build: Build, batch: Batch, spec: CategoricalSpec) -> tuple[Tensor, Tensor, Tensor]:
     support, sigma, reduction = spec
-    atoms, ends = (support.resolve_neg(), None) if isinstance(support, Tensor) else (None, support)
-    given, options = (*without_signs(batch), atoms), Options(ends, sigma, reduction)
+    atoms, ends = (support, None) if isinstance(support, Tensor) else (None, support)
+    given, options = (*batch, atoms), Options(ends, sigma, reduction)
     first, second, third = run_program(build, _NAMES, given, options, batch.q.device)
     return first, second, third
 

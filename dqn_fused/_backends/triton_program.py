@@ -33,7 +33,7 @@ MOST = 1024  # descriptions kept: non_final_mask alone makes one of each number 
 
 Device = torch.device
 Run = Callable[..., Any]  # kernel, programs, arguments; returns what was compiled
-Build = Callable[["Program", Any, Any], None]
+Build = Callable[["Program", Sequence[Any], Any], None]
 
 
 def call(build: Build, names: Sequence[str], given: Sequence[Any], spec: Any, device: Device, run: Run) -> list[Any]:
@@ -41,9 +41,9 @@ def call(build: Build, names: Sequence[str], given: Sequence[Any], spec: Any, de
 
     given are the arguments of a call, and names what build calls those that are tensors.
     """
+    given, described, addresses = _described(given)
     state = _state()
     if state is not None:
-        described, addresses = _described(given)
         key = (build, spec, device, run, state, described)
         program = KEPT.get(key)
         if program is not None:
@@ -74,21 +74,28 @@ def _state() -> tuple[Any, ...] | None:
     return driver.active, runtime.debug, MODES(knobs.compilation), ROCM and knobs.amd.use_buffer_ops
 
 
-def _described(given: Sequence[Any]) -> tuple[tuple[Any, ...], list[int]]:
-    """The description of arguments, which contains numbers as they are, and the addresses of the tensors."""
+def _described(given: Sequence[Any]) -> tuple[list[Any], tuple[Any, ...], list[int]]:
+    """The arguments, their description, which contains numbers as they are, and the addresses of the tensors.
+
+    An address does not carry the lazy minus sign of conj().imag: such tensors are copied.
+    """
+    read: list[Any] = []
     described: list[Any] = []
     addresses = []
     for x in given:
         if x is not None and isinstance(x, Tensor):
+            if x.is_neg():
+                x = x.resolve_neg()
             address = x.data_ptr()
             described.append((x.dtype, x.shape, x.stride(), address % ALIGNED))
             addresses.append(address)
         else:
             described.append(x)
             addresses.append(0)
+        read.append(x)
     if ROCM:  # where offsets within a storage of less than 2 GiB are int32
-        described += [x.untyped_storage().nbytes() >= 2**31 for x in given if isinstance(x, Tensor)]
-    return tuple(described), addresses
+        described += [x.untyped_storage().nbytes() >= 2**31 for x in read if isinstance(x, Tensor)]
+    return read, tuple(described), addresses
 
 
 def check_sizes(*sizes: int) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from dqn_fused._backends import torch_backend, triton_launch
 from dqn_fused._backends.triton_launch import ACC, run_program
 from dqn_fused._backends.triton_program import Build, Program
-from dqn_fused._backends.triton_rows import Samples, builders, without_signs
+from dqn_fused._backends.triton_rows import Samples, builders
 from dqn_fused.arguments import Batch, accumulation_dtype
 from dqn_fused.kernels import distributions_launch, launch
 from dqn_fused.kernels.quantile import quantile_fwd_kernel
@@ -33,8 +33,7 @@ def quantile_loss_and_grad(batch: Batch, spec: QuantileSpec) -> tuple[Tensor, Te
 
 def _run(build: Build, batch: Batch, spec: QuantileSpec) -> tuple[Tensor, Tensor, Tensor]:
     taus, options = spec.taus, spec if spec.taus is None else spec._replace(taus=None)
-    given = *without_signs(batch), None if taus is None else taus.resolve_neg()
-    first, second, third = run_program(build, _NAMES, given, options, batch.q.device)
+    first, second, third = run_program(build, _NAMES, (*batch, taus), options, batch.q.device)
     return first, second, third
 
 

@@ -84,16 +84,6 @@ def builders(store_loss: StoreLoss) -> tuple[Build, Build]:
     return forward, loss_and_grad
 
 
-def without_signs(batch: Batch) -> Batch:
-    """A pointer does not carry the lazy minus sign of conj().imag."""
-    lazy: dict[str, Any] = {
-        name: x.resolve_neg()
-        for name, x in zip(batch._fields, batch, strict=True)
-        if isinstance(x, Tensor) and x.is_neg()
-    }
-    return batch._replace(**lazy) if lazy else batch
-
-
 class Chooser(NamedTuple):
     """What the program of a sample compares to choose the next action, and how it reads it."""
 

@@ -34,7 +34,7 @@ def forward(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor | None
     """
     if batch.actions.numel() == 0:
         return _of_nothing(batch, spec)
-    loss, td_error, normaliser = run_program(_forward, Batch._fields, _resolved(batch), spec, batch.q.device)
+    loss, td_error, normaliser = run_program(_forward, Batch._fields, batch, spec, batch.q.device)
     return loss, td_error, normaliser
 
 
@@ -42,11 +42,9 @@ def backward(grad_loss: Tensor, saved: Saved, spec: LossSpec) -> Tensor:
     """Return grad_q in one launch."""
     if torch._C._functorch.is_legacy_batchedtensor(grad_loss):  # of is_grads_batched=True: it has no address
         return loss_gradient(grad_loss, saved, spec)
-    q, device = saved.q, saved.td_error.device
+    device = saved.td_error.device
     if saved.actions.numel() == 0:
         return torch.empty(saved.q_shape, dtype=saved.q_dtype, device=device)
-    if q is not None and q.is_neg():
-        saved = saved._replace(q=q.resolve_neg())
     (grad_q,) = run_program(_backward, _SAVED, (grad_loss, *saved), spec, device)
     return grad_q
 
@@ -58,9 +56,7 @@ def loss_and_grad(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor,
         grad_q = torch.empty((*batch.shape, q.shape[-1]), dtype=q.dtype, device=q.device)
         loss, td_error, normaliser = _of_nothing(batch, spec)
     else:
-        loss, grad_q, td_error, normaliser = run_program(
-            _loss_and_grad, Batch._fields, _resolved(batch), spec, q.device
-        )
+        loss, grad_q, td_error, normaliser = run_program(_loss_and_grad, Batch._fields, batch, spec, q.device)
     return loss, grad_q, td_error, normaliser
 
 
@@ -73,20 +69,6 @@ def _of_nothing(batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor | 
     return loss_of_td_error(td_error, normaliser, batch, spec), td_error, normaliser
 
 
-def _resolved(batch: Batch) -> Batch:
-    """A pointer does not carry the lazy minus sign of conj().imag; per-sample tensors lost it when made contiguous."""
-    q, _, _, next_q, _, _, _, online, _, _, target_q, *_ = batch
-    if (
-        q.is_neg()
-        or (next_q is not None and next_q.is_neg())
-        or (online is not None and online.is_neg())
-        or (target_q is not None and target_q.is_neg())
-    ):
-        next_q, online, target_q = (None if x is None else x.resolve_neg() for x in (next_q, online, target_q))
-        return batch._replace(q=q.resolve_neg(), next_q=next_q, next_q_online=online, target_q=target_q)
-    return batch
-
-
 class Partial(NamedTuple):
     """What row_fwd_kernel has left of the rows of a matrix."""
 
@@ -95,13 +77,14 @@ class Partial(NamedTuple):
     splits: int = 1
 
 
-def _forward(program: Program, batch: Batch, spec: LossSpec) -> None:
+def _forward(program: Program, given: Sequence[Any], spec: LossSpec) -> None:
     """Build what forward launches."""
-    program.returns(*_store_loss(program, batch, spec, None))
+    program.returns(*_store_loss(program, Batch(*given), spec, None))
 
 
-def _loss_and_grad(program: Program, batch: Batch, spec: LossSpec) -> None:
+def _loss_and_grad(program: Program, given: Sequence[Any], spec: LossSpec) -> None:
     """Build what loss_and_grad launches."""
+    batch = Batch(*given)
     q = batch.q
     narrow = q.shape[-1] <= launch.NARROW
     grad_q = program.empty("grad_q", (*batch.shape, q.shape[-1]), q.dtype)
